@@ -1,0 +1,1 @@
+"""Regenerate the artifacts of the datamodels release, verify them, and fit datamodels against them."""
