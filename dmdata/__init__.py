@@ -1,1 +1,39 @@
-"""Lazy, priced access to the datamodels release and to any other catalogued arrays."""
+"""Lazy, priced access to the datamodels release and to any other catalogued arrays.
+
+>>> import dmdata
+>>> dmdata.estimate("cifar/50pct/test_margins", select="0:1000,42").n_bytes
+2128
+"""
+
+from dmdata.array import LazyArray
+from dmdata.catalog import Artifact, Catalog
+from dmdata.ledger import Ledger, Spending, budget, home
+from dmdata.prices import Estimate
+from dmdata.release import CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004 - dmdata.open
+
+__all__ = [
+    "Artifact",
+    "Catalog",
+    "CatalogMismatchWarning",
+    "Estimate",
+    "LazyArray",
+    "Spending",
+    "budget",
+    "estimate",
+    "get",
+    "load_catalog",
+    "mirror",
+    "open",
+    "spend",
+]
+
+
+def spend() -> Spending:
+    """Add up everything that went through this machine's ledger (``DMDATA_HOME``).
+
+    Returns
+    -------
+    spending : Spending
+        Its ``usd``, ``n_requests``, ``n_bytes`` and ``n_reads``.
+    """
+    return Ledger(home()).spent().get("total", Spending(0.0, 0, 0, 0))

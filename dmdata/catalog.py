@@ -202,6 +202,8 @@ class Artifact:
         The object that holds it; several members of a ``.pt`` share one.
     schema : ArraySchema or None
         Claimed shape, dtype and dims; None for a whole ``.pt``.
+    basis : dict of str to Basis
+        How each fact is known.
     """
 
     name: str
@@ -212,6 +214,7 @@ class Artifact:
     schema: ArraySchema | None
     source: SourceEntry
     rows: Rows
+    basis: dict[str, Basis]
 
     @property
     def object_name(self) -> str:
@@ -294,6 +297,7 @@ class Catalog(_Record):
             schema=schema,
             source=self.source,
             rows=alpha.rows,
+            basis=stored.basis | {"rows": alpha.basis["rows"]},
         )
         yield whole
         if members:

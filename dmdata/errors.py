@@ -28,7 +28,15 @@ class FactualError(Exception):
         Value, expectation, remedy.
     **facts
         Become attributes: numbers and names a program may want to act on.
+
+    Attributes
+    ----------
+    exit_code : int
+        What a command that ends with the error tells its shell: 1 failed, 2 usage, 3 verification mismatch,
+        4 credentials or requester pays, 5 transient, 6 consent needed, 8 over the budget.
     """
+
+    exit_code = 1
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -59,9 +67,13 @@ class DmdataError(FactualError):
 class CatalogError(DmdataError, ValueError):
     """A name, alpha or column the catalog does not have; `nearest` lists valid ones."""
 
+    exit_code = 2
+
 
 class SelectionError(DmdataError, ValueError):
     """A selection that does not fit the array; `shape` is the array's."""
+
+    exit_code = 2
 
 
 class FormatError(DmdataError, ValueError):
@@ -71,18 +83,28 @@ class FormatError(DmdataError, ValueError):
 class BudgetError(DmdataError):
     """A read that would pass a budget, refused before any byte; `usd`, `remaining_usd` and `limit_usd`."""
 
+    exit_code = 8
+
 
 class AccessError(DmdataError, PermissionError):
     """The source refused; `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied."""
 
+    exit_code = 4
+
 
 class SourceError(DmdataError, OSError):
-    """The transport failed although it was tried again; `url` and `n_tries`."""
+    """The transport failed although it was tried again; `url`, `transient` and `n_tries`."""
+
+    exit_code = 5
 
 
 class ObjectMissingError(SourceError, FileNotFoundError):
     """No object has this key or path; `url`."""
 
+    exit_code = 1
+
 
 class IntegrityError(DmdataError):
     """The object changed between two reads, or bytes differ from their digest; `url`."""
+
+    exit_code = 3

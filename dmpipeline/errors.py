@@ -24,6 +24,8 @@ class DmpipelineError(FactualError):
 class SpecError(DmpipelineError, ValueError):
     """A description or an argument that cannot be used; the message names field, value and remedy."""
 
+    exit_code = 2
+
 
 class RunError(DmpipelineError):
     """A run directory in the wrong state; `path` names it."""
@@ -43,6 +45,8 @@ class TrainingError(DmpipelineError):
 
 class VerificationError(DmpipelineError):
     """Stored data differ from what was specified; `findings` lists how."""
+
+    exit_code = 3
 
 
 class ConvergenceError(DmpipelineError):

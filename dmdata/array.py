@@ -1,0 +1,295 @@
+"""An artifact as a lazy array: shape and dtype now, dollars before bytes, bytes when indexed.
+
+Indexing plans the exact byte ranges, reserves their price, and fetches them into the answer. Arrays of a local Zarr
+store (a run of dmpipeline, a mirror) are the same type and cost nothing. A `LazyArray` pickles as name, layout and
+address, never with credentials, and its repr touches nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from dmdata.errors import FormatError, IntegrityError
+from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.formats import Layout
+from dmdata.headers import forget_header
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
+from dmdata.plan import ReadPlan, plan_read, product_array
+from dmdata.prices import LINK, PRICES, Destination, Estimate, quote, readable_bytes
+from dmdata.selection import Selection, select
+
+_LOCAL_GAP_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class InObject:
+    """Elements in one object, read by byte ranges; `etag` is that of the header's reading."""
+
+    transport: Transport
+    etag: str | None
+
+    @property
+    def url(self) -> str:
+        """Where the object is."""
+        return self.transport.address.url
+
+    def plan(self, layout: Layout, selection: Selection) -> ReadPlan:
+        """Plan a read: the cheapest way from a paid source, a quick one from a free source."""
+        address = self.transport.address
+        if address.requester_pays:
+            gap = PRICES.break_even_gap_bytes(self.transport.destination)
+        else:
+            gap = _LOCAL_GAP_BYTES if address.is_local else LINK.break_even_gap_bytes
+        return plan_read(layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
+
+    def read(
+        self, layout: Layout, selection: Selection, *, progress: Callable[[int], object] | None
+    ) -> npt.NDArray[Any]:
+        """Fetch a selection."""
+        plan = self.plan(layout, selection)
+        try:
+            return product_array(plan, self.transport.fetch(plan, etag=self.etag, progress=progress))
+        except IntegrityError:
+            forget_header(self.transport.address)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class InZarr:
+    """Elements in an array of a local Zarr store, free to read."""
+
+    url: str
+
+    def open(self) -> zarr.Array[Any]:
+        """Open the array, read-only."""
+        try:
+            opened = zarr.open_array(self.url, mode="r")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{self.url} is no readable Zarr array: {error}", url=self.url) from error
+        return opened
+
+    def read(
+        self, layout: Layout, selection: Selection, *, progress: Callable[[int], object] | None
+    ) -> npt.NDArray[Any]:
+        """Read a selection."""
+        if selection.n_elements == 0:
+            return np.empty(selection.shape, layout.dtype)
+        wanted = tuple(
+            slice(indices.start, indices.stop, indices.step) if isinstance(indices, range) else indices
+            for indices in selection.distinct
+        )
+        product = np.asarray(self.open().oindex[wanted])
+        if progress:
+            progress(product.nbytes)
+        return selection.answer(product)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LazyArray:
+    """An array that is read when it is indexed. Made by `dmdata.open`.
+
+    Attributes
+    ----------
+    name : str
+        In its catalog, or the address it was opened by.
+    dims : tuple of str
+        Names of the dimensions, as ("model", "test_example").
+    layout : Layout
+        Where the elements lie; for a Zarr array, where they would lie in a ``.npy``, which is what it is priced by.
+    body : InObject or InZarr
+        Where they are read from.
+
+    Examples
+    --------
+    >>> import dmdata
+    >>> masks = dmdata.open("cifar/50pct/train_masks")  # doctest: +SKIP
+    >>> masks.estimate(np.s_[:1000]).usd                # doctest: +SKIP
+    0.0041924
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    layout: Layout
+    body: InObject | InZarr
+
+    __iter__ = None  # would be a request a row: index a block of rows instead
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element."""
+        return self.layout.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.nbytes // self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.layout.n_bytes
+
+    @property
+    def url(self) -> str:
+        """Where the elements are."""
+        return self.body.url
+
+    @property
+    def identity(self) -> str:
+        """What tells this object from a later one at the same address: address and etag."""
+        etag = self.body.etag if isinstance(self.body, InObject) else None
+        return f"{self.url} {etag}" if etag else self.url
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("an array without dimensions has no length; its shape is ()")
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        """Read a selection as NumPy would give it; several index arrays are refused, see `oindex`.
+
+        Raises
+        ------
+        SelectionError
+            If it does not fit; nothing is read.
+        BudgetError
+            If it would cost more than a budget has left; nothing is read.
+        IntegrityError
+            If the object changed since it was opened.
+        AccessError, SourceError
+            If it cannot be read.
+        """
+        return self.read(select(key, self.shape, orthogonal=False))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError(f"{self.name} is not in memory, so it cannot be had without a copy")
+        return self[...].astype(dtype, copy=False) if dtype is not None else self[...]
+
+    def __repr__(self) -> str:
+        dims = ", ".join(f"{dim}: {size:,}" for dim, size in zip(self.dims, self.shape, strict=True))
+        return f"<LazyArray {self.name} ({dims}) {self.dtype}, {readable_bytes(self.nbytes)} at {self.url}>"
+
+    @property
+    def oindex(self) -> "OrthogonalIndex":
+        """Index each axis by itself: ``a.oindex[rows, columns]`` reads their product."""
+        return OrthogonalIndex(self)
+
+    def read(self, selection: Selection, *, progress: Callable[[int], object] | None = None) -> npt.NDArray[Any]:
+        """Read a selection made by `dmdata.selection.select`; `progress` is told of bytes as they arrive."""
+        return self.body.read(self.layout, selection, progress=progress)
+
+    def require_budget(self, selection: Selection) -> None:
+        """Refuse work of several reads, before its first byte, if a budget would not let it end.
+
+        Raises
+        ------
+        BudgetError
+        """
+        if isinstance(self.body, InObject):
+            plan = self.body.plan(self.layout, selection)
+            self.body.transport.require_budget(n_bytes=plan.n_bytes, n_requests=plan.n_requests)
+
+    def plan(self, key: Any = ..., *, to: str = Destination.INTERNET) -> ReadPlan:
+        """Plan the cheapest byte ranges of a selection, without reading anything.
+
+        Parameters
+        ----------
+        key : index
+            As in ``[]``; several index arrays mean their product.
+        to : {"internet", "same-region", "cross-region"}
+        """
+        selection = select(key, self.shape, orthogonal=True)
+        gap = PRICES.break_even_gap_bytes(Destination(to))
+        return plan_read(self.layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
+
+    def estimate(self, key: Any = ..., *, to: str | None = None) -> Estimate:
+        """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
+
+        For a free source this is what the same read would cost from a release in a requester-pays bucket.
+
+        Parameters
+        ----------
+        key : index
+            As in ``[]``; several index arrays mean their product.
+        to : {"internet", "same-region", "cross-region"}, optional
+            Where the bytes go; by default where the array was opened for.
+        """
+        default = self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
+        selection = select(key, self.shape, orthogonal=True)
+        return estimate_read(self.layout, selection, to=Destination(to or default))
+
+    def mirror(
+        self,
+        destination: str | Path,
+        *,
+        rows: Any = slice(None),
+        columns: Any = slice(None),
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> zarr.Array[Any]:
+        """Copy the array, or some rows and columns of it, into a Zarr array; run again to resume.
+
+        Parameters
+        ----------
+        destination : path
+            Directory of the Zarr array.
+        rows, columns : slice or index array
+            Of the first two axes.
+        memory_bytes : int
+            Bound on the memory of the copy.
+        progress : callable, optional
+            Called with a `dmdata.mirror.Progress` after each block of rows.
+
+        Raises
+        ------
+        SelectionError, BudgetError, IntegrityError, AccessError, SourceError
+            See `dmdata.mirror.mirror`; what is complete stays.
+        """
+        key = (rows, columns)[: self.ndim] if self.ndim > 1 else (rows,)
+        selection = select(key, self.shape, orthogonal=True)
+        return mirror(self, Path(destination), selection=selection, memory_bytes=memory_bytes, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class OrthogonalIndex:
+    """``array.oindex``: each axis indexed by itself, as ``np.ix_`` would."""
+
+    array: LazyArray
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        return self.array.read(select(key, self.array.shape, orthogonal=True))
+
+
+def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> Estimate:
+    """Price a read the cheapest way and the fastest way.
+
+    Parameters
+    ----------
+    layout : Layout
+    selection : Selection
+    to : Destination
+
+    Returns
+    -------
+    estimate : Estimate
+    """
+    gaps = {PRICES.break_even_gap_bytes(to), LINK.break_even_gap_bytes}
+    plans = [plan_read(layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES) for gap in gaps]
+    quotes = [quote(plan.n_bytes, plan.n_requests, to) for plan in plans]
+    return Estimate(min(quotes, key=lambda q: (q.usd, q.seconds)), min(quotes, key=lambda q: (q.seconds, q.usd)), to)

@@ -1,0 +1,374 @@
+"""The ``dmdata`` command: list, describe, price, download and mirror what a catalog holds, and show what was spent."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from rich.progress import DownloadColumn, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from dmdata import ledger, release
+from dmdata.catalog import Artifact, Catalog
+from dmdata.console import Talk, ask_consent, run, talk_options
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress
+from dmdata.prices import GIB, PRICES, Destination, Estimate, readable_bytes, readable_usd
+from dmdata.selection import parse_selection
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of ``dmdata``."""
+    run(commands, arguments, name="dmdata")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dmdata")
+def commands() -> None:
+    """Read a requester-pays release of datamodels: lazily, exactly, and with the price known first."""
+
+
+def _option_catalog(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--catalog",
+        metavar="FILE",
+        help="catalog.yaml, a folder with one, or its URL. [default: $DMDATA_CATALOG, else the published release's]",
+    )(command)
+
+
+def _option_to(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--to",
+        type=click.Choice([str(destination) for destination in Destination]),
+        default=str(Destination.INTERNET),
+        show_default=True,
+        help="Where the bytes go: decides the price of a byte.",
+    )(command)
+
+
+def _options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
+        click.option("--max-cost", type=float, metavar="USD", help="Fail before spending more than this."),
+        click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
+    ):
+        command = option(command)
+    return _option_to(_option_catalog(command))
+
+
+@commands.command("ls")
+@click.argument("patterns", nargs=-1)
+@_option_catalog
+@talk_options
+def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -> None:
+    """List artifacts by name or glob, with shape, size and what fetching each would cost.
+
+    Without PATTERNS everything is listed. '*' stands for any text within one part of a name, '**' for any parts.
+    """
+    known = release.load_catalog(catalog)
+    priced = release.price_artifacts(known.match(patterns or ("**",)), to=Destination.INTERNET)
+    table = Table("artifact", "shape", "dtype", "size", "to the internet", box=None, header_style="bold")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for artifact, price in priced:
+        table.add_row(
+            artifact.name, *_shape_and_dtype(artifact), readable_bytes(artifact.n_bytes), readable_usd(price.usd)
+        )
+    talk.print_data(
+        {"artifacts": [_artifact_facts(artifact) | {"usd": price.usd} for artifact, price in priced]}, table
+    )
+
+
+@commands.command("info")
+@click.argument("name")
+@_option_catalog
+@talk_options
+def describe(talk: Talk, name: str, catalog: str | None) -> None:
+    """Show all that is known of NAME, an artifact or a dataset, and for each fact how it is known."""
+    known = release.load_catalog(catalog)
+    if name in known.datasets:
+        _describe_dataset(talk, known, name)
+        return
+    artifact = known.find(name)
+    data = _artifact_facts(artifact) | {
+        "url": artifact.url,
+        "requester_pays": artifact.source.requester_pays,
+        "fit_rows": artifact.rows.fit,
+        "evaluation_rows": artifact.rows.evaluation,
+        "basis": {fact: str(basis) for fact, basis in artifact.basis.items()},
+        "note": artifact.stored.note,
+    }
+    table = Table("fact", "value", "basis", box=None, header_style="bold")
+    shape, dtype = _shape_and_dtype(artifact)
+    basis = artifact.basis
+    rows = {"key": artifact.url, "shape": shape, "dtype": dtype, "n_bytes": f"{artifact.n_bytes:,}"}
+    for fact, value in rows.items():
+        table.add_row(fact, value, str(basis.get(fact, "")))
+    if artifact.schema is not None:
+        table.add_row("dims", ", ".join(artifact.schema.dims), str(basis.get("dims", "")))
+    table.add_row("fit rows", _rows(artifact.rows.fit), str(basis.get("rows", "")))
+    table.add_row("evaluation rows", _rows(artifact.rows.evaluation), str(basis.get("rows", "")))
+    table.add_row("paid by", "the reader (requester pays)" if artifact.source.requester_pays else "nobody", "")
+    if artifact.stored.note:
+        table.add_row("note", artifact.stored.note, "")
+    talk.print_data(data, table)
+
+
+@commands.command("estimate")
+@click.argument("patterns", nargs=-1, required=True)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
+@click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
+@_option_to
+@_option_catalog
+@talk_options
+def estimate(
+    talk: Talk, patterns: tuple[str, ...], exclude: tuple[str, ...], select: str | None, to: str, catalog: str | None
+) -> None:
+    """Price artifacts before a byte moves, by the catalog alone: no network, no credentials."""
+    known = release.load_catalog(catalog)
+    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to)
+    total = release.total_of([price for _, price in priced], to=to)
+    _print_estimate(talk, priced, total)
+
+
+@commands.command("get")
+@click.argument("name")
+@click.option("-o", "--output", metavar="PATH", help="File or folder. [default: the object's own name]")
+@_options_spending
+@talk_options
+def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
+    """Download the object of NAME as it is. Run again to resume."""
+    known = release.load_catalog(spending["catalog"])
+    artifact = known.find(known.find(name).object_name)
+    with _paid_for(talk, [artifact], None, f"downloading {artifact.name}", **spending) as agreed:
+        if not agreed:
+            return
+        with talk.progress(DownloadColumn(), _Dollars(artifact, spending["to"])) as bars:
+            bar = bars.add_task(artifact.name, total=artifact.n_bytes)
+            path = release.get(
+                artifact.name,
+                output,
+                to=spending["to"],
+                catalog=known,
+                progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            )
+    talk.print_data(
+        {"path": str(path), "bytes": path.stat().st_size}, _lines(f"{path}", readable_bytes(path.stat().st_size))
+    )
+
+
+@commands.command("mirror")
+@click.argument("patterns", nargs=-1, required=True)
+@click.argument("destination")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
+@click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')
+@click.option("--memory", type=int, metavar="MIB", default=DEFAULT_MEMORY_BYTES >> 20, show_default=True)
+@_options_spending
+@talk_options
+def mirror(
+    talk: Talk,
+    patterns: tuple[str, ...],
+    destination: str,
+    exclude: tuple[str, ...],
+    select: str | None,
+    memory: int,
+    **spending: Any,
+) -> None:
+    """Copy artifacts into a chunked Zarr store at DESTINATION. Run again to resume.
+
+    One exact name makes DESTINATION that array; globs or several names make it a group.
+    """
+    known = release.load_catalog(spending["catalog"])
+    artifacts = known.match(patterns, exclude=exclude)
+    rows, columns = _rows_and_columns(select, artifacts)
+    with _paid_for(talk, artifacts, select, f"mirroring {', '.join(patterns)}", **spending) as agreed:
+        if not agreed:
+            return
+        with talk.progress(TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows")) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(name: str, done: Progress) -> None:
+                if name not in tasks:
+                    tasks[name] = bars.add_task(name, total=done.n_rows_total)
+                bars.update(tasks[name], completed=done.n_rows)
+
+            release.mirror(
+                patterns[0] if len(patterns) == 1 else patterns,
+                destination,
+                rows=rows,
+                columns=columns,
+                exclude=exclude,
+                to=spending["to"],
+                catalog=known,
+                memory_bytes=memory << 20,
+                progress=show,
+            )
+    names = [artifact.name for artifact in artifacts]
+    talk.print_data({"destination": destination, "artifacts": names}, _lines(destination, f"{len(names)} artifacts"))
+
+
+@commands.command("spend")
+@click.option("--by", type=click.Choice(["day", "artifact", "destination", "state"]), help="Group by.")
+@talk_options
+def spend(talk: Talk, by: ledger.Grouping | None) -> None:
+    """Show what was spent through this machine's ledger: list prices, upper bound."""
+    books = ledger.Ledger(ledger.home())
+    total = books.spent().get("total", ledger.Spending(0.0, 0, 0, 0))
+    data: dict[str, Any] = _spending_facts(total)
+    table = Table(by or "", "dollars", "bytes", "requests", "reads", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    groups = books.spent(by=by) if by else {}
+    for name, part in (groups | {"total": total}).items():
+        table.add_row(
+            name, readable_usd(part.usd), readable_bytes(part.n_bytes), f"{part.n_requests:,}", f"{part.n_reads:,}"
+        )
+    if by:
+        data[f"by_{by}"] = {name: _spending_facts(part) for name, part in groups.items()}
+    talk.print_data(data, table)
+    talk.remark(f"ledger: {books.path}")
+
+
+def _spending_facts(part: ledger.Spending) -> dict[str, float]:
+    return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
+
+
+@contextlib.contextmanager
+def _paid_for(
+    talk: Talk,
+    artifacts: list[Artifact],
+    key: str | None,
+    what: str,
+    *,
+    to: str,
+    catalog: str | None,
+    dry_run: bool,
+    max_cost: float | None,
+    yes: bool,
+) -> Any:
+    """Price the work, ask where it costs something, and hold its budget while it runs; yields whether to go on."""
+    del catalog
+    priced = release.price_artifacts(artifacts, key=key, to=to)
+    total = release.total_of([price for _, price in priced], to=to)
+    if dry_run:
+        _print_estimate(talk, priced, total)
+        yield False
+        return
+    paid = [price for artifact, price in priced if artifact.source.requester_pays]
+    with contextlib.ExitStack() as stack:
+        if max_cost is not None:
+            stack.enter_context(ledger.budget(usd=max_cost))
+        if paid:
+            price = release.total_of(paid, to=to)
+            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=what)
+            ask_consent(talk, price, what=what, agreed=yes)
+        yield True
+
+
+def _print_estimate(talk: Talk, priced: list[tuple[Artifact, Estimate]], total: Estimate) -> None:
+    def facts(price: Estimate) -> dict[str, Any]:
+        best = {"bytes": price.n_bytes, "requests": price.n_requests, "usd": price.usd, "usd_low": price.usd_low}
+        return best | {"usd_high": price.usd_high, "seconds": price.seconds}
+
+    data = facts(total) | {
+        "to": str(total.destination),
+        "price_date": total.price_date,
+        "artifacts": [{"name": artifact.name} | facts(price) for artifact, price in priced],
+    }
+    data["fastest"] = {name: getattr(total.fastest, f"n_{name}") for name in ("bytes", "requests")}
+    data["fastest"] |= {"usd": total.fastest.usd, "seconds": total.fastest.seconds}
+    table = Table(
+        "artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold", show_footer=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for artifact, price in priced:
+        table.add_row(artifact.name, *_quote_cells(price.cheapest))
+    table.add_section()
+    table.add_row("total, cheapest", *_quote_cells(total.cheapest), style="bold")
+    if total.fastest != total.cheapest:
+        table.add_row("total, fastest", *_quote_cells(total.fastest))
+    talk.print_data(data, table)
+    talk.remark(
+        f"between {readable_usd(total.usd_low)} (an untouched free tier) and {readable_usd(total.usd_high)}, at list "
+        f"prices of {PRICES.date} to {total.destination}; seconds assume 16 connections of 50 MB/s"
+    )
+
+
+def _quote_cells(way: Any) -> tuple[str, str, str, str]:
+    return readable_bytes(way.n_bytes), f"{way.n_requests:,}", readable_usd(way.usd), f"{way.seconds:,.1f}"
+
+
+def _describe_dataset(talk: Talk, known: Catalog, name: str) -> None:
+    dataset = known.datasets[name]
+    facts = {"title": dataset.title, "n_train": dataset.n_train, "n_test": dataset.n_test}
+    facts |= {"n_classes": dataset.n_classes, "example_order": dataset.example_order}
+    about = Table("fact", "value", "basis", box=None, header_style="bold")
+    for fact, value in facts.items():
+        about.add_row(fact, f"{value:,}" if isinstance(value, int) else str(value), str(dataset.basis.get(fact, "")))
+    about.add_row("alphas", ", ".join(dataset.alphas), "")
+    sizes: list[dict[str, Any]] = []
+    for record in known.published_sizes:
+        if record.artifacts[0].startswith(f"{name}/"):
+            derived = sum(artifact.n_bytes for artifact in known.match(record.artifacts)) / GIB
+            sizes.append({"artifacts": record.artifacts, "published_gib": record.gib, "derived_gib": derived})
+    tables = [about]
+    if sizes:
+        table = Table("size of", "published, GiB", "from the shapes, GiB", box=None, header_style="bold")
+        for size in sizes:
+            table.add_row(" + ".join(size["artifacts"]), f"{size['published_gib']:,g}", f"{size['derived_gib']:,.1f}")
+        tables.append(table)
+    talk.print_data({"name": name} | facts | {"alphas": list(dataset.alphas), "sizes": sizes}, *tables)
+
+
+def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
+    schema = artifact.schema
+    return {
+        "name": artifact.name,
+        "shape": list(schema.shape) if schema else None,
+        "dtype": schema.dtype if schema else None,
+        "dims": list(schema.dims) if schema else None,
+        "bytes": artifact.n_bytes,
+        "key": artifact.stored.key,
+        "format": artifact.stored.format,
+        "members": list(artifact.stored.members),
+    }
+
+
+def _shape_and_dtype(artifact: Artifact) -> tuple[str, str]:
+    if artifact.schema is None:
+        dtypes = {member.dtype for member in artifact.stored.members.values()}
+        return " + ".join(artifact.stored.members), ", ".join(sorted(dtypes))
+    return " x ".join(f"{size:,}" for size in artifact.schema.shape), artifact.schema.dtype
+
+
+def _rows(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]:,} to {bounds[1]:,}"
+
+
+def _lines(*texts: str) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_row(*texts)
+    return table
+
+
+class _Dollars(ProgressColumn):
+    """What the bytes so far cost."""
+
+    def __init__(self, artifact: Artifact, to: str) -> None:
+        super().__init__()
+        self._usd_per_byte = PRICES.usd_per_byte(Destination(to)) if artifact.source.requester_pays else 0.0
+
+    def render(self, task: Task) -> Text:
+        """Write the dollars of the bytes that are complete."""
+        return Text(readable_usd(task.completed * self._usd_per_byte))
+
+
+def _rows_and_columns(select: str | None, artifacts: list[Artifact]) -> tuple[Any, Any]:
+    """Split a written selection into the rows and columns of every artifact."""
+    if select is None:
+        return slice(None), slice(None)
+    shape = min((artifact.schema.shape for artifact in artifacts if artifact.schema), key=len, default=())
+    axes = [*parse_selection(select, shape).axes, slice(None)]
+    rows, columns = (slice(axis.start, axis.stop, axis.step) if isinstance(axis, range) else axis for axis in axes[:2])
+    return rows, columns

@@ -1,0 +1,139 @@
+"""Download an object as it is: resumable, checked, and under its final name only when complete.
+
+Blocks are fetched whole and appended in order to a ``.part`` file, so its size says how far it is; a ``.part.json``
+beside it says of which object. An interrupted download goes on from there and pays only for the block in flight.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dmdata.errors import DmdataError, FormatError, IntegrityError, SourceError
+from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.formats import Layout, npy_layout, pt_layouts
+from dmdata.plan import plan_read
+from dmdata.selection import select
+from dmdata.source import ObjectState
+
+_BLOCK_BYTES = 4 * MAX_RANGE_BYTES
+
+
+def download(
+    transport: Transport,
+    path: Path,
+    *,
+    kind: Literal["npy", "pt"],
+    sha256: str | None,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Download an object to a file.
+
+    Parameters
+    ----------
+    transport : Transport
+    path : Path
+        Final name; nothing is there before the download is complete and checked.
+    kind : {"npy", "pt"}
+        What its header must be.
+    sha256 : str or None
+        What its digest must be.
+    progress : callable or None
+        Called with bytes complete and bytes in all.
+
+    Raises
+    ------
+    FormatError, IntegrityError
+        If the object is damaged or changed meanwhile; nothing of it is kept.
+    BudgetError, AccessError, ObjectMissingError, SourceError
+        What is complete stays for the next try.
+    """
+    _, state = transport.start(1)
+    part = _Part(path)
+    try:
+        part.begin(state)
+        _append_missing(transport, state, part, progress)
+        _check(part.path, transport.address.url, kind, sha256)
+        part.path.replace(path)
+        part.about.unlink(missing_ok=True)
+    except (FormatError, IntegrityError):
+        part.discard()
+        raise
+    except OSError as error:
+        if isinstance(error, DmdataError):
+            raise
+        raise SourceError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A download under way, beside its final name."""
+
+    final: Path
+
+    @property
+    def path(self) -> Path:
+        return self.final.with_name(self.final.name + ".part")
+
+    @property
+    def about(self) -> Path:
+        return self.final.with_name(self.final.name + ".part.json")
+
+    def begin(self, state: ObjectState) -> None:
+        """Keep what is there of this same object; else begin anew."""
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"n_bytes": state.n_bytes, "etag": state.etag}
+        try:
+            same = json.loads(self.about.read_text()) == facts
+        except (OSError, ValueError):
+            same = False
+        if not same or not self.path.exists():
+            self.path.write_bytes(b"")
+            self.about.write_text(json.dumps(facts))
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.about.unlink(missing_ok=True)
+
+
+def _append_missing(
+    transport: Transport, state: ObjectState, part: _Part, progress: Callable[[int, int], object] | None
+) -> None:
+    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    with part.path.open("r+b") as file:
+        # a block cut short by a crash while it was written is fetched again
+        done = file.seek(0, os.SEEK_END) // _BLOCK_BYTES * _BLOCK_BYTES
+        file.seek(done)
+        n_missing = state.n_bytes - done
+        transport.require_budget(n_bytes=n_missing, n_requests=-(-n_missing // MAX_RANGE_BYTES))
+        while done < state.n_bytes:
+            stop = min(done + _BLOCK_BYTES, state.n_bytes)
+            block = select(slice(done, stop), layout.shape, orthogonal=False)
+            plan = plan_read(layout, block, max_gap_bytes=0, max_range_bytes=MAX_RANGE_BYTES)
+            file.write(transport.fetch(plan, etag=state.etag).data)
+            file.flush()
+            done = stop
+            if progress:
+                progress(done, state.n_bytes)
+
+
+def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None) -> None:
+    with path.open("rb") as file:
+        if sha256 and (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+            raise IntegrityError(
+                f"{url} has SHA-256 {digest}, its catalog says {sha256}; nothing was kept; ask its publisher which is "
+                "right",
+                url=url,
+            )
+
+        def read_at(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        layouts = pt_layouts if kind == "pt" else npy_layout
+        layouts(read_at, object_bytes=path.stat().st_size, url=url)

@@ -1,0 +1,251 @@
+"""Run a plan under a budget: reserve, fetch ranges concurrently into the destination, settle on what was received.
+
+Memory is bounded by the destination plus one range a connection. A broken transfer is tried again with backoff from
+the byte it broke at; a refusal or a missing object never is. Ctrl-C stops all connections at their next megabyte.
+Free sources are read the same way, without ledger or budget.
+"""
+
+import itertools
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmdata.errors import SourceError
+from dmdata.ledger import Ledger, Reservation, home
+from dmdata.plan import ReadPlan, land
+from dmdata.prices import Destination, quote
+from dmdata.source import Address, ObjectState, connect
+
+MAX_RANGE_BYTES = 16 << 20
+"""Longest request: a transport's time-out covers a whole body, and what breaks must not be large."""
+
+CONNECTIONS = 8
+_TRIES_WITHOUT_PROGRESS = 6
+_LONGEST_PAUSE_SECONDS = 8.0
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that arrived since the last call, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """Budgeted access to one object.
+
+    Attributes
+    ----------
+    address : Address
+    artifact : str
+        Name in the books.
+    destination : Destination
+        Decides the price of a byte.
+    """
+
+    address: Address
+    artifact: str
+    destination: Destination = Destination.INTERNET
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        """Read up to `n_bytes` from the start, and learn the object's size and etag.
+
+        Raises
+        ------
+        BudgetError, AccessError, ObjectMissingError, SourceError
+        """
+        meter = self._meter(n_bytes, 1)
+        try:
+            source = connect(self.address)
+            head, state = _patiently(lambda: source.start(n_bytes), meter, threading.Event())
+            meter.received(len(head))
+            return head, state
+        finally:
+            meter.settle()
+
+    def read(self, start: int, stop: int, *, etag: str | None) -> bytes:
+        """Read one range.
+
+        Raises
+        ------
+        BudgetError, IntegrityError, AccessError, ObjectMissingError, SourceError
+        """
+        buffer = bytearray(stop - start)
+        meter = self._meter(len(buffer), 1)
+        try:
+            self._fill(memoryview(buffer), start, etag, meter, threading.Event())
+        finally:
+            meter.settle()
+        return bytes(buffer)
+
+    def fetch(self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+        """Read what a plan asks for.
+
+        Parameters
+        ----------
+        plan : ReadPlan
+        etag : str or None
+            The object must still have it, at every request.
+        progress : callable, optional
+
+        Returns
+        -------
+        product : uint8 array, shape (plan.wanted_bytes,)
+            For `dmdata.plan.product_array`.
+
+        Raises
+        ------
+        BudgetError
+            Before the first byte.
+        IntegrityError
+            If the object changed meanwhile.
+        AccessError, ObjectMissingError, SourceError
+            If it cannot be read; what arrived until then is in the ledger.
+        """
+        product = np.empty(plan.wanted_bytes, np.uint8)
+        if not plan.n_requests:
+            return product
+        meter = self._meter(plan.n_bytes, plan.n_requests, progress)
+        stop = threading.Event()
+        next_range = itertools.count()
+
+        def work() -> None:
+            while not stop.is_set() and (nth := next(next_range)) < plan.n_requests:
+                self._fetch_range(plan, nth, product, etag, meter, stop)
+
+        try:
+            _run_in_threads(work, min(CONNECTIONS, plan.n_requests), stop)
+        finally:
+            meter.settle()
+        return product
+
+    def require_budget(self, *, n_bytes: int, n_requests: int) -> None:
+        """Refuse work of several reads, before its first byte, if a budget would not let it end.
+
+        Raises
+        ------
+        BudgetError
+        """
+        if self.address.requester_pays:
+            price = quote(n_bytes, n_requests, self.destination)
+            Ledger(home()).check(usd=price.usd, artifact=self.artifact)
+
+    def _fetch_range(
+        self,
+        plan: ReadPlan,
+        nth: int,
+        product: npt.NDArray[np.uint8],
+        etag: str | None,
+        meter: "_Meter",
+        stop: threading.Event,
+    ) -> None:
+        first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
+        start, n_bytes = int(plan.range_starts[nth]), int(plan.range_stops[nth] - plan.range_starts[nth])
+        target = product[plan.landing[first] : plan.landing[last]]
+        if len(target) == n_bytes:
+            self._fill(target.data, start, etag, meter, stop)
+            return
+        received = np.empty(n_bytes, np.uint8)
+        self._fill(received.data, start, etag, meter, stop)
+        if not stop.is_set():
+            land(plan, nth, received, product)
+
+    def _fill(self, buffer: memoryview, start: int, etag: str | None, meter: "_Meter", stop: threading.Event) -> None:
+        """Fill a buffer, going on after each broken transfer from where it broke."""
+        source = connect(self.address)
+        done = 0
+
+        def attempt() -> None:
+            nonlocal done
+            try:
+                source.read_into(buffer[done:], start + done, etag=etag, stopped=stop.is_set)
+                meter.received(len(buffer) - done)
+            except SourceError as error:
+                n_received = error.facts.get("n_received", 0)
+                meter.received(n_received)
+                done += n_received
+                raise
+
+        _patiently(attempt, meter, stop)
+
+    def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> "_Meter":
+        reservation = None
+        if self.address.requester_pays:
+            price = quote(n_bytes, n_requests, self.destination)
+            reservation = Ledger(home()).reserve(
+                usd=price.usd,
+                n_bytes=n_bytes,
+                n_requests=n_requests,
+                artifact=self.artifact,
+                destination=self.destination,
+            )
+        return _Meter(self.destination, reservation, n_requests, progress)
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Counts what one read sends and receives, in any thread, and settles its reservation by it."""
+
+    destination: Destination
+    reservation: Reservation | None
+    n_reserved: int
+    progress: Progress | None
+    n_bytes: int = 0
+    n_requests: int = 0
+    lock: Any = field(default_factory=threading.Lock)
+
+    def sending(self) -> None:
+        with self.lock:
+            self.n_requests += 1
+            beyond = self.n_requests > self.n_reserved
+        if beyond and self.reservation:
+            self.reservation.extend(usd=quote(0, 1, self.destination).usd)
+
+    def received(self, n_bytes: int) -> None:
+        with self.lock:
+            self.n_bytes += n_bytes
+        if self.progress and n_bytes:
+            self.progress(n_bytes)
+
+    def settle(self) -> None:
+        if self.reservation:
+            price = quote(self.n_bytes, self.n_requests, self.destination)
+            self.reservation.settle(usd=price.usd, n_bytes=self.n_bytes, n_requests=self.n_requests)
+
+
+def _patiently(attempt: Callable[[], Any], meter: _Meter, stop: threading.Event) -> Any:
+    """Make an attempt again and again while it fails for a passing reason, with growing random pauses."""
+    fruitless = 0
+    while True:
+        meter.sending()
+        try:
+            return attempt()
+        except SourceError as error:
+            if not error.facts.get("transient", False) or stop.is_set():
+                raise
+            fruitless = 0 if error.facts.get("n_received", 0) else fruitless + 1
+            if fruitless >= _TRIES_WITHOUT_PROGRESS:
+                raise SourceError(
+                    f"{error}; given up after {fruitless} tries in a row without a byte: try again later",
+                    **error.facts | {"n_tries": meter.n_requests},
+                ) from error
+            pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
+            stop.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
+
+
+def _run_in_threads(work: Callable[[], None], n_threads: int, stop: threading.Event) -> None:
+    """Run the same work in several threads; the first error, or Ctrl-C, stops them all and is raised."""
+    if n_threads == 1:
+        work()
+        return
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="dmdata-fetch") as pool:
+        futures = [pool.submit(work) for _ in range(n_threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for future in futures:
+        future.result()

@@ -1,0 +1,342 @@
+"""What was spent and what may still be: reservations, receipts and budgets in one SQLite file.
+
+Money is reserved before the first byte and settled on what was received after the last. Amounts are whole
+pico-dollars, and every reservation is one exclusive transaction, so that no number of threads, processes or hosts
+that share the file can pass a budget together, by however little.
+
+Three budgets hold, the tightest decides: dollars a calendar month (``DMDATA_MAX_COST``); dollars of one command with
+all its workers (``--max-cost``); dollars of one ``with dmdata.budget(usd=...)`` block, with the processes started in
+it. With none set, one dollar a process. What a killed process had reserved is counted as spent, since nobody can know
+what was billed for it: its reads show as ``lost``, an upper bound.
+"""
+
+import contextlib
+import math
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import platformdirs
+
+from dmdata.errors import BudgetError, DmdataError
+from dmdata.prices import readable_usd
+
+DEFAULT_PROCESS_USD = 1.0
+
+Grouping: TypeAlias = Literal["day", "artifact", "destination", "state"]
+
+_PICO = 10**12
+_SCOPES_VARIABLE = "DMDATA_BUDGETS"
+_LEASE_SECONDS = 24 * 3600.0
+_scopes: ContextVar[tuple[str, ...] | None] = ContextVar("dmdata_budgets", default=None)
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS budget (scope TEXT PRIMARY KEY, committed_pico INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS read (id TEXT PRIMARY KEY, "
+    "state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'lost')), at REAL NOT NULL, process TEXT NOT NULL, "
+    "artifact TEXT NOT NULL, destination TEXT NOT NULL, pico INTEGER NOT NULL, n_bytes INTEGER NOT NULL, "
+    "n_requests INTEGER NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS open_read ON read (state) WHERE state = 'reserved'",
+)
+_GROUPS: dict[Grouping | None, str] = {
+    None: "'total'",
+    "day": "date(at, 'unixepoch')",
+    "artifact": "artifact",
+    "destination": "destination",
+    "state": "state",
+}
+
+
+def home() -> Path:
+    """Find the directory of the ledger and of what is remembered between processes (``DMDATA_HOME``)."""
+    return Path(os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata"))
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What went through a ledger.
+
+    Attributes
+    ----------
+    usd : float
+        Dollars at list price, upper bound.
+    n_requests, n_bytes : int
+        Sent and received; for reads of killed processes, reserved.
+    n_reads : int
+        Reads behind these figures.
+    """
+
+    usd: float
+    n_requests: int
+    n_bytes: int
+    n_reads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Money set aside for one read; settled once, by what was received."""
+
+    ledger: "Ledger"
+    id: str
+    scopes: dict[str, int]
+    artifact: str
+
+    def extend(self, *, usd: float) -> None:
+        """Set more aside, for a request that must be sent again.
+
+        Raises
+        ------
+        BudgetError
+            If a budget would be passed; what was reserved stays reserved.
+        """
+        pico = _to_pico(usd)
+        with self.ledger.transaction() as connection:
+            _commit(connection, self.scopes, pico, artifact=self.artifact)
+            connection.execute("UPDATE read SET pico = pico + ? WHERE id = ?", (pico, self.id))
+
+    def settle(self, *, usd: float, n_bytes: int, n_requests: int) -> None:
+        """Replace the reservation by its receipt."""
+        pico = _to_pico(usd)
+        with self.ledger.transaction() as connection:
+            row = connection.execute("SELECT pico FROM read WHERE id = ?", (self.id,)).fetchone()
+            if row is None:
+                raise DmdataError(f"{self.ledger.path} has lost reservation {self.id}; was it removed meanwhile?")
+            _release(connection, self.scopes, row[0] - pico)
+            connection.execute(
+                "UPDATE read SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ? WHERE id = ?",
+                (time.time(), pico, n_bytes, n_requests, self.id),
+            )
+
+
+class Ledger:
+    """The ledger in one directory, which is made when first written to.
+
+    Parameters
+    ----------
+    directory : Path
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "ledger.sqlite"
+
+    def reserve(self, *, usd: float, n_bytes: int, n_requests: int, artifact: str, destination: str) -> Reservation:
+        """Set money aside under every budget that holds here.
+
+        Parameters
+        ----------
+        usd : float
+            Upper bound of the read's price.
+        n_bytes, n_requests : int
+            As planned.
+        artifact, destination : str
+            For the books.
+
+        Raises
+        ------
+        BudgetError
+            If a budget would be passed; nothing is reserved. `remaining_usd` and `limit_usd` are those of the budget.
+        """
+        reservation = Reservation(self, uuid.uuid4().hex, _active_scopes(), artifact)
+        pico = _to_pico(usd)
+        with self.transaction() as connection:
+            _count_killed_as_lost(connection)
+            _commit(connection, reservation.scopes, pico, artifact=artifact)
+            connection.execute(
+                "INSERT INTO read VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?)",
+                (reservation.id, time.time(), _process(), artifact, destination, pico, n_bytes, n_requests),
+            )
+        return reservation
+
+    def check(self, *, usd: float, artifact: str) -> None:
+        """Tell whether an amount fits every budget that holds here, without setting it aside.
+
+        Raises
+        ------
+        BudgetError
+            If it does not.
+        """
+        with self.transaction() as connection:
+            _check(connection, _active_scopes(), _to_pico(usd), artifact=artifact)
+
+    def spent(self, *, by: Grouping | None = None) -> dict[str, Spending]:
+        """Add up receipts and open reservations, by day (UTC), artifact, destination or state, or in one "total"."""
+        if not self.path.exists():
+            return {}
+        with self.transaction() as connection:
+            _count_killed_as_lost(connection)
+            rows = connection.execute(
+                f"SELECT {_GROUPS[by]}, SUM(pico), SUM(n_requests), SUM(n_bytes), COUNT(*) "  # noqa: S608 - from a dict
+                "FROM read GROUP BY 1 ORDER BY 1"
+            ).fetchall()
+        return {key: Spending(pico / _PICO, requests, size, count) for key, pico, requests, size, count in rows}
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Hold the file alone: all of the block is written, or nothing.
+
+        Raises
+        ------
+        DmdataError
+            If the file cannot be used. Then nothing may be spent.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # a connection each time: none is shared between threads, carried over a fork, or left open
+            with contextlib.closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                yield connection
+                connection.execute("COMMIT")
+        except (OSError, sqlite3.Error) as error:
+            raise DmdataError(
+                f"the ledger {self.path} cannot be used ({error}), so nothing is spent; set DMDATA_HOME to a "
+                "directory you can write to, or move a damaged ledger away",
+                path=str(self.path),
+            ) from error
+
+
+@contextlib.contextmanager
+def budget(*, usd: float) -> Iterator[None]:
+    """Refuse whatever would bring the reads made in this block, and in processes started in it, over `usd` dollars.
+
+    Blocks nest, and each of them holds.
+
+    Raises
+    ------
+    BudgetError
+        From the read that would pass it, before its first byte.
+    ValueError
+        If `usd` is negative or not a number.
+    """
+    if not (math.isfinite(usd) and usd >= 0):
+        raise ValueError(f"a budget of {usd} dollars; give a number of at least 0")
+    scopes = (*_blocks(), f"block:{uuid.uuid4().hex}={_to_pico(usd)}")
+    token = _scopes.set(scopes)
+    before = os.environ.get(_SCOPES_VARIABLE)
+    os.environ[_SCOPES_VARIABLE] = ",".join(scopes)
+    try:
+        yield
+    finally:
+        _scopes.reset(token)
+        if before is None:
+            os.environ.pop(_SCOPES_VARIABLE, None)
+        else:
+            os.environ[_SCOPES_VARIABLE] = before
+
+
+def _blocks() -> tuple[str, ...]:
+    """List the budget blocks this code runs in: of this context, else of the process that started this one."""
+    own = _scopes.get()
+    return own if own is not None else tuple(filter(None, os.environ.get(_SCOPES_VARIABLE, "").split(",")))
+
+
+def _active_scopes() -> dict[str, int]:
+    """List every budget that a read made now counts towards, with its limit in pico-dollars (-1: none)."""
+    limits = {}
+    for block in _blocks():
+        name, _, pico = block.partition("=")
+        limits[name] = int(pico)
+    monthly = os.environ.get("DMDATA_MAX_COST")
+    if not limits and not monthly:
+        limits[f"process:{_process()}"] = _to_pico(DEFAULT_PROCESS_USD)
+    # the month is counted even without a limit, so that one set later knows what was spent before
+    limits[f"month:{datetime.now(UTC):%Y-%m}"] = _monthly_limit(monthly) if monthly else -1
+    return limits
+
+
+def _monthly_limit(text: str) -> int:
+    try:
+        usd = float(text)
+    except ValueError:
+        usd = math.nan
+    if not (math.isfinite(usd) and usd >= 0):
+        raise BudgetError(f"DMDATA_MAX_COST is {text!r}; set it to dollars a month, such as 5.00")
+    return _to_pico(usd)
+
+
+def _commit(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *, artifact: str) -> None:
+    """Count an amount towards its budgets, or refuse it whole."""
+    _check(connection, scopes, pico, artifact=artifact)
+    connection.executemany(
+        "INSERT INTO budget VALUES (?, ?) ON CONFLICT (scope) DO UPDATE SET committed_pico = committed_pico + ?",
+        [(scope, pico, pico) for scope in scopes],
+    )
+
+
+def _check(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *, artifact: str) -> None:
+    for scope, limit in scopes.items():
+        row = connection.execute("SELECT committed_pico FROM budget WHERE scope = ?", (scope,)).fetchone()
+        committed = row[0] if row else 0
+        if limit >= 0 and committed + pico > limit:
+            raise _over_budget(scope, pico=pico, limit=limit, committed=committed, artifact=artifact)
+
+
+def _release(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> None:
+    connection.executemany(
+        "UPDATE budget SET committed_pico = committed_pico - ? WHERE scope = ?", [(pico, scope) for scope in scopes]
+    )
+
+
+def _over_budget(scope: str, *, pico: int, limit: int, committed: int, artifact: str) -> BudgetError:
+    usd, remaining, limit_usd = pico / _PICO, max(limit - committed, 0) / _PICO, limit / _PICO
+    kind = scope.partition(":")[0]
+    name, remedy = {
+        "month": ("month's budget", "raise DMDATA_MAX_COST"),
+        "block": ("budget in force", "raise it: --max-cost USD, or with dmdata.budget(usd=...)"),
+        "process": (
+            "default budget a process",
+            "raise it: with dmdata.budget(usd=...), --max-cost USD, or DMDATA_MAX_COST for a month",
+        ),
+    }[kind]
+    return BudgetError(
+        f"reading {artifact} would cost up to {readable_usd(usd)}, but the {name} of {readable_usd(limit_usd)} has "
+        f"{readable_usd(remaining)} left; nothing was fetched; read less or {remedy}",
+        usd=usd,
+        remaining_usd=remaining,
+        limit_usd=limit_usd,
+        artifact=artifact,
+    )
+
+
+def _count_killed_as_lost(connection: sqlite3.Connection) -> None:
+    """Close the reservations of processes that are gone; their amounts stay counted."""
+    rows = connection.execute("SELECT id, process, at FROM read WHERE state = 'reserved'").fetchall()
+    gone = [(read,) for read, process, at in rows if not _is_alive(process, at)]
+    connection.executemany("UPDATE read SET state = 'lost' WHERE id = ?", gone)
+
+
+def _process(pid: int | None = None) -> str:
+    """Name a process so that another one, later, with the same number is told apart."""
+    pid = os.getpid() if pid is None else pid
+    try:
+        # the 22nd field of proc(5)'s stat, counted behind the name, which may hold spaces
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = ""  # no /proc on this system: the number alone must do
+    return f"{socket.gethostname()}:{pid}:{started}"
+
+
+def _is_alive(process: str, reserved_at: float) -> bool:
+    host, pid, _ = process.rsplit(":", 2)
+    if host != socket.gethostname():
+        return time.time() - reserved_at < _LEASE_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process has the number; the start time tells whose
+    return _process(int(pid)) == process
+
+
+def _to_pico(usd: float) -> int:
+    return math.ceil(usd * _PICO)

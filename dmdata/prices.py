@@ -1,0 +1,221 @@
+"""What a transfer costs: a dated price table, and estimates with a lower and an upper bound.
+
+List prices in US regions; nobody but the account's owner knows its discounts, its other traffic of the month or its
+free tier. The dollars named by default are therefore an upper bound: as if the free tier were used up and the first
+price tier not yet. One GB is 2**30 bytes here, as on the bill.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+GIB = 1 << 30
+
+
+class Destination(StrEnum):
+    """Where the bytes go: decides what a byte costs."""
+
+    INTERNET = "internet"
+    SAME_REGION = "same-region"
+    CROSS_REGION = "cross-region"
+
+
+def readable_usd(usd: float) -> str:
+    """Write dollars with cents, or with two digits where cents would hide them.
+
+    >>> readable_usd(374.2), readable_usd(0.53), readable_usd(0.00012), readable_usd(0)
+    ('$374.20', '$0.53', '$0.00012', '$0.00')
+    """
+    if usd == 0 or abs(usd) >= 0.01:
+        return f"${usd:,.2f}"
+    return f"${usd:.{1 - math.floor(math.log10(abs(usd)))}f}"
+
+
+def readable_bytes(n_bytes: float) -> str:
+    """Write a size in binary units, GiB being what a bill calls GB.
+
+    >>> readable_bytes(999), readable_bytes(15_100_000_128)
+    ('999 B', '14.1 GiB')
+    """
+    unit, size = "B", float(n_bytes)
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        unit, size = larger, size / 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class PriceTable:
+    """List prices of one day.
+
+    Attributes
+    ----------
+    date : str
+        Day the list prices were last reviewed, ISO.
+    usd_per_get : float
+        A GET or HEAD request.
+    free_gib : float
+        GB to the internet that are free each month, over all services of the account.
+    internet_tiers : tuple of (float, float)
+        GB of the month up to which a price holds, and dollars a GB; the last reaches to infinity.
+    cross_region_usd_per_gib : tuple of float
+        Lowest and highest dollars a GB between US regions.
+    """
+
+    date: str
+    usd_per_get: float
+    free_gib: float
+    internet_tiers: tuple[tuple[float, float], ...]
+    cross_region_usd_per_gib: tuple[float, float]
+
+    def usd_per_byte(self, destination: Destination) -> float:
+        """Highest price of one byte."""
+        if destination is Destination.SAME_REGION:
+            return 0.0
+        if destination is Destination.CROSS_REGION:
+            return self.cross_region_usd_per_gib[1] / GIB
+        return self.internet_tiers[0][1] / GIB
+
+    def break_even_gap_bytes(self, destination: Destination) -> float:
+        """Unwanted bytes that cost as much as the request they save; infinity where bytes are free."""
+        per_byte = self.usd_per_byte(destination)
+        return self.usd_per_get / per_byte if per_byte else math.inf
+
+    def transfer_usd(self, n_bytes: int, destination: Destination, *, used_gib: float) -> float:
+        """Price bytes without their requests, after `used_gib` of the month went to the internet already."""
+        if destination is not Destination.INTERNET:
+            return n_bytes * self.usd_per_byte(destination)
+        usd, position, left = 0.0, used_gib, n_bytes / GIB
+        for limit, usd_per_gib in ((self.free_gib, 0.0), *self.internet_tiers):
+            part = min(left, max(limit - position, 0.0))
+            usd += part * usd_per_gib
+            position, left = position + part, left - part
+        return usd
+
+
+PRICES = PriceTable(
+    date="2026-11-22",
+    usd_per_get=0.0004 / 1000,
+    free_gib=100.0,
+    # the first tier ends 10 TB, the next 50 TB, the next 150 TB into the month
+    internet_tiers=((10_240.0, 0.09), (51_200.0, 0.085), (153_600.0, 0.07), (math.inf, 0.05)),
+    cross_region_usd_per_gib=(0.01, 0.02),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How fast a connection to the store is thought to be, for the seconds of an estimate.
+
+    Attributes
+    ----------
+    seconds_to_first_byte : float
+    bytes_per_second : float
+        Of one connection.
+    n_connections : int
+        Used at once.
+    """
+
+    seconds_to_first_byte: float = 0.03
+    bytes_per_second: float = 50e6
+    n_connections: int = 16
+
+    @property
+    def break_even_gap_bytes(self) -> float:
+        """Unwanted bytes that take as long as the request they save."""
+        return self.seconds_to_first_byte * self.bytes_per_second
+
+    def seconds(self, n_bytes: int, n_requests: int) -> float:
+        """Time of a transfer, all connections busy."""
+        at_once = max(min(self.n_connections, n_requests), 1)
+        return (n_requests * self.seconds_to_first_byte + n_bytes / self.bytes_per_second) / at_once
+
+
+LINK = Link()
+"""50 MB/s a connection and 30 ms to the first byte: an assumption, as of a good host outside the region."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """One way of reading a selection, priced.
+
+    Attributes
+    ----------
+    n_requests, n_bytes : int
+        As planned: what is fetched, gaps included.
+    usd, usd_low, usd_high : float
+        Dollars. ``usd`` is what a budget reserves: the upper bound. ``usd_low`` takes an untouched free tier and the
+        lowest list price.
+    seconds : float
+        By the assumed link.
+    """
+
+    n_requests: int
+    n_bytes: int
+    usd: float
+    usd_low: float
+    usd_high: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a read would cost, before a byte moves: the cheapest way, which reads take, and the fastest."""
+
+    cheapest: Quote
+    fastest: Quote
+    destination: Destination
+    price_date: str = PRICES.date
+
+    @property
+    def n_requests(self) -> int:
+        """Requests of the cheapest way."""
+        return self.cheapest.n_requests
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the cheapest way."""
+        return self.cheapest.n_bytes
+
+    @property
+    def usd(self) -> float:
+        """Dollars of the cheapest way: the upper bound a budget reserves."""
+        return self.cheapest.usd
+
+    @property
+    def usd_low(self) -> float:
+        """Lower bound: an untouched free tier, the lowest list price."""
+        return self.cheapest.usd_low
+
+    @property
+    def usd_high(self) -> float:
+        """Upper bound: free tier used up, highest list price."""
+        return self.cheapest.usd_high
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the cheapest way, by the assumed link."""
+        return self.cheapest.seconds
+
+
+def quote(
+    n_bytes: int, n_requests: int, destination: Destination, *, prices: PriceTable = PRICES, link: Link = LINK
+) -> Quote:
+    """Price a transfer.
+
+    Parameters
+    ----------
+    n_bytes : int
+    n_requests : int
+        GET or HEAD requests.
+    destination : Destination
+    prices : PriceTable
+    link : Link
+    """
+    requests_usd = n_requests * prices.usd_per_get
+    high = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=prices.free_gib)
+    low = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=0.0)
+    if destination is Destination.CROSS_REGION:
+        low = requests_usd + n_bytes / GIB * prices.cross_region_usd_per_gib[0]
+    return Quote(n_requests, n_bytes, usd=high, usd_low=low, usd_high=high, seconds=link.seconds(n_bytes, n_requests))

@@ -1,0 +1,348 @@
+"""Names to arrays: open, price, download and mirror what a catalog lists.
+
+The catalog is, in this order: the one handed in, ``DMDATA_CATALOG``, the published release's. It may be a file, a
+folder with a ``catalog.yaml``, or the URL of one, so that what was regenerated here, what another lab published and
+what the authors released are opened by the same call.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import zarr
+
+from dmdata.array import InObject, InZarr, LazyArray, estimate_read
+from dmdata.catalog import Artifact, Catalog, bundled, load_file
+from dmdata.download import download
+from dmdata.errors import CatalogError, DmdataError, SelectionError
+from dmdata.fetch import Transport
+from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
+from dmdata.headers import NPY, read_header
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress
+from dmdata.prices import Destination, Estimate, quote
+from dmdata.selection import parse_selection, select
+from dmdata.source import Address
+
+CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
+
+_LONGEST_CATALOG_BYTES = 4 << 20
+
+
+class CatalogMismatchWarning(UserWarning):
+    """An object's header and its catalog disagree; the header is believed."""
+
+
+def load_catalog(catalog: CatalogLike = None) -> Catalog:
+    """Find the catalog to use.
+
+    Parameters
+    ----------
+    catalog : Catalog, path or URL, optional
+        By default ``DMDATA_CATALOG``, else the published release's, which comes with the package.
+
+    Raises
+    ------
+    CatalogError
+        If it cannot be read or is not valid.
+    """
+    if isinstance(catalog, Catalog):
+        return catalog
+    where = os.fspath(catalog) if catalog is not None else os.environ.get("DMDATA_CATALOG")
+    if not where:
+        return bundled()
+    if "://" not in where:
+        return load_file(where)
+    url = where if where.endswith((".yaml", ".yml")) else f"{where.rstrip('/')}/catalog.yaml"
+    text, state = Transport(_address_of_url(url), artifact=url).start(_LONGEST_CATALOG_BYTES)
+    if state.n_bytes > len(text):
+        raise CatalogError(f"{url} has {state.n_bytes} bytes; a catalog has at most {_LONGEST_CATALOG_BYTES}")
+    return Catalog.parse(text.decode("utf-8", errors="replace"), origin=url)
+
+
+def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
+    name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str = Destination.INTERNET
+) -> LazyArray:
+    """Open an artifact by its name, or an array by its address. Reads the object's header, once.
+
+    Parameters
+    ----------
+    name : str or path
+        ``dataset/alpha/array`` of a catalog, as "cifar/50pct/test_margins"; or a path or URL of a ``.npy``, of an
+        array inside a ``.pt`` ("x.pt/weight"), or of a Zarr array.
+    catalog : Catalog, path or URL, optional
+        See `load_catalog`.
+    to : {"internet", "same-region", "cross-region"}
+        Where the bytes go: decides their price and how ranges are merged.
+
+    Raises
+    ------
+    CatalogError
+        If the name is unknown; lists the nearest.
+    FormatError
+        If the object is damaged or is not what it says.
+    BudgetError, AccessError, ObjectMissingError, SourceError
+        If the header cannot be read.
+    """
+    name = os.fspath(name)
+    destination = _destination(to)
+    if _is_address(name):
+        return _open_address(name, destination)
+    artifact = load_catalog(catalog).find(name)
+    if artifact.schema is None:
+        members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
+        raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
+    return _open_artifact(artifact, destination)
+
+
+def estimate(
+    patterns: str | Sequence[str],
+    *,
+    select: Any = None,
+    exclude: Sequence[str] = (),
+    to: str = Destination.INTERNET,
+    catalog: CatalogLike = None,
+) -> Estimate:
+    """Price artifacts by the catalog alone: no network, no credentials.
+
+    Parameters
+    ----------
+    patterns : str or sequence of str
+        Names or globs.
+    select : index or str, optional
+        What is read of each; by default all of it. As text: "0:1000,42".
+    exclude : sequence of str
+        Names or globs to leave out.
+    to : {"internet", "same-region", "cross-region"}
+    catalog : Catalog, path or URL, optional
+
+    Returns
+    -------
+    total : Estimate
+        Of all together; the price of a gigabyte falls and the free tier is met only once.
+    """
+    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to)
+    return total_of([price for _, price in priced], to=to)
+
+
+def price_artifacts(artifacts: Sequence[Artifact], *, key: Any = None, to: str) -> list[tuple[Artifact, Estimate]]:
+    """Price a selection of each artifact by what its catalog claims, header included."""
+    priced = []
+    for artifact in artifacts:
+        layout = _claimed_layout(artifact)
+        if key is not None and artifact.schema is None:
+            raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
+        selection = parse_selection(key, layout.shape) if isinstance(key, str) else _select(key, layout.shape)
+        data = estimate_read(layout, selection, to=_destination(to))
+        header_bytes = NPY_PREFIX_BYTES if artifact.stored.format != "pt" else 0
+        priced.append((artifact, _totalled([data], to=to, extra_bytes=header_bytes, extra_requests=1)))
+    return priced
+
+
+def total_of(estimates: Sequence[Estimate], *, to: str) -> Estimate:
+    """Price several reads together."""
+    return _totalled(estimates, to=to)
+
+
+def mirror(
+    patterns: str | Sequence[str],
+    destination: str | os.PathLike[str],
+    *,
+    rows: Any = slice(None),
+    columns: Any = slice(None),
+    exclude: Sequence[str] = (),
+    to: str = Destination.INTERNET,
+    catalog: CatalogLike = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    progress: Callable[[str, Progress], object] | None = None,
+) -> zarr.Array[Any] | zarr.Group:
+    """Copy artifacts into a Zarr store; run again to resume.
+
+    Parameters
+    ----------
+    patterns : str or sequence of str
+        One exact name makes the destination that array; globs or several names make it a group in which each array
+        has its full name.
+    destination : path
+    rows, columns : slice or index array
+        Of the first two axes of each.
+    exclude, to, catalog
+        As in `estimate`.
+    memory_bytes : int
+        Bound on the memory of the copy.
+    progress : callable, optional
+        Called with an artifact's name and a `dmdata.mirror.Progress`.
+
+    Raises
+    ------
+    CatalogError, SelectionError, BudgetError, IntegrityError, AccessError, SourceError
+        What is complete stays.
+    """
+    known = load_catalog(catalog)
+    names = [patterns] if isinstance(patterns, str) else list(patterns)
+    artifacts = [array for artifact in known.match(names, exclude=exclude) for array in _arrays_of(artifact, known)]
+    target = Path(destination)
+    whole = len(artifacts) == 1 and names == [artifacts[0].name]
+    if not whole:
+        group = zarr.open_group(target, mode="a")
+    for artifact in artifacts:
+        array = _open_artifact(artifact, _destination(to))
+        if not whole:
+            group.require_group(artifact.name.rpartition("/")[0])
+
+        def report(done: Progress, name: str = artifact.name) -> None:
+            if progress:
+                progress(name, done)
+
+        place = target if whole else target / artifact.name
+        copy = array.mirror(place, rows=rows, columns=columns, memory_bytes=memory_bytes, progress=report)
+    return copy if whole else group
+
+
+def get(
+    name: str,
+    destination: str | os.PathLike[str] | None = None,
+    *,
+    to: str = Destination.INTERNET,
+    catalog: CatalogLike = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Path:
+    """Download an object as it is; run again to resume.
+
+    Parameters
+    ----------
+    name : str
+        Of an artifact; for an array inside a ``.pt``, the whole ``.pt``.
+    destination : path, optional
+        File or existing folder; by default the object's own name in the working directory.
+    to, catalog
+        As in `open`.
+    progress : callable, optional
+        Called with bytes complete and bytes in all.
+
+    Returns
+    -------
+    path : Path
+        The complete file, its size, digest (where catalogued) and header checked.
+
+    Raises
+    ------
+    FormatError, IntegrityError
+        If the object is damaged or changed meanwhile; nothing is left under the final name.
+    """
+    artifact = load_catalog(catalog).find(name)
+    own_name = artifact.stored.key.rpartition("/")[2]
+    path = Path(destination or own_name)
+    path = path / own_name if path.is_dir() else path
+    if artifact.stored.format == "zarr":
+        raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
+    if path.exists():
+        raise DmdataError(f"{path} exists; remove it, or name another file")
+    transport = Transport(_address_of(artifact), artifact.object_name, _destination(to))
+    download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
+    return path
+
+
+def _destination(to: str) -> Destination:
+    try:
+        return Destination(to)
+    except ValueError as error:
+        raise SelectionError(f"destination {to!r}; choose {', '.join(Destination)}") from error
+
+
+def _select(key: Any, shape: tuple[int, ...]) -> Any:
+    return select(... if key is None else key, shape, orthogonal=True)
+
+
+def _totalled(estimates: Sequence[Estimate], *, to: str, extra_bytes: int = 0, extra_requests: int = 0) -> Estimate:
+    def together(way: str) -> Any:
+        quotes = [getattr(estimate, way) for estimate in estimates]
+        n_bytes = sum(q.n_bytes for q in quotes) + extra_bytes
+        return quote(n_bytes, sum(q.n_requests for q in quotes) + extra_requests, _destination(to))
+
+    return Estimate(together("cheapest"), together("fastest"), _destination(to))
+
+
+def _claimed_layout(artifact: Artifact) -> Layout:
+    """Lay an artifact out as its catalog claims it to be."""
+    if artifact.schema is None:
+        return Layout((artifact.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return _as_npy(artifact.schema.shape, np.dtype(artifact.schema.dtype))
+
+
+def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Layout:
+    return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize))
+
+
+def _address_of(artifact: Artifact) -> Address:
+    source = artifact.source
+    return Address(artifact.url, source.requester_pays, source.region, listed=True)
+
+
+def _address_of_url(url: str) -> Address:
+    # whoever reads from S3 by address pays: as its requester, or as its owner
+    return Address(url if "://" in url else os.path.abspath(os.path.expanduser(url)), url.startswith("s3://"))
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name or name.startswith(("/", "./", "../", "~")) or bool(re.search(r"\.(npy|zarr|pt)(/|$)", name))
+
+
+def _open_address(name: str, destination: Destination) -> LazyArray:
+    inside_pt = re.fullmatch(r"(.*\.pt)/([^/]+)", name)
+    url, member = inside_pt.groups() if inside_pt else (name, NPY)
+    address = _address_of_url(url)
+    if address.is_local and not url.endswith((".npy", ".pt")):
+        return _open_zarr(name, address.url, dims=None)
+    header = read_header(Transport(address, name, destination), kind="pt" if url.endswith(".pt") else "npy")
+    layout = _layout_named(header.layouts, member, url)
+    dims = tuple(f"dim_{axis}" for axis in range(len(layout.shape)))
+    return LazyArray(name, dims, layout, InObject(Transport(address, name, destination), header.state.etag))
+
+
+def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
+    schema = artifact.schema
+    if schema is None:
+        raise CatalogError(f"{artifact.name} holds several arrays", name=artifact.name)
+    if artifact.stored.format == "zarr":
+        array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
+    else:
+        transport = Transport(_address_of(artifact), artifact.name, destination)
+        header = read_header(transport, kind=artifact.stored.format)
+        layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
+        array = LazyArray(artifact.name, schema.dims, layout, InObject(transport, header.state.etag))
+    if array.shape != schema.shape or array.dtype != np.dtype(schema.dtype):
+        warnings.warn(
+            f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "
+            f"{artifact.url} has shape {array.shape} and dtype {array.dtype}, and is believed",
+            CatalogMismatchWarning,
+            stacklevel=3,
+        )
+    return array
+
+
+def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArray:
+    body = InZarr(url)
+    opened = body.open()
+    named = dims or tuple(
+        dim or f"dim_{axis}"
+        for axis, dim in enumerate(opened.metadata.dimension_names or [None] * opened.ndim)  # type: ignore[union-attr] # Zarr v2 names none
+    )
+    return LazyArray(name, named, _as_npy(opened.shape, np.dtype(opened.dtype)), body)
+
+
+def _layout_named(layouts: dict[str, Layout], member: str, url: str) -> Layout:
+    if member in layouts:
+        return layouts[member]
+    wanted = f"no array {member!r}" if member else "several arrays"
+    raise CatalogError(f"{url} holds {wanted}; open one of {', '.join(f'{url}/{name}' for name in layouts)}", url=url)
+
+
+def _arrays_of(artifact: Artifact, catalog: Catalog) -> list[Artifact]:
+    """List an artifact, or the arrays inside it."""
+    if artifact.schema is not None:
+        return [artifact]
+    return [catalog.find(f"{artifact.name}/{member}") for member in artifact.stored.members]

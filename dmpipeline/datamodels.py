@@ -1,0 +1,435 @@
+"""Datamodels: for every target, a sparse linear model from the training subset to the trained model's output.
+
+`fit` takes masks and outputs in any form that gives rows, reads them once, and returns `Datamodels` in the space of
+the raw masks: an output is predicted by `masks @ weight + bias`. The strength of the penalty is chosen for each
+target on the last rows, and the fit is then repeated on all rows at that strength. Every fit comes with a certificate
+of how near its optimum is.
+
+Nothing is read before the shapes and settings are known to be usable, and a saved file is complete or not there.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dmdata.errors import FormatError, ObjectMissingError
+from dmdata.formats import Layout, pt_layouts
+from dmpipeline import lasso
+from dmpipeline.errors import SpecError
+from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, as_binary, check_shapes
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all); the stages are "moments" in rows, then "paths" and "refit" in targets."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Certificate:
+    """How near its optimum each target's fit is; measured in float64 from the weights themselves.
+
+    Attributes
+    ----------
+    gap : array of float64, shape (n_targets,)
+        Duality gap as a share of the output's variance: the objective is at most this far above its minimum.
+    kkt : array of float64, shape (n_targets,)
+        Worst violation of an optimality condition over all examples, as a share of lam.
+    """
+
+    gap: NDArray[np.float64]
+    kkt: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Datamodels:
+    """A fitted set of datamodels, one column a target, in raw-mask space.
+
+    Attributes
+    ----------
+    weight : array of float32, shape (n_train, n_targets)
+        Change of the output when the example joins the subset, in the output's units.
+    bias : array of float32, shape (n_targets,)
+        Predicted output of the empty subset.
+    lam : array of float32, shape (n_targets,)
+        The chosen strength in 1/2n |y - Xw|^2 + lam |w|_1, where X are masks centred and scaled to unit variance.
+    certificate : Certificate or None
+        None where the set was read from a file, which holds no certificate.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    lam: NDArray[np.float32]
+    certificate: Certificate | None = None
+
+    def __repr__(self) -> str:
+        nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
+        return (
+            f"<Datamodels: {self.n_targets} targets, {self.n_train} examples, {nonzero:.0f} nonzero weights a target>"
+        )
+
+    @property
+    def n_train(self) -> int:
+        """Training examples a mask covers."""
+        return int(self.weight.shape[0])
+
+    @property
+    def n_targets(self) -> int:
+        """Targets predicted."""
+        return int(self.weight.shape[1])
+
+    def predict(self, masks: RowSliceable, *, block_rows: int = BLOCK_ROWS) -> NDArray[np.float32]:
+        """Predict the outputs of models trained on these subsets, reading `block_rows` masks at a time.
+
+        Parameters
+        ----------
+        masks : bool or 0/1, shape (n_models, n_train)
+
+        Returns
+        -------
+        outputs : array of float32, shape (n_models, n_targets)
+
+        Raises
+        ------
+        SpecError
+            Masks of another width, or with other values than 0 and 1.
+        """
+        if len(masks.shape) != 2 or masks.shape[1] != self.n_train:
+            raise SpecError(
+                f"masks have shape {masks.shape}; these datamodels expect (n_models, {self.n_train})", shape=masks.shape
+            )
+        predicted = np.empty((masks.shape[0], self.n_targets), np.float32)
+        for first in range(0, len(predicted), block_rows):
+            block = as_binary(np.asarray(masks[first : first + block_rows]), first=first)
+            np.matmul(block.astype(np.float32), self.weight, out=predicted[first : first + block_rows])
+        predicted += self.bias
+        return predicted
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
+
+        The file is written beside its destination and moved into place, so a reader finds all of it or none.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: torch.from_numpy(np.array(getattr(self, name), np.float32)) for name in _TENSORS}
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(tensors, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o666 & ~_umask())
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a `.pt` file in the release's form; nothing in it is unpickled or run.
+
+        Raises
+        ------
+        ObjectMissingError
+            No such file.
+        FormatError
+            Anything but `weight` (n_train, n_targets), `bias` (n_targets,) and `lam` (n_targets,), all real numbers.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ObjectMissingError(f"{path} is not a file; expected datamodels saved as .pt", url=str(path))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+
+            def read_at(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            layouts = pt_layouts(read_at, object_bytes=size, url=str(path))
+            _check_layouts(layouts, url=str(path))
+            arrays = {name: _read_tensor(read_at, layouts[name], url=str(path)) for name in _TENSORS}
+        return cls(weight=arrays["weight"], bias=arrays["bias"], lam=arrays["lam"])
+
+
+def fit(
+    masks: RowSliceable,
+    outputs: RowSliceable,
+    *,
+    validation: float = 0.1,
+    n_lams: int = 100,
+    lam_ratio: float = 1e-2,
+    tol: float = 1e-3,
+    patience: int = 5,
+    block_rows: int = BLOCK_ROWS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
+    """Fit a sparse linear datamodel to every target.
+
+    Parameters
+    ----------
+    masks : bool or 0/1, shape (n_models, n_train)
+        Which examples each model was trained on: an array, LazyArray, Zarr or dask array.
+    outputs : real, shape (n_models, n_targets)
+        What each model said about each target, say a float16 margin.
+    validation : float
+        Share of the rows, the last ones, on which lam is chosen.
+    n_lams, lam_ratio
+        Points of a target's grid, spaced evenly in log lam from the least lam that silences it down to `lam_ratio` of
+        that.
+    tol : float
+        Largest violation of an optimality condition at which a point is accepted, as a share of lam.
+    patience : int
+        A path stops when so many points in a row have not lowered the validation error.
+    block_rows : int
+        Models read at a time.
+    threads : int, optional
+        Targets solved at a time; all processors if not given. The result does not depend on it.
+    progress : callable, optional
+        See `Progress`.
+
+    Returns
+    -------
+    datamodels : Datamodels
+        With a certificate. An example that is in all subsets or in none has weight 0; a target that never varies has
+        weights 0.
+
+    Raises
+    ------
+    SpecError
+        Shapes that disagree, too few rows or an unusable setting, before anything is read; masks other than 0 and 1
+        or outputs that are not finite, once they are met.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> masks = rng.random((500, 20)) < 0.5
+    >>> outputs = 3.0 * masks[:, [4]] + 0.1 * rng.standard_normal((500, 1))
+    >>> dm = fit(masks, outputs)
+    >>> int(abs(dm.weight[:, 0]).argmax()), bool(abs(dm.weight[4, 0] - 3) < 0.1)
+    (4, True)
+    """
+    n_models, _, _ = check_shapes(masks, outputs)
+    if not 0 < validation < 1:
+        raise SpecError(f"validation {validation} is not a share of the rows; choose between 0 and 1, such as 0.1")
+    n_validation = max(round(validation * n_models), 1)
+    n_fit = n_models - n_validation
+    if n_fit < 2 or n_validation < 2:
+        raise SpecError(
+            f"{n_models} models with validation {validation} leave {n_fit} to fit and {n_validation} to validate; "
+            "expected at least 2 of each: train more models, or choose another share",
+            n_fit=n_fit,
+            n_validation=n_validation,
+        )
+    _check_settings(n_lams=n_lams, lam_ratio=lam_ratio, tol=tol, patience=patience, threads=threads)
+
+    def rows_done(done: int, _: int) -> None:
+        if progress is not None:
+            progress("moments", done, n_models)
+
+    def all_done(done: int, _: int) -> None:
+        rows_done(n_fit + done, n_models)
+
+    return fit_moments(
+        Moments.of(masks, outputs, stop=n_fit, block_rows=block_rows, progress=rows_done),
+        Moments.of(masks, outputs, start=n_fit, block_rows=block_rows, progress=all_done),
+        n_lams=n_lams,
+        lam_ratio=lam_ratio,
+        tol=tol,
+        patience=patience,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def fit_moments(
+    fitting: Moments,
+    held_out: Moments,
+    *,
+    n_lams: int = 100,
+    lam_ratio: float = 1e-2,
+    tol: float = 1e-3,
+    patience: int = 5,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
+    """Fit from second moments: choose lam on the rows of `held_out`, then fit the rows of both at that lam.
+
+    The settings are those of `fit`. No model is read, so the time does not depend on how many there were.
+    """
+    _check_settings(n_lams=n_lams, lam_ratio=lam_ratio, tol=tol, patience=patience, threads=threads)
+    threads = threads or lasso.available_threads()
+    both = fitting + held_out
+    space = _Space.of(fitting)
+    gram = space.gram(fitting)
+    holdout_gram = space.gram(held_out)
+    whole = _Space.of(both)
+    n_train, n_targets = both.cross.shape
+    start = np.zeros((n_targets, n_train), np.float32)
+    lam = np.zeros(n_targets)
+    for part, report in _parts(n_targets, "paths", progress):
+        cross = space.cross(fitting, part)
+        path = lasso.solve_paths(
+            gram,
+            cross,
+            lasso.lambda_grid(cross, n_lams=n_lams, ratio=lam_ratio),
+            holdout=lasso.Holdout(holdout_gram, space.cross(held_out, part), space.square(held_out, part)),
+            tol=tol,
+            patience=patience,
+            max_sweeps=_MAX_SWEEPS,
+            threads=threads,
+            progress=report,
+        )
+        start[part], lam[part] = path.weight, path.lam
+    del gram, holdout_gram
+    gram = whole.gram(both)
+    gap, kkt = np.zeros(n_targets), np.zeros(n_targets)
+    for part, report in _parts(n_targets, "refit", progress):
+        cross = whole.cross(both, part)
+        # a target without a path, constant over the fitting rows, is silenced over all rows too
+        lam[part] = np.where(lam[part] > 0, lam[part], np.abs(cross).max(axis=1))
+        solution = lasso.solve(
+            gram,
+            cross,
+            whole.square(both, part),
+            lam[part],
+            start=start[part],
+            tol=tol,
+            max_sweeps=_MAX_SWEEPS,
+            threads=threads,
+            progress=report,
+        )
+        start[part], gap[part], kkt[part] = solution.weight, solution.gap, solution.kkt
+    weight = np.ascontiguousarray(start.T)
+    weight *= whole.inverse_scale[:, None].astype(np.float32)
+    bias = whole.y_mean - whole.mean @ weight
+    return Datamodels(
+        weight=weight,
+        bias=bias.astype(np.float32),
+        lam=lam.astype(np.float32),
+        certificate=Certificate(gap=gap, kkt=kkt),
+    )
+
+
+_TENSORS = ("weight", "bias", "lam")
+_MAX_SWEEPS = 10_000
+_TARGETS_AT_ONCE = 512
+
+_LEAST_VARIANCE = 1e-13
+"""Below this share of its mean square, a target's variance cannot be told from rounding in float64 sums."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Space:
+    """The coordinates of a solution: masks less their mean, over their deviation, and outputs less their mean."""
+
+    mean: NDArray[np.float64]  # (n_train,)
+    inverse_scale: NDArray[np.float64]  # (n_train,), 0 for an example in all subsets or in none
+    y_mean: NDArray[np.float64]  # (n_targets,)
+    varies: NDArray[np.bool_]  # (n_targets,)
+
+    @classmethod
+    def of(cls, moments: Moments) -> "_Space":
+        mean = moments.ones / moments.n
+        variance = mean * (1 - mean)
+        inverse_scale = np.divide(1, np.sqrt(variance), out=np.zeros_like(mean), where=variance > 0)
+        y_mean = moments.y_sum / moments.n
+        y_square = moments.y_squares / moments.n
+        return cls(mean, inverse_scale, y_mean, varies=y_square - y_mean**2 > _LEAST_VARIANCE * y_square)
+
+    def gram(self, moments: Moments) -> NDArray[np.float32]:
+        """(X - mean)'(X - mean) / n in these units, a row block at a time; the sums are formed in float64."""
+        seen = moments.ones / moments.n
+        gram = np.empty(moments.gram.shape, np.float32)
+        for first in range(0, len(gram), 256):
+            rows = slice(first, first + 256)
+            block = moments.gram[rows] / moments.n
+            block -= self.mean[rows, None] * seen
+            block -= np.outer(seen[rows] - self.mean[rows], self.mean)
+            block *= self.inverse_scale[rows, None]
+            block *= self.inverse_scale
+            gram[rows] = block
+        return gram
+
+    def cross(self, moments: Moments, part: slice) -> NDArray[np.float64]:
+        """(Y - mean)'(X - mean) / n, shape (n_targets of the part, n_train); zeros for targets that do not vary."""
+        seen, y_seen = moments.ones / moments.n, moments.y_sum[part] / moments.n
+        cross = moments.cross[:, part].T / moments.n
+        cross -= np.outer(self.y_mean[part], seen)
+        cross -= np.outer(y_seen - self.y_mean[part], self.mean)
+        cross *= self.inverse_scale
+        cross[~self.varies[part]] = 0
+        return cross
+
+    def square(self, moments: Moments, part: slice) -> NDArray[np.float64]:
+        """Mean of (y - mean)^2, shape (n_targets of the part,)."""
+        y_seen, y_mean = moments.y_sum[part] / moments.n, self.y_mean[part]
+        square = moments.y_squares[part] / moments.n - 2 * y_mean * y_seen + y_mean**2
+        return np.maximum(square, 0)
+
+
+def _parts(
+    n_targets: int, stage: str, progress: Progress | None
+) -> list[tuple[slice, Callable[[int, int], None] | None]]:
+    """Cut the targets into parts, each with a reporter that counts over all of them."""
+
+    def reporter(first: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, _: progress(stage, first + done, n_targets)
+
+    return [
+        (slice(first, min(first + _TARGETS_AT_ONCE, n_targets)), reporter(first))
+        for first in range(0, n_targets, _TARGETS_AT_ONCE)
+    ]
+
+
+def _check_settings(*, n_lams: int, lam_ratio: float, tol: float, patience: int, threads: int | None) -> None:
+    for name, value, usable, expected in (
+        ("n_lams", n_lams, n_lams >= 1, "at least 1"),
+        ("lam_ratio", lam_ratio, 0 < lam_ratio < 1, "between 0 and 1, such as 0.01"),
+        ("tol", tol, 0 < tol < 1, "between 0 and 1, such as 0.001"),
+        ("patience", patience, patience >= 1, "at least 1"),
+        ("threads", threads, threads is None or threads >= 1, "at least 1, or leave it out"),
+    ):
+        if not usable:
+            raise SpecError(f"{name} is {value}; choose {expected}", field=name, value=value)
+
+
+def _check_layouts(layouts: dict[str, Layout], *, url: str) -> None:
+    missing = [name for name in _TENSORS if name not in layouts]
+    if missing:
+        raise FormatError(
+            f"{url} holds {', '.join(layouts) or 'nothing'}; expected the tensors {', '.join(_TENSORS)} of datamodels",
+            url=url,
+        )
+    weight, bias, lam = (layouts[name] for name in _TENSORS)
+    if len(weight.shape) != 2 or bias.shape != weight.shape[1:] or lam.shape != weight.shape[1:]:
+        raise FormatError(
+            f"{url} holds weight {weight.shape}, bias {bias.shape} and lam {lam.shape}; "
+            "expected (n_train, n_targets), (n_targets,) and (n_targets,)",
+            url=url,
+        )
+    for name in _TENSORS:
+        if layouts[name].dtype.kind != "f":
+            raise FormatError(f"{url} holds {name} as {layouts[name].dtype}; expected floating-point numbers", url=url)
+
+
+def _read_tensor(read_at: Callable[[int, int], bytes], layout: Layout, *, url: str) -> NDArray[np.float32]:
+    data = read_at(layout.offset, layout.stop)
+    if len(data) != layout.n_bytes:
+        raise FormatError(f"{url} ends after {len(data)} of {layout.n_bytes} bytes of a tensor; fetch it anew", url=url)
+    array: NDArray[Any] = np.ndarray(layout.shape, layout.dtype, data, strides=layout.strides)
+    return np.array(array, np.float32, order="C")
+
+
+def _umask() -> int:
+    """Read the process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,178 @@
+"""A run in the release's own layout: `.npy` and `.pt` files under the keys that the release uses, and a catalog of them.
+
+What is exported is checked against the digests it was stored with while it is written. A file is written beside its
+place and moved there when it is whole, the catalog last: a folder with a catalog has all that the catalog lists.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmdata.formats import npy_header
+from dmpipeline.errors import RunError, VerificationError
+from dmpipeline.store import ARRAYS, Progress, Run, block_digest, describe_datamodels, write_beside
+
+_COPIED_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFile:
+    """One file of an export.
+
+    Attributes
+    ----------
+    name : str
+        The artifact's name, as `digits/50pct/test_margins`.
+    key : str
+        Path under the folder, as `digits/data/test_margins_50pct.npy`.
+    path : pathlib.Path
+    n_bytes : int
+    sha256 : str
+        In hexadecimal, of the whole file.
+    """
+
+    name: str
+    key: str
+    path: Path
+    n_bytes: int
+    sha256: str
+
+
+def export_run(
+    run: Run, folder: str | Path, datamodels: str | Path | None = None, progress: Progress | None = None
+) -> list[ExportedFile]:
+    """Write a complete run, and datamodels if given, as the release would have them.
+
+    Parameters
+    ----------
+    run : Run
+    folder : path
+        Made if it is not there; files of an earlier export are replaced.
+    datamodels : path, optional
+        A `.pt` of test datamodels, copied as it is.
+    progress : callable, optional
+        Called with (rows written, rows in all) after each block.
+
+    Returns
+    -------
+    files : list of ExportedFile
+        Arrays are C-ordered `.npy` files whose headers are those numpy writes. `catalog.yaml` in the folder lists all.
+
+    Raises
+    ------
+    IncompleteRunError
+        If rows are missing.
+    VerificationError
+        If a block does not have the bytes it was stored with; nothing is put in place then.
+    RunError
+        If there are no datamodels at the path given.
+    dmdata.errors.FormatError
+        If the datamodels are not of the release's form.
+    """
+    run.require_complete()
+    folder = Path(folder).absolute()
+    dataset, alpha_name = run.dataset().name, run.spec.alpha_name
+    keys = {name: f"{dataset}/data/{name}_{alpha_name}.npy" for name in ARRAYS}
+    # on any error the stack removes what is not in place yet
+    with ExitStack() as stack:
+        outputs = {name: stack.enter_context(_output(folder / key)) for name, key in keys.items()}
+        _write_arrays(run, outputs, progress)
+        if datamodels is not None:
+            keys["test_datamodels"] = f"{dataset}/datamodels/test_{alpha_name}.pt"
+            outputs["test_datamodels"] = stack.enter_context(_output(folder / keys["test_datamodels"]))
+            _copy(Path(datamodels), outputs["test_datamodels"])
+        # an earlier export's catalog must not list a mixture of old and new files
+        (folder / "catalog.yaml").unlink(missing_ok=True)
+        for output in outputs.values():
+            output.put_in_place()
+    files = [
+        ExportedFile(f"{dataset}/{alpha_name}/{name}", keys[name], output.path, output.n_bytes, output.sha256)
+        for name, output in outputs.items()
+    ]
+    write_beside(folder / "catalog.yaml", _catalog_text(run, files))
+    return files
+
+
+class _Output:
+    """A file being written beside its place, counted and digested on the way."""
+
+    def __init__(self, path: Path, partial: Path, file: IO[bytes]) -> None:
+        self.path = path
+        self.n_bytes = 0
+        self._partial = partial
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.n_bytes += len(data)
+
+    def put_in_place(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._partial, self.path)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[_Output]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield _Output(path, partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_arrays(run: Run, outputs: dict[str, _Output], progress: Progress | None) -> None:
+    """Write all arrays side by side, so that each block is read once and checked before any of it is written."""
+    for name, output in outputs.items():
+        array = run.array(name)
+        output.write(npy_header(array.shape, array.dtype))
+    for digest, rows in zip(run.digests(), run.spec.blocks, strict=True):
+        block = run.read_block(rows)
+        if block_digest(block) != digest.tobytes():
+            raise VerificationError(
+                f"rows {rows.start} to {rows.stop} of {run.path} are not what was stored; see `dmpipeline verify {run.path}`",
+                findings=[],
+            )
+        for name, output in outputs.items():
+            output.write(_elements(block[name]))
+        if progress is not None:
+            progress(rows.stop, run.spec.n_rows)
+
+
+def _elements(array: npt.NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _copy(source: Path, output: _Output) -> None:
+    if not source.is_file():
+        raise RunError(f"{source} is no file; fit datamodels first, or leave them out of the export", path=source)
+    describe_datamodels(source, key=source.name)
+    with open(source, "rb") as file:
+        while piece := file.read(_COPIED_BYTES):
+            output.write(piece)
+
+
+def _catalog_text(run: Run, files: list[ExportedFile]) -> str:
+    stored = {}
+    for file in files:
+        name = file.name.rpartition("/")[2]
+        if name in ARRAYS:
+            stored[name] = run.describe(name, key=file.key, form="npy", n_bytes=file.n_bytes, sha256=file.sha256)
+        else:
+            stored[name] = describe_datamodels(file.path, key=file.key, sha256=file.sha256)
+    return run.catalog(stored).dump()

@@ -1,0 +1,251 @@
+"""The description of a run, as people write it in run.yaml.
+
+A spec says which models are trained: on which dataset, on subsets of what size, how many, and by which recipe.
+Everything random follows from its `seed`, so two runs of one spec hold the same rows. What can be checked without the
+dataset is checked here, and a value that cannot be used is a `SpecError` that names the field, the value and what to
+write instead.
+
+Rows are models. Those a datamodel is fitted on come first; the held-out ones follow, the retrainings of one subset
+adjacent. The numbers that draws are made from do not depend on `n_models`: a longer run of the same seed begins with
+the same models and has the same held-out ones.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dmpipeline.errors import SpecError
+
+# Held-out subsets and models draw from numbers of their own, so that adding models leaves them as they are.
+HELD_OUT_BASE = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the two kinds of rows lie: `models`, to fit on, and `held_out`, to score with; half-open slices."""
+
+    models: slice
+    held_out: slice
+
+
+class HeldOutSpec(BaseModel):
+    """Models kept for scoring: `n_subsets` subsets, each trained `n_retrainings` times."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    n_subsets: int = Field(
+        default=100, ge=0, lt=HELD_OUT_BASE, description="a count of subsets, 0 or more", examples=[100]
+    )
+    n_retrainings: int = Field(
+        default=10, ge=1, lt=2**16, description="a count of trainings a subset, from 1", examples=[10]
+    )
+
+
+class RecipeSpec(BaseModel):
+    """A recipe's name, version and whichever hyperparameters are to differ; for `recipes.find_recipe`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    name: str = Field(default="perceptron", description="a recipe's name", examples=["perceptron"])
+    version: int = Field(default=1, ge=1, description="a recipe's version, from 1", examples=[1])
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Hyperparameters given beside the name and version."""
+        return dict(self.model_extra or {})
+
+
+class RunSpec(BaseModel):
+    """What a run trains; frozen, compared by value, read from and written to run.yaml.
+
+    Raises
+    ------
+    SpecError
+        On construction, when a field is unknown or its value cannot be used; `field` and `value` say which.
+
+    Examples
+    --------
+    >>> spec = RunSpec(n_models=40, held_out={"n_subsets": 3, "n_retrainings": 2})
+    >>> spec.n_rows, spec.alpha_name, spec.rows.held_out
+    (46, '50pct', slice(40, 46, None))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: Literal[1] = Field(default=1, description="the version of this file's form, 1", examples=[1])
+    dataset: str = Field(
+        default="digits",
+        min_length=1,
+        description="a dataset: digits, or the path of an .npz file",
+        examples=["digits"],
+    )
+    alpha: float = Field(
+        default=0.5,
+        ge=0.01,
+        le=0.99,
+        description="a share of the training examples in whole percents, from 0.01 to 0.99",
+        examples=[0.5],
+    )
+    n_models: int = Field(
+        default=4000, ge=1, lt=HELD_OUT_BASE, description="a count of models to fit on, from 1", examples=[4000]
+    )
+    held_out: HeldOutSpec = Field(
+        default=HeldOutSpec(), description="a mapping of n_subsets and n_retrainings", examples=[{"n_subsets": 100}]
+    )
+    recipe: RecipeSpec = Field(
+        default=RecipeSpec(),
+        description="a mapping of name, version and hyperparameters that differ",
+        examples=[{"name": "perceptron", "version": 1}],
+    )
+    seed: int = Field(default=0, ge=0, lt=2**64, description="an integer from 0 to 2**64 - 1", examples=[0])
+    block_models: int = Field(
+        default=250, ge=1, description="a count of models trained and stored together", examples=[250]
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise spec_error(error, type(self)) from error
+
+    @field_validator("alpha")
+    @classmethod
+    def _whole_percent(cls, alpha: float) -> float:
+        if abs(alpha * 100 - round(alpha * 100)) > 1e-9:
+            raise ValueError("not a whole percentage")
+        return round(alpha * 100) / 100
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a spec from a YAML file; a dataset's relative path is taken from the file's folder.
+
+        Raises
+        ------
+        SpecError
+            If the file is missing, is not a YAML mapping, or holds what a spec cannot.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"{path} cannot be read ({error.strerror}); write one with `dmpipeline init`") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path} is not YAML: {error}; write one with `dmpipeline init`") from error
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise SpecError(f"{path} holds no mapping of fields to values; write one with `dmpipeline init`")
+        return cls(**values).located(path.parent)
+
+    def located(self, folder: str | Path) -> Self:
+        """Return the spec with the dataset's path, if it has one, made absolute from `folder`."""
+        if not self.dataset.endswith(".npz"):
+            return self
+        return self.model_copy(update={"dataset": str((Path(folder) / self.dataset).resolve())})
+
+    def to_yaml(self) -> str:
+        """Return the text of a run.yaml that reads back as this spec, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def alpha_name(self) -> str:
+        """How names of artifacts spell alpha, as `50pct`."""
+        return f"{round(self.alpha * 100)}pct"
+
+    @property
+    def n_rows(self) -> int:
+        """Count of models trained in all, held-out ones included."""
+        return self.n_models + self.held_out.n_subsets * self.held_out.n_retrainings
+
+    @property
+    def rows(self) -> Rows:
+        """Where models to fit on and held-out models lie."""
+        return Rows(models=slice(0, self.n_models), held_out=slice(self.n_models, self.n_rows))
+
+    @property
+    def blocks(self) -> tuple[range, ...]:
+        """Rows of each block, in order; the last may be shorter."""
+        step = self.block_models
+        return tuple(range(start, min(start + step, self.n_rows)) for start in range(0, self.n_rows, step))
+
+    def subset_indices(self, rows: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """Tell the number of the subset each row is trained on: equal for the retrainings of one held-out subset.
+
+        Parameters
+        ----------
+        rows : iterable of int, length n
+
+        Returns
+        -------
+        subset_indices : array of uint64, shape (n,)
+        """
+        numbers = self.model_indices(rows)
+        held_out = numbers >= HELD_OUT_BASE
+        numbers[held_out] = HELD_OUT_BASE + (numbers[held_out] - HELD_OUT_BASE) // self.held_out.n_retrainings
+        return numbers
+
+    def model_indices(self, rows: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """Tell the number that each row's initialisation and order are drawn from; no two rows share one.
+
+        Parameters
+        ----------
+        rows : iterable of int, length n
+
+        Returns
+        -------
+        model_indices : array of uint64, shape (n,)
+        """
+        numbers = np.fromiter(rows, np.uint64)
+        return np.where(numbers < self.n_models, numbers, numbers + np.uint64(HELD_OUT_BASE - self.n_models))
+
+
+def spec_error(error: ValidationError, model: type[BaseModel], *, within: str = "") -> SpecError:
+    """Say in a `SpecError` what pydantic refused: field, value, and what to write instead.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+    model : type of pydantic.BaseModel
+        The model that refused; its fields' descriptions and examples word the remedy.
+    within : str
+        Put before each field's name, as `recipe.`.
+
+    Returns
+    -------
+    SpecError
+        With the first offending `field` and its `value` as facts.
+    """
+    details = error.errors(include_url=False, include_context=False)
+    first = details[0]
+    return SpecError(
+        "; ".join(_refusal(detail["type"], detail["loc"], detail["input"], model, within) for detail in details),
+        field=within + ".".join(map(str, first["loc"])),
+        value=first["input"],
+    )
+
+
+def nearest_name(wrong: str, valid: Iterable[str]) -> str:
+    """Name the valid names to choose from: the nearest one where there is one, else all of them."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    return near[0] if near else ", ".join(names)
+
+
+def _refusal(kind: str, location: tuple[int | str, ...], value: Any, model: type[BaseModel], within: str) -> str:
+    """Word one refusal, finding the model that owns the field by walking down its location."""
+    name = within + ".".join(map(str, location))
+    for part in location[:-1]:
+        owner = model.model_fields[str(part)].annotation
+        if isinstance(owner, type) and issubclass(owner, BaseModel):
+            model = owner
+    last = str(location[-1])
+    if kind == "extra_forbidden" or last not in model.model_fields:
+        return f"{name} is not a field; choose {nearest_name(last, model.model_fields)}"
+    field = model.model_fields[last]
+    example = field.examples[0] if field.examples else field.default
+    return f"{name} {value!r} is not {field.description}; write for example {last}: {example}"

@@ -1,0 +1,231 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import Lasso
+
+from dmpipeline import lasso
+
+
+def standardised(n_rows, n_features, n_targets, *, seed, correlated=0.0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n_rows, n_features)) + correlated * rng.standard_normal((n_rows, 1))
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    truth = rng.standard_normal((n_features, n_targets)) * (rng.random((n_features, n_targets)) < 0.3)
+    y = x @ truth + 0.5 * rng.standard_normal((n_rows, n_targets))
+    return x, y - y.mean(axis=0)
+
+
+def moments(x, y, dtype=np.float64):
+    n = len(x)
+    return (x.T @ x / n).astype(dtype), np.ascontiguousarray(y.T @ x / n), (y**2).mean(axis=0)
+
+
+def solved(x, y, lam, *, dtype=np.float64, tol=1e-6, start=None, threads=2, max_sweeps=10_000):
+    gram, cross, square = moments(x, y, dtype)
+    start = np.zeros(cross.shape) if start is None else start
+    return lasso.solve(
+        gram, cross, square, lam, start=start, tol=tol, max_sweeps=max_sweeps, threads=threads, progress=None
+    )
+
+
+def path_of(x, y, x_out, y_out, *, dtype=np.float64, tol=1e-6, patience=1000, threads=2, n_lams=20, ratio=0.01):
+    gram, cross, _ = moments(x, y, dtype)
+    lams = lasso.lambda_grid(cross, n_lams=n_lams, ratio=ratio)
+    path = lasso.solve_paths(
+        gram,
+        cross,
+        lams,
+        holdout=lasso.Holdout(*moments(x_out, y_out, dtype)),
+        tol=tol,
+        patience=patience,
+        max_sweeps=10_000,
+        threads=threads,
+        progress=None,
+    )
+    return lams, path
+
+
+def objective(x, y, w, lam):
+    return ((y - x @ w) ** 2).mean() / 2 + lam * np.abs(w).sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_rows=st.integers(5, 80),
+    n_features=st.integers(1, 30),
+    share=st.floats(0.02, 0.9),
+    correlated=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_weights_equal_those_of_scikit_learn(n_rows, n_features, share, correlated, seed):
+    x, y = standardised(n_rows, n_features, 1, seed=seed, correlated=correlated)
+    lam = np.abs(x.T @ y / n_rows).max(axis=0) * share
+    got = solved(x, y, lam)
+    oracle = Lasso(alpha=lam[0], fit_intercept=False, tol=1e-12, max_iter=1_000_000).fit(x, y[:, 0])
+    best = objective(x, y[:, 0], oracle.coef_, lam[0])
+    assert objective(x, y[:, 0], got.weight[0], lam[0]) <= best * (1 + 1e-6)
+    assert got.kkt[0] <= 1.1e-6
+    if n_rows > 2 * n_features:  # the minimum is then well marked
+        np.testing.assert_allclose(got.weight[0], oracle.coef_, atol=1e-4 * lam[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.05, 0.9), sloppy=st.sampled_from([0.3, 0.03, 1e-3]))
+def test_the_gap_bounds_the_distance_from_the_optimum(seed, share, sloppy):
+    x, y = standardised(40, 15, 1, seed=seed, correlated=1.0)
+    lam = np.abs(x.T @ y / 40).max(axis=0) * share
+    rough = solved(x, y, lam, tol=sloppy)
+    exact = solved(x, y, lam, tol=1e-9)
+    excess = objective(x, y[:, 0], rough.weight[0], lam[0]) - objective(x, y[:, 0], exact.weight[0], lam[0])
+    assert excess <= rough.gap[0] * (y**2).mean() + 1e-12
+    assert rough.kkt[0] <= sloppy * 1.01
+
+
+def test_certificates_of_wrong_weights_are_bad():
+    x, y = standardised(100, 10, 2, seed=1)
+    gram, cross, square = moments(x, y)
+    lam = np.abs(cross).max(axis=1) / 5
+    good = solved(x, y, lam)
+    gap, kkt = lasso.certify(gram, cross, square, lam, good.weight + 0.1)
+    assert (gap > 1e-3).all()
+    assert (kkt > 0.1).all()
+    np.testing.assert_array_equal(lasso.certify(gram, cross, square, lam, good.weight)[0], good.gap)
+
+
+def test_the_certificate_equals_its_textbook_formula():
+    x, y = standardised(60, 12, 1, seed=3)
+    gram, cross, square = moments(x, y)
+    lam = np.abs(cross).max(axis=1) / 4
+    w = np.random.default_rng(0).standard_normal((1, 12)) * 0.2
+    gap, kkt = lasso.certify(gram, cross, square, lam, w)
+    residual = y[:, 0] - x @ w[0]
+    slopes = x.T @ residual / 60
+    dual = residual * min(1, lam[0] / np.abs(slopes).max())
+    dual_value = (y[:, 0] ** 2).mean() / 2 - ((y[:, 0] - dual) ** 2).mean() / 2
+    assert gap[0] == pytest.approx((objective(x, y[:, 0], w[0], lam[0]) - dual_value) / square[0], rel=1e-10)
+    assert kkt[0] == pytest.approx(np.abs(slopes - lam[0] * np.sign(w[0])).max() / lam[0], rel=1e-10)
+
+
+def test_a_path_keeps_the_grid_point_of_least_held_out_error():
+    x, y = standardised(80, 30, 3, seed=5)
+    x, x_out, y, y_out = x[:50], x[50:], y[:50], y[50:]
+    lams, path = path_of(x, y, x_out, y_out)
+    for t in range(3):
+        oracle = [Lasso(alpha=lam, fit_intercept=False, tol=1e-10, max_iter=10**6).fit(x, y[:, t]) for lam in lams[t]]
+        errors = [((y_out[:, t] - x_out @ fit.coef_) ** 2).mean() for fit in oracle]
+        best = int(np.argmin(errors))
+        assert path.lam[t] == lams[t, best]
+        assert path.error[t] == pytest.approx(errors[best], rel=1e-4)
+        np.testing.assert_allclose(path.weight[t], oracle[best].coef_, atol=1e-4)
+        assert path.n_solved[t] == lams.shape[1]
+
+
+def test_the_first_point_of_the_grid_silences_every_weight_and_the_second_does_not():
+    x, y = standardised(50, 9, 4, seed=2)
+    lams = lasso.lambda_grid(moments(x, y)[1], n_lams=30, ratio=0.01)
+    assert not solved(x, y, lams[:, 0]).weight.any()
+    assert solved(x, y, lams[:, 1]).weight.any(axis=1).all()
+    np.testing.assert_allclose(lams[:, -1] / lams[:, 0], 0.01)
+
+
+def test_a_path_stops_when_patience_runs_out():
+    x, y = standardised(60, 20, 1, seed=7)
+    noise = np.random.default_rng(0).standard_normal((40, 1))
+    x_out = np.random.default_rng(1).standard_normal((40, 20))
+    _, path = path_of(x, y, x_out, noise, patience=3)  # nothing learnt helps: the error rises from the start
+    assert path.n_solved[0] == 4
+    assert not path.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_result_does_not_depend_on_threads_or_neighbours(dtype):
+    x, y = standardised(120, 100, 7, seed=11, correlated=0.5)
+    x, x_out, y, y_out = x[:90], x[90:], y[:90], y[90:]
+    _, one = path_of(x, y, x_out, y_out, dtype=dtype, threads=1)
+    _, many = path_of(x, y, x_out, y_out, dtype=dtype, threads=5)
+    _, alone = path_of(x, y[:, 3:4], x_out, y_out[:, 3:4], dtype=dtype)
+    np.testing.assert_array_equal(one.weight, many.weight)
+    np.testing.assert_array_equal(one.weight[3:4], alone.weight)
+    np.testing.assert_array_equal(one.error, many.error)
+
+
+def test_float32_agrees_with_float64():
+    x, y = standardised(300, 80, 4, seed=13)
+    lam = np.abs(moments(x, y)[1]).max(axis=1) / 20
+    single, double = (solved(x, y, lam, dtype=dtype, tol=1e-4) for dtype in (np.float32, np.float64))
+    assert single.weight.dtype == np.float32
+    np.testing.assert_allclose(single.weight, double.weight, atol=2e-4 * lam.max())
+    assert (single.gap < 1e-5).all()
+    assert (single.kkt < 2e-4).all()
+
+
+def test_more_features_than_rows_are_certified():
+    x, y = standardised(30, 200, 3, seed=17)
+    lam = np.abs(moments(x, y)[1]).max(axis=1) / 30
+    got = solved(x, y, lam, dtype=np.float32, tol=1e-3)
+    assert (got.gap < 1e-4).all()
+    assert (got.kkt < 1.1e-3).all()
+    assert 64 < (got.weight != 0).sum(axis=1).max() + 64  # a support that fits 30 rows
+    assert ((got.weight != 0).sum(axis=1) <= 45).all()
+
+
+def test_duplicate_columns_share_a_solution_as_good_as_one():
+    x, y = standardised(60, 8, 1, seed=19)
+    lam = np.abs(moments(x, y)[1]).max(axis=1) / 10
+    plain = solved(x, y, lam)
+    doubled = solved(np.hstack([x, x]), y, lam)
+    np.testing.assert_allclose(doubled.weight[0, :8] + doubled.weight[0, 8:], plain.weight[0], atol=1e-5)
+    assert doubled.kkt[0] < 1.1e-6
+
+
+def test_columns_and_targets_without_variance_get_zero_weights():
+    x, y = standardised(60, 8, 2, seed=23)
+    x[:, 5], y[:, 1] = 0, 0
+    gram, cross, square = moments(x, y)
+    lams = lasso.lambda_grid(cross, n_lams=10, ratio=0.1)
+    assert not lams[1].any()
+    path = lasso.solve_paths(
+        gram,
+        cross,
+        lams,
+        holdout=lasso.Holdout(gram, cross, square),
+        tol=1e-4,
+        patience=5,
+        max_sweeps=1000,
+        threads=1,
+        progress=None,
+    )
+    assert not path.weight[:, 5].any()
+    assert not path.weight[1].any()
+    start = np.ones(cross.shape)
+    final = lasso.solve(gram, cross, square, path.lam, start=start, tol=1e-4, max_sweeps=1000, threads=1, progress=None)
+    assert not final.weight[:, 5].any()
+    assert not final.weight[1].any()
+    assert (final.gap[1], final.kkt[1]) == (0, 0)
+
+
+def test_running_out_of_sweeps_shows_in_the_certificate():
+    x, y = standardised(60, 90, 1, seed=29, correlated=2.0)
+    lam = np.abs(moments(x, y)[1]).max(axis=1) / 100
+    short, full = (solved(x, y, lam, tol=1e-4, max_sweeps=sweeps) for sweeps in (3, 10_000))
+    assert short.kkt[0] > 1e-2
+    assert full.kkt[0] < 1.1e-4
+
+
+def test_progress_counts_every_target_once():
+    x, y = standardised(40, 5, 6, seed=31)
+    gram, cross, square = moments(x, y)
+    seen = []
+    lasso.solve(
+        gram,
+        cross,
+        square,
+        np.full(6, 0.1),
+        start=np.zeros((6, 5)),
+        tol=1e-3,
+        max_sweeps=100,
+        threads=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(i, 6) for i in range(1, 7)]

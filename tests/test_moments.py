@@ -1,0 +1,144 @@
+import dask.array
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpipeline import moments
+from dmpipeline.errors import SpecError
+from dmpipeline.moments import Moments
+
+
+def drawn(n_models, n_train, n_targets, *, seed=0, dtype=np.float16):
+    rng = np.random.default_rng(seed)
+    return rng.random((n_models, n_train)) < 0.5, rng.normal(3, 4, (n_models, n_targets)).astype(dtype)
+
+
+def assert_same(a, b):
+    assert a.n == b.n
+    for name in ("gram", "cross", "y_sum", "y_squares"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_models=st.integers(1, 60),
+    n_train=st.integers(1, 20),
+    n_targets=st.integers(1, 4),
+    block_rows=st.integers(1, 70),
+    seed=st.integers(0, 1000),
+)
+def test_moments_equal_the_plain_products(n_models, n_train, n_targets, block_rows, seed):
+    masks, outputs = drawn(n_models, n_train, n_targets, seed=seed)
+    got = Moments.of(masks, outputs, block_rows=block_rows)
+    x, y = masks.astype(np.int64), outputs.astype(np.float64)
+    assert got.n == n_models
+    np.testing.assert_array_equal(got.gram, x.T @ x)
+    np.testing.assert_array_equal(got.ones, x.sum(axis=0))
+    np.testing.assert_array_equal(got.cross, x.T @ y)  # exact: sums of float16 numbers fit float64
+    np.testing.assert_array_equal(got.y_sum, y.sum(axis=0))
+    np.testing.assert_allclose(got.y_squares, (y**2).sum(axis=0), rtol=1e-14)
+
+
+def test_columns_beyond_one_panel_are_all_counted():
+    masks, outputs = drawn(40, 2 * moments._PANEL_COLUMNS + 77, 2)
+    got = Moments.of(masks, outputs, block_rows=13)
+    np.testing.assert_array_equal(got.gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+    np.testing.assert_array_equal(got.cross, masks.astype(float).T @ outputs.astype(float))
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_both_products_count_exactly(monkeypatch, int8):
+    monkeypatch.setattr(moments, "_int8_products_pay", lambda: int8)
+    masks, outputs = drawn(333, 65, 3)
+    got = Moments.of(masks, outputs)
+    np.testing.assert_array_equal(got.gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+
+
+def test_float_products_longer_than_float32_counts_are_cut(monkeypatch):
+    monkeypatch.setattr(moments, "_int8_products_pay", lambda: False)
+    monkeypatch.setattr(moments, "_EXACT_ROWS", 10)
+    masks, outputs = drawn(101, 7, 1)
+    np.testing.assert_array_equal(Moments.of(masks, outputs).gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+
+
+def test_added_moments_equal_those_of_all_rows_in_any_order():
+    masks, outputs = drawn(90, 12, 3)
+    whole = Moments.of(masks, outputs)
+    a, b, c = (Moments.of(masks, outputs, start=i, stop=j) for i, j in ((0, 20), (20, 61), (61, 90)))
+    assert_same(a + b + c, whole)
+    assert_same(c + (a + b), whole)
+
+
+def test_moments_of_different_examples_are_not_added():
+    with pytest.raises(SpecError, match="same examples"):
+        Moments.of(*drawn(9, 4, 2)) + Moments.of(*drawn(9, 5, 2))
+
+
+def test_zarr_and_dask_give_the_same_moments_as_numpy(tmp_path):
+    masks, outputs = drawn(50, 8, 3)
+    group = zarr.create_group(tmp_path / "run.zarr")
+    x = group.create_array("masks", data=masks, chunks=(16, 8))
+    y = group.create_array("margins", data=outputs, chunks=(16, 3))
+    whole = Moments.of(masks, outputs, block_rows=7)
+    assert_same(Moments.of(x, y, block_rows=7), whole)
+    assert_same(Moments.of(dask.array.from_array(masks), dask.array.from_array(outputs), block_rows=7), whole)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_zeros_and_ones_of_any_dtype_are_masks(dtype):
+    masks, outputs = drawn(30, 6, 2)
+    assert_same(Moments.of(masks.astype(dtype), outputs), Moments.of(masks, outputs))
+
+
+def test_rows_are_read_once_and_in_blocks():
+    class Recorder:
+        def __init__(self, data):
+            self.data, self.shape, self.read = data, data.shape, []
+
+        def __getitem__(self, rows):
+            self.read.append((rows.start, rows.stop))
+            return self.data[rows]
+
+    masks, outputs = (Recorder(a) for a in drawn(50, 5, 2))
+    seen = []
+    Moments.of(
+        masks, outputs, start=10, stop=45, block_rows=16, progress=lambda done, total: seen.append((done, total))
+    )
+    assert masks.read == outputs.read == [(10, 26), (26, 42), (42, 45)]
+    assert seen == [(16, 35), (32, 35), (35, 35)]
+
+
+def test_outputs_that_are_not_finite_are_named_by_row_and_target():
+    masks, outputs = drawn(50, 5, 4)
+    outputs[31, 2] = np.nan
+    outputs[33, 0] = np.inf
+    with pytest.raises(SpecError, match=r"not finite in rows 31, 33, targets 0, 2") as caught:
+        Moments.of(masks, outputs, block_rows=30)
+    assert caught.value.rows == [31, 33]
+    assert caught.value.targets == [0, 2]
+
+
+def test_a_mask_that_is_not_zero_or_one_is_named():
+    masks, outputs = drawn(20, 5, 1)
+    counts = masks.astype(int)
+    counts[17, 3] = 2
+    with pytest.raises(SpecError, match="2 at row 17, column 3"):
+        Moments.of(counts, outputs, block_rows=10)
+
+
+@pytest.mark.parametrize(
+    ("masks", "outputs", "said"),
+    [
+        (np.ones(5, bool), np.ones((5, 1)), "n_models, n_train"),
+        (np.ones((5, 2), bool), np.ones(5), "reshape a single target"),
+        (np.ones((5, 2), bool), np.ones((5, 3, 10)), "margin of the logits"),
+        (np.ones((5, 2), bool), np.ones((6, 3)), "5 masks but 6 rows"),
+        (np.ones((0, 2), bool), np.ones((0, 3)), "nothing to fit"),
+        (np.ones((5, 2), bool), np.ones((5, 3), complex), "real numbers"),
+    ],
+)
+def test_arrays_that_make_no_regression_are_refused(masks, outputs, said):
+    with pytest.raises(SpecError, match=said):
+        Moments.of(masks, outputs)
