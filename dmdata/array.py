@@ -8,7 +8,7 @@ address, never with credentials, and its repr touches nothing.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,15 @@ from dmdata.errors import FormatError, IntegrityError
 from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout
 from dmdata.headers import forget_header
+from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
 from dmdata.prices import LINK, PRICES, Destination, Estimate, quote, readable_bytes
 from dmdata.selection import Selection, select
+
+if TYPE_CHECKING:
+    import dask.array
+    import xarray
 
 _LOCAL_GAP_BYTES = 64 << 10
 
@@ -264,6 +269,14 @@ class LazyArray:
         key = (rows, columns)[: self.ndim] if self.ndim > 1 else (rows,)
         selection = select(key, self.shape, orthogonal=True)
         return mirror(self, Path(destination), selection=selection, memory_bytes=memory_bytes, progress=progress)
+
+    def to_dask(self, chunks: Any = None) -> "dask.array.Array":
+        """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""
+        return to_dask(self, chunks)
+
+    def to_xarray(self, chunks: Any = None) -> "xarray.DataArray":
+        """Wrap as an xarray DataArray with named dimensions; needs ``dmdata[xarray]``."""
+        return to_xarray(self, chunks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,19 @@
 """The ``dmdata`` command: list, describe, price, download and mirror what a catalog holds, and show what was spent."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-from rich.progress import DownloadColumn, ProgressColumn, Task, TextColumn
+from rich.progress import DownloadColumn, ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
 from dmdata import ledger, release
 from dmdata.catalog import Artifact, Catalog
 from dmdata.console import Talk, ask_consent, run, talk_options
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress
+from dmdata.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.prices import GIB, PRICES, Destination, Estimate, readable_bytes, readable_usd
 from dmdata.selection import parse_selection
 
@@ -184,14 +185,7 @@ def mirror(
     with _paid_for(talk, artifacts, select, f"mirroring {', '.join(patterns)}", **spending) as agreed:
         if not agreed:
             return
-        with talk.progress(TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows")) as bars:
-            tasks: dict[str, Any] = {}
-
-            def show(name: str, done: Progress) -> None:
-                if name not in tasks:
-                    tasks[name] = bars.add_task(name, total=done.n_rows_total)
-                bars.update(tasks[name], completed=done.n_rows)
-
+        with talk.stages(defaultdict(lambda: "rows")) as show:
             release.mirror(
                 patterns[0] if len(patterns) == 1 else patterns,
                 destination,
@@ -201,7 +195,7 @@ def mirror(
                 to=spending["to"],
                 catalog=known,
                 memory_bytes=memory << 20,
-                progress=show,
+                progress=lambda name, done: show(name, done.n_rows, done.n_rows_total),
             )
     names = [artifact.name for artifact in artifacts]
     talk.print_data({"destination": destination, "artifacts": names}, _lines(destination, f"{len(names)} artifacts"))

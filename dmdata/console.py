@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dmdata.errors import FactualError
@@ -70,6 +70,31 @@ class Talk:
         shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
         with Progress(*shown, console=console, disable=self.quiet or not console.is_terminal) as progress:
             yield progress
+
+    @contextlib.contextmanager
+    def stages(self, units: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+        """Show a bar for each stage of a work; yields what to call with (stage, done, in all).
+
+        Parameters
+        ----------
+        units : dict of str to str
+            What each stage counts, by its name.
+        """
+        with self.progress(TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}")) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, done: int, in_all: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, unit=units[stage])
+                bars.update(tasks[stage], completed=done, total=in_all)
+
+            yield show
+
+    @contextlib.contextmanager
+    def counting(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """Show one bar; yields what to call with (done, in all)."""
+        with self.stages({what: unit}) as show:
+            yield lambda done, in_all: show(what, done, in_all)
 
 
 def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -238,9 +238,6 @@ def _patiently(attempt: Callable[[], Any], meter: _Meter, stop: threading.Event)
 
 def _run_in_threads(work: Callable[[], None], n_threads: int, stop: threading.Event) -> None:
     """Run the same work in several threads; the first error, or Ctrl-C, stops them all and is raised."""
-    if n_threads == 1:
-        work()
-        return
     with ThreadPoolExecutor(n_threads, thread_name_prefix="dmdata-fetch") as pool:
         futures = [pool.submit(work) for _ in range(n_threads)]
         try:

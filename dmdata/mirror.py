@@ -34,8 +34,8 @@ _MOST_CHUNK_ROWS = 4096
 _BLOCKS_IN_MEMORY = 4
 
 
-class Mirrorable(Protocol):
-    """What can be copied: something of known shape that reads selections."""
+class Readable(Protocol):
+    """What can be copied or wrapped: a named array of known shape that reads selections."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Progress:
 
 
 def mirror(
-    source: Mirrorable,
+    source: Readable,
     destination: Path,
     *,
     selection: Selection,
@@ -84,7 +84,7 @@ def mirror(
 
     Parameters
     ----------
-    source : Mirrorable
+    source : Readable
     destination : Path
         Directory of the Zarr array; where an unfinished copy of the same is there, it is gone on with.
     selection : Selection
@@ -133,7 +133,7 @@ def block_digest(block: npt.NDArray[Any]) -> str:
 
 
 def _copy_missing_blocks(
-    source: Mirrorable, copy: zarr.Array[Any], selection: Selection, progress: Callable[[Progress], object] | None
+    source: Readable, copy: zarr.Array[Any], selection: Selection, progress: Callable[[Progress], object] | None
 ) -> None:
     journal: dict[str, Any] = dict(copy.attrs[JOURNAL])  # type: ignore[arg-type] # attributes are any JSON
     digests = dict(journal["digests"])
@@ -160,7 +160,7 @@ def _blocks(n_rows: int, block_rows: int) -> Iterator[tuple[int, int, int]]:
         yield nth, start, min(start + block_rows, n_rows)
 
 
-def _open_or_create(source: Mirrorable, destination: Path, selection: Selection, memory_bytes: int) -> zarr.Array[Any]:
+def _open_or_create(source: Readable, destination: Path, selection: Selection, memory_bytes: int) -> zarr.Array[Any]:
     about = {"artifact": source.name, "object": source.identity, "selection": _selection_digest(selection)}
     if (destination / "zarr.json").exists():
         return _reopen(destination, about)

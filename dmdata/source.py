@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import boto3
     from obstore.store import S3Store
 
-_STREAM_BYTES = 1 << 20
+# small, so that a broken transfer loses little of what arrived; obstore hands over more where it has more
+_STREAM_BYTES = 128 << 10
 _LOCK = threading.Lock()
 _STORES: dict[tuple[object, ...], "S3Store"] = {}
 
@@ -120,7 +121,7 @@ class _S3Source:
         try:
             return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
         except obstore.exceptions.BaseError as error:
-            raise _s3_error(self.address, error) from error
+            raise _s3_error(self.address, error) from None
 
     def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> None:
         done = 0
@@ -135,7 +136,7 @@ class _S3Source:
                 if stopped():
                     return
         except obstore.exceptions.BaseError as error:
-            raise _s3_error(self.address, error, n_received=done) from error
+            raise _s3_error(self.address, error, n_received=done) from None
         if done != len(buffer):
             raise _short(self.address.url, start + done, transient=True, n_received=done)
 
@@ -147,8 +148,8 @@ class _S3Source:
             options["if_match"] = etag
         try:
             return obstore.get(store, key, options=options)  # type: ignore[arg-type] # a TypedDict of stubs only
-        except obstore.exceptions.BaseError as error:
-            raise _s3_error(self.address, error) from error
+        except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
+            raise _s3_error(self.address, error) from None
 
 
 def _bucket_and_key(address: Address) -> tuple[str, str]:
@@ -234,7 +235,7 @@ def _ask_region(session: "boto3.Session", bucket: str) -> str | None:
 
 
 def _s3_error(address: Address, error: Exception, *, n_received: int = 0) -> DmdataError:
-    """Say what S3 refused, and why, in our own words: its texts may quote keys."""
+    """Say what S3 refused, and why, in our own words: its texts may quote keys, so they are not chained either."""
     url, text = address.url, str(error)
     found = re.search(r"status code: (\d{3})", text)
     status = int(found[1]) if found else None
@@ -257,6 +258,9 @@ def _s3_error(address: Address, error: Exception, *, n_received: int = 0) -> Dmd
             url=url,
             transient=False,
         )
+    if isinstance(error, ValueError) or "non-partial response" in text:
+        what = "its key is not one S3 knows" if isinstance(error, ValueError) else "it was sent whole, not by range"
+        return SourceError(f"{url} cannot be read by ranges: {what}; is this an S3 endpoint?", url=url, transient=False)
     what = f"{status} {code or ''}".strip() if status else "the connection broke, stalled or could not be made"
     transient = status is None or status >= 500 or status in (400, 408, 429)
     return SourceError(f"{url} could not be read: {what}", url=url, transient=transient, n_received=n_received)

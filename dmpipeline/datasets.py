@@ -8,6 +8,7 @@ import functools
 import hashlib
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,26 @@ def _from_npz(path: Path) -> Dataset:
         raise _unusable(path, f"name {path.stem!r}", "is to be letters, digits, '_', '-' and '.'; rename the file")
     names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here because numpy leaves a file open that it cannot read
+        with open(path, "rb") as raw:
+            file = np.load(raw, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise _unusable(path, "one array", "is not an .npz file of four; write it with numpy.savez")
             if missing := [name for name in names if name not in file.files]:
                 raise _unusable(path, f"{', '.join(file.files)}", f"lacks {', '.join(missing)}; add what is missing")
             arrays = [file[name] for name in names]
     except FileNotFoundError as error:
         raise _unusable(path, "nothing", "is to be an .npz file; correct the path") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except SpecError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _unusable(path, str(error), "cannot be read; write plain arrays with numpy.savez") from error
     train_inputs, train_labels, test_inputs, test_labels = arrays
     for part, inputs, labels in (("train", train_inputs, train_labels), ("test", test_inputs, test_labels)):
         _check_inputs(path, f"{part}_inputs", inputs)
         _check_labels(path, f"{part}_labels", labels, len(inputs))
+    if train_labels.max() == 0:
+        raise _unusable(path, "train_labels of one class", "is to number two classes or more from 0")
     if train_inputs.shape[1:] != test_inputs.shape[1:]:
         shapes = f"train_inputs of shape {train_inputs.shape} and test_inputs of shape {test_inputs.shape}"
         raise _unusable(path, shapes, "differ after the first dimension; give both the same features")
@@ -174,9 +183,9 @@ def _check_labels(path: Path, name: str, labels: npt.NDArray[Any], n_examples: i
     if labels.dtype.kind not in "iu" or labels.shape != (n_examples,):
         found = f"{name} of {labels.dtype}, shape {labels.shape}"
         raise _unusable(path, found, f"is to be integers of shape ({n_examples},), one for each input")
-    if labels.min() < 0 or labels.max() == 0 or labels.max() >= 2**16:
+    if labels.min() < 0 or labels.max() >= 2**16:
         found = f"{name} from {labels.min()} to {labels.max()}"
-        raise _unusable(path, found, "is to number at least two classes from 0")
+        raise _unusable(path, found, "is to number classes from 0, fewer than 65,536")
 
 
 def _as_features(inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""A run in the release's own layout: `.npy` and `.pt` files under the keys that the release uses, and a catalog of them.
+"""A run in the release's own layout: `.npy` and `.pt` files under the keys that the release uses, and their catalog.
 
 What is exported is checked against the digests it was stored with while it is written. A file is written beside its
 place and moved there when it is whole, the catalog last: a folder with a catalog has all that the catalog lists.
@@ -144,10 +144,8 @@ def _write_arrays(run: Run, outputs: dict[str, _Output], progress: Progress | No
     for digest, rows in zip(run.digests(), run.spec.blocks, strict=True):
         block = run.read_block(rows)
         if block_digest(block) != digest.tobytes():
-            raise VerificationError(
-                f"rows {rows.start} to {rows.stop} of {run.path} are not what was stored; see `dmpipeline verify {run.path}`",
-                findings=[],
-            )
+            wrong = f"rows {rows.start} to {rows.stop - 1} of {run.path} are not what was stored"
+            raise VerificationError(f"{wrong}; see `dmpipeline verify {run.path}`", findings=[wrong])
         for name, output in outputs.items():
             output.write(_elements(block[name]))
         if progress is not None:

@@ -128,8 +128,8 @@ class Run:
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
             raise RunExistsError(
-                f"{path} holds a run with {name} {there[name]!r}, not {wanted[name]!r}; choose another directory, or go "
-                f"on with that run by `dmpipeline run {path}`",
+                f"{path} holds a run with {name} {there[name]!r}, not {wanted[name]!r}; "
+                f"choose another directory, or go on with that run by `dmpipeline run {path}`",
                 path=path,
             )
         return run

@@ -138,13 +138,15 @@ def _train_group(
     ensemble = _Ensemble(
         _initial_parameters(seed, models, (n_features, recipe.hidden, n_classes)),
         batch=batch,
-        lr=recipe.lr,
         momentum=recipe.momentum,
     )
-    for epoch in range(recipe.epochs):
-        order = torch.from_numpy(orders[:, epoch])
-        for start in range(0, size - batch + 1, batch):
-            ensemble.step(inputs, targets, order[:, start : start + batch])
+    steps_each = size // batch
+    n_steps = recipe.epochs * steps_each
+    for step in range(n_steps):
+        epoch, start = step // steps_each, step % steps_each * batch
+        examples = torch.from_numpy(orders[:, epoch, start : start + batch])
+        remaining = 1 - step / n_steps if recipe.schedule == "linear" else 1.0
+        ensemble.step(inputs, targets, examples, lr=recipe.lr * remaining)
     return ensemble.logits(inputs)
 
 
@@ -162,10 +164,10 @@ def _initial_parameters(seed: int, models: npt.NDArray[np.uint64], widths: tuple
 class _Ensemble:
     """Perceptrons that take their steps together; work space is allocated once, for page faults cost more than sums."""
 
-    def __init__(self, parameters: list[torch.Tensor], *, batch: int, lr: float, momentum: float) -> None:
+    def __init__(self, parameters: list[torch.Tensor], *, batch: int, momentum: float) -> None:
         self.w1, self.b1, self.w2, self.b2 = parameters
         self.velocities = [torch.zeros_like(parameter) for parameter in parameters]
-        self.lr, self.momentum = lr, momentum
+        self.momentum = momentum
         n_models, n_features, hidden = self.w1.shape
         n_classes = self.w2.shape[2]
         self.x = torch.empty(n_models, batch, n_features)
@@ -174,7 +176,7 @@ class _Ensemble:
         self.back = torch.empty(n_models, batch, hidden)
         self.error = torch.empty(n_models, batch, n_classes)
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, examples: torch.Tensor) -> None:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, examples: torch.Tensor, *, lr: float) -> None:
         """Take one step of SGD with momentum on mean cross-entropy; examples are (n_models, batch) indices."""
         chosen = examples.reshape(-1)
         torch.index_select(inputs, 0, chosen, out=self.x.view(-1, inputs.shape[1]))
@@ -192,7 +194,7 @@ class _Ensemble:
         v_w1.baddbmm_(x.transpose(1, 2), back, beta=self.momentum)
         v_b1.mul_(self.momentum).add_(back.sum(1, keepdim=True))
         for parameter, velocity in zip((self.w1, self.b1, self.w2, self.b2), self.velocities, strict=True):
-            parameter.sub_(velocity, alpha=self.lr)
+            parameter.sub_(velocity, alpha=lr)
 
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of every model on every input, (n_models, n_inputs, n_classes)."""

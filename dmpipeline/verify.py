@@ -31,6 +31,8 @@ CHECKS = {
 }
 """What is checked, in the order of the findings, and what holds where it passed."""
 
+_SINGULAR = {"have": "has", "are": "is"}
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -106,7 +108,7 @@ class _Notes:
         wrong = {check: list(sentences) for check, sentences in self.sentences.items()}
         for (check, what), rows in self.rows.items():
             if rows:
-                wrong.setdefault(check, []).append(f"{_named(rows)} {what}")
+                wrong.setdefault(check, []).append(_sentence(rows, what))
         return [
             Finding(check, check not in wrong, "; ".join(wrong.get(check, [holds]))) for check, holds in CHECKS.items()
         ]
@@ -173,16 +175,18 @@ def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, n
     }
     if dataset is not None:
         for part, labels in (("test", dataset.test_labels), ("train", dataset.train_labels)):
-            same = _equal_bits(block[f"{part}_margins"], correct_class_margins(block[f"{part}_logits"], labels))
+            same = _margins_are_of(block[f"{part}_margins"], block[f"{part}_logits"], labels)
             wrong["margins", f"have {part} margins that are not those of their logits"] = ~same
     for (check, what), flags in wrong.items():
         notes.add_rows(check, what, [rows[i] for i in np.flatnonzero(flags).tolist()])
 
 
-def _equal_bits(margins: npt.NDArray[np.float16], wide: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    # damaged logits may give margins beyond float16: they compare unequal, and need no warning
+def _margins_are_of(
+    margins: npt.NDArray[np.float16], logits: npt.NDArray[np.float16], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    # damaged logits may give margins beyond float16 or none at all: they compare unequal, and need no warning
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = wide.astype(np.float16)
+        expected = correct_class_margins(logits, labels).astype(np.float16)
     return np.asarray((margins.view(np.uint16) == expected.view(np.uint16)).all(axis=1))
 
 
@@ -211,7 +215,10 @@ def _short_digest(*arrays: npt.NDArray[Any]) -> bytes:
     return digest.digest()
 
 
-def _named(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:5]))
+def _sentence(rows: list[int], what: str) -> str:
+    """Say of rows what is wrong; `what` begins with a plural verb."""
+    if len(rows) == 1:
+        verb, _, rest = what.partition(" ")
+        return f"row {rows[0]} {_SINGULAR.get(verb, verb)} {rest}"
     more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
-    return f"{'rows' if len(rows) > 1 else 'row'} {shown}{more}"
+    return f"rows {', '.join(map(str, rows[:5]))}{more} {what}"

@@ -92,7 +92,7 @@ class LiveS3:
 
 
 @pytest.fixture(scope="session")
-def live_s3(tmp_path_factory: pytest.TempPathFactory) -> LiveS3:
+def live_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveS3]:
     """Find the real server by the variables its script exports, with the bucket made and requester pays on."""
     missing = [name for name in _LIVE_VARIABLES if name not in os.environ]
     if missing:
@@ -104,7 +104,9 @@ def live_s3(tmp_path_factory: pytest.TempPathFactory) -> LiveS3:
         owner, reader = _client(owner_env), _client(reader_env)
     owner.create_bucket(Bucket=bucket)
     owner.put_bucket_request_payment(Bucket=bucket, RequestPaymentConfiguration={"Payer": "Requester"})
-    return LiveS3(endpoint, bucket, owner, reader, owner_env, reader_env)
+    yield LiveS3(endpoint, bucket, owner, reader, owner_env, reader_env)
+    owner.close()
+    reader.close()
 
 
 def _hide_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:

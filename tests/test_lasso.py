@@ -21,26 +21,24 @@ def moments(x, y, dtype=np.float64):
     return (x.T @ x / n).astype(dtype), np.ascontiguousarray(y.T @ x / n), (y**2).mean(axis=0)
 
 
-def solved(x, y, lam, *, dtype=np.float64, tol=1e-6, start=None, threads=2, max_sweeps=10_000):
+def solved(x, y, lam, *, dtype=np.float64, tol=1e-6, max_sweeps=10_000):
     gram, cross, square = moments(x, y, dtype)
-    start = np.zeros(cross.shape) if start is None else start
-    return lasso.solve(
-        gram, cross, square, lam, start=start, tol=tol, max_sweeps=max_sweeps, threads=threads, progress=None
-    )
+    start = np.zeros(cross.shape)
+    return lasso.solve(gram, cross, square, lam, start=start, tol=tol, max_sweeps=max_sweeps, threads=2, progress=None)
 
 
-def path_of(x, y, x_out, y_out, *, dtype=np.float64, tol=1e-6, patience=1000, threads=2, n_lams=20, ratio=0.01):
-    gram, cross, _ = moments(x, y, dtype)
-    lams = lasso.lambda_grid(cross, n_lams=n_lams, ratio=ratio)
+def path_of(x, y, x_out, y_out, *, patience=1000):
+    gram, cross, _ = moments(x, y)
+    lams = lasso.lambda_grid(cross, n_lams=20, ratio=0.01)
     path = lasso.solve_paths(
         gram,
         cross,
         lams,
-        holdout=lasso.Holdout(*moments(x_out, y_out, dtype)),
-        tol=tol,
+        holdout=lasso.Holdout(*moments(x_out, y_out)),
+        tol=1e-6,
         patience=patience,
         max_sweeps=10_000,
-        threads=threads,
+        threads=2,
         progress=None,
     )
     return lams, path
@@ -131,9 +129,7 @@ def test_the_first_point_of_the_grid_silences_every_weight_and_the_second_does_n
 
 def test_a_path_stops_when_patience_runs_out():
     x, y = standardised(60, 20, 1, seed=7)
-    noise = np.random.default_rng(0).standard_normal((40, 1))
-    x_out = np.random.default_rng(1).standard_normal((40, 20))
-    _, path = path_of(x, y, x_out, noise, patience=3)  # nothing learnt helps: the error rises from the start
+    _, path = path_of(x, y, x, -y, patience=3)  # the held-out rows say the opposite: the error rises from the start
     assert path.n_solved[0] == 4
     assert not path.weight.any()
 
@@ -141,13 +137,39 @@ def test_a_path_stops_when_patience_runs_out():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_result_does_not_depend_on_threads_or_neighbours(dtype):
     x, y = standardised(120, 100, 7, seed=11, correlated=0.5)
-    x, x_out, y, y_out = x[:90], x[90:], y[:90], y[90:]
-    _, one = path_of(x, y, x_out, y_out, dtype=dtype, threads=1)
-    _, many = path_of(x, y, x_out, y_out, dtype=dtype, threads=5)
-    _, alone = path_of(x, y[:, 3:4], x_out, y_out[:, 3:4], dtype=dtype)
-    np.testing.assert_array_equal(one.weight, many.weight)
-    np.testing.assert_array_equal(one.weight[3:4], alone.weight)
-    np.testing.assert_array_equal(one.error, many.error)
+    gram, cross, square = moments(x[:90], y[:90], dtype)
+    held_out = moments(x[90:], y[90:], dtype)
+    lams = lasso.lambda_grid(cross, n_lams=20, ratio=0.01)
+
+    def weights(targets, threads):
+        holdout = lasso.Holdout(held_out[0], held_out[1][targets], held_out[2][targets])
+        path = lasso.solve_paths(
+            gram,
+            cross[targets],
+            lams[targets],
+            holdout=holdout,
+            tol=1e-4,
+            patience=5,
+            max_sweeps=10_000,
+            threads=threads,
+            progress=None,
+        )
+        final = lasso.solve(
+            gram,
+            cross[targets],
+            square[targets],
+            path.lam,
+            start=path.weight,
+            tol=1e-5,
+            max_sweeps=10_000,
+            threads=threads,
+            progress=None,
+        )
+        return np.vstack([path.weight, final.weight])
+
+    whole = weights(slice(0, 7), threads=1)
+    np.testing.assert_array_equal(weights(slice(0, 7), threads=5), whole)
+    np.testing.assert_array_equal(weights(slice(3, 4), threads=2), whole[3::7])
 
 
 def test_float32_agrees_with_float64():
@@ -166,8 +188,7 @@ def test_more_features_than_rows_are_certified():
     got = solved(x, y, lam, dtype=np.float32, tol=1e-3)
     assert (got.gap < 1e-4).all()
     assert (got.kkt < 1.1e-3).all()
-    assert 64 < (got.weight != 0).sum(axis=1).max() + 64  # a support that fits 30 rows
-    assert ((got.weight != 0).sum(axis=1) <= 45).all()
+    assert ((got.weight != 0).sum(axis=1) > 5).all()
 
 
 def test_duplicate_columns_share_a_solution_as_good_as_one():

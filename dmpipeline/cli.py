@@ -1,0 +1,233 @@
+"""The ``dmpipeline`` command: describe a run, train it, check it, fit datamodels on it, score, report and export."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from dmdata.console import Talk, run, talk_options
+from dmdata.prices import readable_bytes
+from dmpipeline import workflow
+from dmpipeline.demo import run_demo
+from dmpipeline.errors import VerificationError
+from dmpipeline.evaluate import Evaluation
+from dmpipeline.export import export_run
+from dmpipeline.spec import RunSpec
+from dmpipeline.store import Run
+from dmpipeline.verify import Finding, verify_run
+
+DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of ``dmpipeline``."""
+    run(commands, arguments, name="dmpipeline")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dmdata")
+def commands() -> None:
+    """Train models on random subsets, fit datamodels to them, and ask which examples made a prediction."""
+
+
+@commands.command("demo")
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"))
+@click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
+@click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
+@click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
+@talk_options
+def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: int) -> None:
+    """Show the whole circle on digits in under three minutes; leaves DIRECTORY, a run like any other."""
+    spec = RunSpec(n_models=models, held_out={"n_subsets": held_out, "n_retrainings": retrainings})
+    summary = run_demo(talk, directory, spec)
+    talk.print_data(summary.as_dict(), summary.table())
+
+
+@commands.command("init")
+@DIRECTORY
+@click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
+@click.option("--dataset", default="digits", show_default=True, help="digits, or the path of an .npz file.")
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of the examples in a subset.")
+@click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
+@click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
+@click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@talk_options
+def init(
+    talk: Talk,
+    directory: Path,
+    spec: Path | None,
+    dataset: str,
+    alpha: float,
+    models: int,
+    held_out: int,
+    retrainings: int,
+    seed: int,
+) -> None:
+    """Create a run in DIRECTORY; nothing is trained yet."""
+    wanted = (
+        RunSpec.read(spec)
+        if spec
+        else RunSpec(
+            dataset=dataset,
+            alpha=alpha,
+            n_models=models,
+            held_out={"n_subsets": held_out, "n_retrainings": retrainings},
+            seed=seed,
+        )
+    )
+    created = Run.create(directory, wanted)
+    talk.print_data({"directory": str(created.path), "n_rows": wanted.n_rows}, _facts({"run": str(created.path)}))
+    talk.remark(f"{wanted.n_rows:,} models to train; next: dmpipeline run {directory}")
+
+
+@commands.command("run")
+@DIRECTORY
+@talk_options
+def train(talk: Talk, directory: Path) -> None:
+    """Train what is missing in the run at DIRECTORY. Stop it at any time and run it again to go on."""
+    opened = Run.open(directory)
+    with talk.counting("training", "models") as progress:
+        opened.train(progress)
+    _print_status(talk, opened)
+    talk.remark(f"next: dmpipeline verify {directory}, dmpipeline fit {directory}")
+
+
+@commands.command("status")
+@DIRECTORY
+@talk_options
+def status(talk: Talk, directory: Path) -> None:
+    """Show what the run at DIRECTORY is, how far it is, and how fast it went."""
+    _print_status(talk, Run.open(directory))
+
+
+@commands.command("verify")
+@DIRECTORY
+@talk_options
+def verify(talk: Talk, directory: Path) -> None:
+    """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
+    opened = Run.open(directory)
+    with talk.counting("verifying", "models") as progress:
+        findings = verify_run(opened, progress)
+    passed = all(finding.passed for finding in findings)
+    data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
+    talk.print_data({"passed": passed, "findings": data}, _findings_table(findings))
+    if not passed:
+        wrong = [finding.detail for finding in findings if not finding.passed]
+        raise VerificationError(
+            f"{directory} is not what was specified: {wrong[0]}; if rows are missing run `dmpipeline run {directory}`, "
+            "else train it anew in another directory",
+            findings=wrong,
+        )
+
+
+@commands.command("fit")
+@DIRECTORY
+@click.option("--validation", type=float, default=0.1, show_default=True, help="Share of models to choose lambda on.")
+@talk_options
+def fit(talk: Talk, directory: Path, validation: float) -> None:
+    """Fit a datamodel to every test example's margin, on the models of the run at DIRECTORY."""
+    opened = Run.open(directory)
+    with talk.stages(workflow.FIT_STAGES) as progress:
+        workflow.fit_run(opened, validation=validation, progress=progress)
+    facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
+    talk.print_data(facts, _facts(facts))
+    talk.remark(f"next: dmpipeline evaluate {directory}")
+
+
+@commands.command("evaluate")
+@DIRECTORY
+@talk_options
+def evaluate(talk: Talk, directory: Path) -> None:
+    """Score the datamodels of the run at DIRECTORY on its held-out models."""
+    evaluation = workflow.evaluate_run(Run.open(directory))
+    talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
+    talk.remark(f"next: dmpipeline report {directory}")
+
+
+@commands.command("report")
+@DIRECTORY
+@talk_options
+def report(talk: Talk, directory: Path) -> None:
+    """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
+    opened = Run.open(directory)
+    path = workflow.report_run(opened, workflow.evaluate_run(opened))
+    talk.print_data({"report": str(path)}, _facts({"report": str(path)}))
+
+
+@commands.command("export")
+@DIRECTORY
+@click.argument("destination")
+@click.option("--requester-pays", is_flag=True, help="Say in the catalog that readers pay.")
+@click.option("--acl", metavar="NAME", help="Of the objects in a bucket, as authenticated-read.")
+@talk_options
+def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, acl: str | None) -> None:
+    """Write the run at DIRECTORY in the release's own layout to DESTINATION, a folder or s3://bucket/prefix.
+
+    .npy arrays, the .pt of its datamodels if there are any, and a catalog.yaml that dmdata opens.
+    """
+    opened = Run.open(directory)
+    with talk.counting("exporting", "models") as progress:
+        files = export_run(opened, destination, progress=progress, requester_pays=requester_pays, acl=acl)
+    table = Table("artifact", "key", "size", "SHA-256", box=None, header_style="bold")
+    for file in files:
+        table.add_row(file.name, file.key, readable_bytes(file.n_bytes), file.sha256[:16])
+    data = [{"name": f.name, "key": f.key, "bytes": f.n_bytes, "sha256": f.sha256} for f in files]
+    talk.print_data({"destination": destination, "files": data}, table)
+    talk.remark(f"next: dmdata ls --catalog {destination}")
+
+
+def _print_status(talk: Talk, opened: Run) -> None:
+    spec, done = opened.spec, opened.n_rows_done
+    sessions = opened.provenance["sessions"]
+    seconds, trained = (sum(session[name] for session in sessions) for name in ("seconds", "n_rows"))
+    rate = trained / seconds if seconds else None
+    left = spec.n_rows - done
+    facts = {
+        "run": str(opened.path),
+        "dataset": spec.dataset,
+        "alpha": spec.alpha,
+        "recipe": f"{spec.recipe.name}@{spec.recipe.version}",
+        "n_rows": spec.n_rows,
+        "n_rows_done": done,
+        "models_per_second": rate,
+        "seconds_left": left / rate if rate else None,
+        "datamodels": opened.datamodels_path.exists(),
+    }
+    shown = {
+        "run": facts["run"],
+        "what": f"{facts['recipe']} on {spec.dataset} at alpha {spec.alpha:.0%}",
+        "models": f"{done:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
+        "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
+        "left": f"{left / rate:,.0f} s" if rate and left else ("nothing" if not left else "unknown"),
+        "datamodels": str(opened.datamodels_path) if facts["datamodels"] else "not fitted yet",
+    }
+    talk.print_data(facts, _facts(shown))
+
+
+def _facts(facts: Mapping[str, object]) -> Table:
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _findings_table(findings: Sequence[Finding]) -> Table:
+    table = Table("check", "", "what was found", box=None, header_style="bold")
+    for finding in findings:
+        table.add_row(finding.check, "ok" if finding.passed else "[bold red]differs[/]", finding.detail)
+    return table
+
+
+def _evaluation_table(evaluation: Evaluation) -> Table:
+    table = Table("score", "", "against", box=None, header_style="bold")
+    averaged = f"averages of {evaluation.n_retrainings} retrainings of {evaluation.n_subsets} held-out subsets"
+    interval = f"{evaluation.level:.0%} interval {evaluation.lds_low:.3f} to {evaluation.lds_high:.3f}"
+    table.add_row("LDS", f"{evaluation.lds:.3f}", f"{averaged}; {interval}")
+    table.add_row("its noise ceiling", f"{evaluation.lds_ceiling:.3f}", "")
+    table.add_row("LDS", f"{evaluation.lds_single:.3f}", "single retrainings")
+    table.add_row("R2", f"{evaluation.r2:.3f}", "single retrainings")
+    table.add_row("MSE", f"{evaluation.mse:.3f}", "single retrainings, squared logits")
+    table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
+    return table

@@ -1,0 +1,356 @@
+"""One self-contained HTML page about a fit: its scores, what its predictions rest on, how it was made and what it cost.
+
+The page holds its own style and pictures, runs no script and asks no server for anything, follows the reader's light
+or dark setting, and fits a phone. What it shows comes in as plain arrays and mappings; the page is written whole or
+not at all.
+"""
+
+import base64
+import html
+import io
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dmpipeline.datamodels import Datamodels
+from dmpipeline.errors import SpecError
+from dmpipeline.evaluate import Evaluation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gallery:
+    """Pictures of the training and target examples, in the order of the masks' and outputs' columns.
+
+    Attributes
+    ----------
+    train : array, shape (n_train, height, width) or (n_train, height, width, 3)
+        Grey or colour; 0 to 255 where integers, 0 to 1 where floating.
+    targets : array, shape (n_targets, height, width) or (n_targets, height, width, 3)
+    train_labels, target_labels : sequences of str
+        Class names.
+    """
+
+    train: NDArray[Any]
+    targets: NDArray[Any]
+    train_labels: Sequence[str]
+    target_labels: Sequence[str]
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    evaluation: Evaluation,
+    datamodels: Datamodels,
+    predicted: NDArray[Any],
+    true: NDArray[Any],
+    n_models: int,
+    made: Mapping[str, object],
+    costs: Mapping[str, object],
+    gallery: Gallery | None,
+    output_name: str,
+) -> Path:
+    """Write the report page.
+
+    Parameters
+    ----------
+    path : path
+        The `.html` file; replaced if it is there.
+    title : str
+    evaluation : Evaluation
+    datamodels : Datamodels
+    predicted, true : arrays of float, shape (n_subsets, n_targets)
+        Outputs on the held-out subsets: foreseen, and averaged over the retrainings.
+    n_models : int
+        Models fitted on.
+    made, costs : mappings of str to anything printable
+        Rows of the tables of provenance and of costs, in order.
+    gallery : Gallery or None
+        Without it the page leaves out the training images behind the predictions.
+    output_name : str
+        What a trained model gave for a target, say "margin".
+
+    Raises
+    ------
+    SpecError
+        Arrays that do not fit the datamodels.
+    """
+    expected = (evaluation.n_subsets, datamodels.n_targets)
+    if predicted.shape != expected or true.shape != expected:
+        raise SpecError(
+            f"predicted {predicted.shape} and true {true.shape} do not fit the evaluation; expected {expected}: "
+            "one row a held-out subset, one column a target"
+        )
+    cards = [] if gallery is None else _cards(gallery, datamodels, evaluation, true)
+    height, width = (0, 0) if gallery is None else gallery.targets.shape[1:3]
+    page = _environment().from_string(resources.files("dmpipeline").joinpath("report.html.j2").read_text("utf-8"))
+    text = page.render(
+        title=title,
+        summary=_summary(evaluation, n_models=n_models, output_name=output_name),
+        tiles=_tiles(evaluation, output_name=output_name),
+        retrainings=_times(evaluation.n_retrainings),
+        figures=[
+            _lds_figure(evaluation),
+            _margins_figure(evaluation, predicted, true, output_name=output_name),
+        ],
+        cards=cards,
+        n_shown=_N_SHOWN,
+        width=width,
+        height=height,
+        pixelated=width < 64,
+        output_name=output_name,
+        tables=[
+            {"heading": "How it was made", "rows": list(made.items())},
+            {"heading": "The fit", "rows": _fit_rows(datamodels, evaluation, n_models=n_models)},
+            {"heading": "What it cost", "rows": list(costs.items())},
+        ],
+        footer="Datamodels: Ilyas, Park, Engstrom, Leclerc and Madry, arXiv 2202.00622, 2022. "
+        "LDS: linear datamodeling score, a Spearman correlation averaged over targets.",
+    )
+    return _write_whole(Path(path), text)
+
+
+_N_SHOWN = 5
+
+# the figures are drawn in these stand-ins, which the page's style then decides, so that they follow light and dark
+_INK, _SOFT, _ACCENT, _ACCENT_SOFT, _HURT = "#010101", "#020202", "#030303", "#040404", "#050505"
+_STYLED = {_INK: "ink", _SOFT: "soft", _ACCENT: "accent", _ACCENT_SOFT: "accent-soft", _HURT: "hurt"}
+
+
+def _environment() -> Environment:
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "not defined" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _times(n: int) -> str:
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")
+
+
+def _share_of_ceiling(evaluation: Evaluation) -> float:
+    return evaluation.lds / evaluation.lds_ceiling if evaluation.lds_ceiling > 0 else math.nan
+
+
+def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
+    e = evaluation
+    if math.isnan(e.lds):
+        return f"None of the {e.n_targets:,} targets varies over the held-out subsets, so there is nothing to foresee."
+    text = (
+        f"From {n_models:,} models trained on random subsets, the datamodels learnt to foresee the {output_name} of "
+        f"{e.n_targets:,} targets. On {e.n_subsets:,} subsets they had not seen, each trained "
+        f"{_times(e.n_retrainings)}, the mean LDS is {_number(e.lds)} "
+        f"({e.level:.0%} interval {_number(e.lds_low)} to {_number(e.lds_high)})"
+    )
+    share = _share_of_ceiling(e)
+    if math.isnan(share):
+        return text + "."
+    return text + f", which is {share:.0%} of what the noise of training allows ({_number(e.lds_ceiling)})."
+
+
+def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:
+    e = evaluation
+    share = _share_of_ceiling(e)
+    facts = {
+        f"LDS, against the average of {e.n_retrainings} retrainings": _number(e.lds),
+        "noise ceiling of the LDS": _number(e.lds_ceiling),
+        "of the ceiling reached": "not defined" if math.isnan(share) else f"{share:.0%}",
+        "LDS against single retrainings": _number(e.lds_single),
+        "of a single retraining's variance explained (R\N{SUPERSCRIPT TWO})": _number(e.r2),
+        f"mean squared error, in squared units of the {output_name}": _number(e.mse),
+    }
+    return [{"value": value, "meaning": meaning} for meaning, value in facts.items()]
+
+
+def _fit_rows(datamodels: Datamodels, evaluation: Evaluation, *, n_models: int) -> list[tuple[str, str]]:
+    support = np.count_nonzero(datamodels.weight, axis=0)
+    rows = [
+        ("Models fitted on", f"{n_models:,}"),
+        ("Targets", f"{datamodels.n_targets:,}"),
+        ("Training examples", f"{datamodels.n_train:,}"),
+        ("Nonzero weights a target, median", f"{np.median(support):,.0f}"),
+        ("Penalty lam, median", f"{np.median(datamodels.lam):.3g}"),
+        ("Targets that never vary, left out", f"{evaluation.n_constant:,}"),
+    ]
+    if datamodels.certificate is not None:
+        rows += [
+            ("Worst duality gap, share of the variance", f"{datamodels.certificate.gap.max():.1e}"),
+            ("Worst broken optimality condition, share of lam", f"{datamodels.certificate.kkt.max():.1e}"),
+        ]
+    return rows
+
+
+def _lds_figure(evaluation: Evaluation) -> dict[str, str]:
+    scores = evaluation.target_lds[~np.isnan(evaluation.target_lds)]
+    figure, axes = _blank(5.2, 4.0)
+    ax = axes[0]
+    low = min(0.0, float(scores.min(initial=0.0)))
+    counts, _, _ = ax.hist(scores, bins=np.linspace(low, 1, 41), color=_ACCENT_SOFT)
+    top = max(float(np.max(counts)), 1.0)
+    ax.set(xlim=(low, 1), ylim=(0, top * 1.3), xlabel="LDS of a target", ylabel="targets")
+    marks = [(evaluation.lds, "mean", _ACCENT, 1.1), (evaluation.lds_ceiling, "ceiling", _HURT, 1.22)]
+    for value, name, color, height in marks:
+        if not math.isnan(value):
+            ax.axvline(value, ymax=height / 1.3, color=color, lw=2, ls="-" if name == "mean" else (0, (4, 2)))
+            side = {"ha": "right", "x": value - 0.012} if value > 0.3 else {"ha": "left", "x": value + 0.012}
+            ax.text(y=top * (height - 0.02), s=f"{name} {value:.2f}", color=color, va="center", weight="bold", **side)
+    label = (
+        f"Histogram of LDS over {len(scores)} targets; mean {_number(evaluation.lds)}, "
+        f"mean noise ceiling {_number(evaluation.lds_ceiling)}."
+    )
+    caption = (
+        "LDS of every target against the average of its retrainings; the lines are the mean and the mean noise ceiling."
+    )
+    return {"name": "lds", "svg": _svg(figure, label=label, salt="lds"), "caption": caption}
+
+
+def _margins_figure(
+    evaluation: Evaluation, predicted: NDArray[Any], true: NDArray[Any], *, output_name: str
+) -> dict[str, str]:
+    shown = _spread(evaluation.target_lds, (0.1, 0.4, 0.7, 0.95))
+    figure, axes = _blank(5.2, 4.0, rows=2, columns=2)
+    for ax in axes[len(shown) :]:
+        ax.set_visible(False)
+    for ax, t in zip(axes, shown, strict=False):
+        x, y = predicted[:, t].astype(float), true[:, t].astype(float)
+        ax.scatter(x, y, s=9, color=_ACCENT, alpha=0.65, linewidths=0)
+        ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
+        ax.plot(ends, ends, color=_SOFT, lw=1, ls=(0, (4, 2)), zorder=0)
+        ax.set_title(f"target {t}, LDS {evaluation.target_lds[t]:.2f}", fontsize=9.5, loc="left", color=_INK)
+    figure.supxlabel(f"predicted {output_name}", color=_INK, fontsize=10.5)
+    figure.supylabel(f"actual {output_name}, average of retrainings", color=_INK, fontsize=10.5)
+    names = ", ".join(f"target {t} with LDS {evaluation.target_lds[t]:.2f}" for t in shown) or "no target varies"
+    label = f"Predicted against actual {output_name} on held-out subsets: {names}."
+    caption = (
+        "A dot is a held-out subset. Targets at the 10th, 40th, 70th and 95th percentile of LDS; on the dashed line, "
+        "prediction and truth agree."
+    )
+    return {"name": "margins", "svg": _svg(figure, label=label, salt="margins"), "caption": caption}
+
+
+def _spread(values: NDArray[np.float64], quantiles: Sequence[float]) -> list[int]:
+    """Pick the columns at these rising quantiles of what is defined, each once."""
+    known = np.flatnonzero(~np.isnan(values))
+    ranked = known[np.argsort(values[known], kind="stable")]
+    places: list[int] = []
+    for quantile in quantiles:
+        place = max(round(quantile * (len(ranked) - 1)), places[-1] + 1 if places else 0)
+        if place < len(ranked):
+            places.append(place)
+    return [int(ranked[place]) for place in places]
+
+
+def _cards(
+    gallery: Gallery, datamodels: Datamodels, evaluation: Evaluation, true: NDArray[Any]
+) -> list[dict[str, object]]:
+    n_train, n_targets = datamodels.weight.shape
+    counts = (len(gallery.train), len(gallery.train_labels), len(gallery.targets), len(gallery.target_labels))
+    if counts != (n_train, n_train, n_targets, n_targets):
+        raise SpecError(
+            f"the gallery has {counts[0]} training and {counts[2]} target images with {counts[1]} and {counts[3]} "
+            f"labels; expected {n_train} and {n_targets} of each"
+        )
+    averages = true.astype(np.float64).mean(axis=0)
+    cards: list[dict[str, object]] = []
+    for t in _spread(averages, (0.0, 0.03, 0.1, 0.3, 0.6, 0.95)):
+        weight = datamodels.weight[:, t]
+        order = np.argsort(weight, kind="stable")
+        kinds = []
+        for name, heading, indices in (
+            ("help", "help most", order[::-1][:_N_SHOWN]),
+            ("hurt", "hurt most", order[:_N_SHOWN]),
+        ):
+            sign = 1 if name == "help" else -1
+            examples = [
+                {
+                    "index": int(i),
+                    "image": _data_uri(gallery.train[i]),
+                    "label": gallery.train_labels[i],
+                    "weight": _signed(float(weight[i])),
+                }
+                for i in indices
+                if weight[i] * sign > 0
+            ]
+            kinds.append({"name": name, "heading": heading if examples else f"none {name}s", "examples": examples})
+        cards.append(
+            {
+                "index": t,
+                "image": _data_uri(gallery.targets[t]),
+                "label": gallery.target_labels[t],
+                "average": _number(float(averages[t]), 1),
+                "lds": _number(float(evaluation.target_lds[t])),
+                "kinds": kinds,
+            }
+        )
+    return cards
+
+
+def _data_uri(image: NDArray[Any]) -> str:
+    """Encode a picture as PNG inside a data URI; grey ones are dark on light, as ink is."""
+    pixels = image.astype(np.float64) / (255 if image.dtype.kind in "iu" else 1)
+    buffer = io.BytesIO()
+    if pixels.ndim == 2:
+        matplotlib.image.imsave(buffer, pixels, cmap="gray_r", vmin=0, vmax=1, format="png")
+    else:
+        matplotlib.image.imsave(buffer, np.clip(pixels, 0, 1), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _blank(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
+    """Make a figure in the page's ink, without a frame's upper and right side; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(_SOFT)
+        ax.tick_params(colors=_SOFT, labelsize=9)
+        ax.xaxis.label.set(color=_INK, fontsize=10.5)
+        ax.yaxis.label.set(color=_INK, fontsize=10.5)
+    return figure, axes
+
+
+def _svg(figure: Figure, *, label: str, salt: str) -> str:
+    """Draw as SVG to be put inside HTML: transparent, with real text and the page's colours, and no XML preamble."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    text = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", head) + ">" + rest
+    for stand_in, name in _STYLED.items():
+        text = text.replace(stand_in, f"var(--{name})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        beside = Path(folder, path.name)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    return path

@@ -1,0 +1,219 @@
+"""The steps from a trained run to its report: fit, evaluate, report. Each leaves its result in the run's directory.
+
+::
+
+    run/
+      datamodels/test_50pct.pt     fit_run
+      datamodels/fit.json          fit_run: settings, certificate, seconds
+      evaluation.json              evaluate_run
+      report.html                  report_run
+
+Arrays are read through the run's catalog, a block of rows at a time, as those of a release would be.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import dmdata
+from dmdata.prices import readable_bytes, readable_usd
+from dmpipeline.datamodels import Datamodels, Progress, fit
+from dmpipeline.datasets import Dataset
+from dmpipeline.errors import IncompleteRunError
+from dmpipeline.evaluate import Evaluation, evaluate
+from dmpipeline.report import Gallery, write_report
+from dmpipeline.store import Run, write_beside
+
+FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
+"""Stages that `fit_run` reports, and what each counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsOf:
+    """Some adjacent rows of a lazy array, still lazy: `shape` and row slices."""
+
+    array: dmdata.LazyArray
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return (self.rows.stop - self.rows.start, *self.array.shape[1:])
+
+    def __getitem__(self, key: slice) -> npt.NDArray[Any]:
+        start, stop, _ = key.indices(self.shape[0])
+        return self.array[self.rows.start + start : self.rows.start + stop]
+
+
+def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = None) -> Datamodels:
+    """Fit datamodels of the test margins on a run's models, held-out ones left out, and save them in the run.
+
+    Parameters
+    ----------
+    run : Run
+        Complete.
+    validation : float
+        Share of the models on which lambda is chosen.
+    progress : callable, optional
+        See `dmpipeline.datamodels.Progress`.
+
+    Raises
+    ------
+    IncompleteRunError
+        If rows are missing.
+    """
+    run.write_catalog()
+    started = time.monotonic()
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
+    datamodels = fit(masks, margins, validation=validation, progress=progress)
+    datamodels.save(run.datamodels_path)
+    facts = {
+        "n_models": run.spec.n_models,
+        "validation": validation,
+        "seconds": round(time.monotonic() - started, 3),
+        "nonzero_weights": float(np.count_nonzero(datamodels.weight) / max(datamodels.n_targets, 1)),
+    }
+    if datamodels.certificate is not None:
+        facts["worst_gap"] = float(datamodels.certificate.gap.max())
+        facts["worst_kkt"] = float(datamodels.certificate.kkt.max())
+    write_beside(_fit_path(run), json.dumps(facts, indent=2) + "\n")
+    run.write_catalog()
+    return datamodels
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Score a run's datamodels on its held-out models.
+
+    Raises
+    ------
+    IncompleteRunError
+        If the run has no datamodels yet.
+    SpecError
+        If it has too few held-out subsets.
+    """
+    held_out = run.spec.rows.held_out
+    evaluation = evaluate(
+        load_datamodels(run),
+        _open(run, "train_masks", held_out),
+        _open(run, "test_margins", held_out),
+        n_retrainings=run.spec.held_out.n_retrainings,
+    )
+    write_beside(run.path / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
+    return evaluation
+
+
+def report_run(run: Run, evaluation: Evaluation) -> Path:
+    """Write a run's page, ``report.html``; return its path.
+
+    Raises
+    ------
+    IncompleteRunError
+        If the run has no datamodels yet.
+    """
+    spec, dataset, datamodels = run.spec, run.dataset(), load_datamodels(run)
+    n_subsets, n_retrainings = spec.held_out.n_subsets, spec.held_out.n_retrainings
+    held_out = spec.rows.held_out
+    masks = _open(run, "train_masks", held_out)[0 : held_out.stop]
+    margins = _open(run, "test_margins", held_out)[0 : held_out.stop].astype(np.float32)
+    return write_report(
+        run.path / "report.html",
+        title=f"Datamodels of {dataset.name} at alpha {spec.alpha:.0%}",
+        evaluation=evaluation,
+        datamodels=datamodels,
+        predicted=datamodels.predict(masks[::n_retrainings]),
+        true=margins.reshape(n_subsets, n_retrainings, -1).mean(1),
+        n_models=spec.n_models,
+        made=_how_it_was_made(run),
+        costs=_costs(run),
+        gallery=_gallery(dataset),
+        output_name="margin",
+    )
+
+
+def load_datamodels(run: Run) -> Datamodels:
+    """Read a run's datamodels.
+
+    Raises
+    ------
+    IncompleteRunError
+        If it has none yet.
+    """
+    if not run.datamodels_path.exists():
+        raise IncompleteRunError(
+            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {run.path}`", path=run.path
+        )
+    return Datamodels.load(run.datamodels_path)
+
+
+def fit_facts(run: Run) -> dict[str, float]:
+    """Read what `fit_run` noted: settings, seconds, certificate; empty where the datamodels came from elsewhere."""
+    try:
+        facts: dict[str, float] = json.loads(_fit_path(run).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return facts
+
+
+def download_price(run: Run) -> dmdata.Estimate:
+    """Price a download of a run's artifacts, were they on a requester-pays bucket."""
+    return dmdata.estimate("**", catalog=run.path)
+
+
+def artifact_name(run: Run, array: str) -> str:
+    """Name one of a run's arrays as its catalog does."""
+    return f"{run.provenance['dataset']['name']}/{run.spec.alpha_name}/{array}"
+
+
+def _how_it_was_made(run: Run) -> dict[str, object]:
+    spec, provenance = run.spec, run.provenance
+    sessions = provenance["sessions"]
+    versions = provenance["versions"]
+    return {
+        "dataset": f"{provenance['dataset']['name']}, {provenance['dataset']['fingerprint'][:16]}",
+        "training examples": provenance["dataset"]["n_train"],
+        "examples in a subset": round(spec.alpha * provenance["dataset"]["n_train"]),
+        "recipe": f"{spec.recipe.name}, version {spec.recipe.version}",
+        "seed": spec.seed,
+        "models to fit on": spec.n_models,
+        "held-out models": f"{spec.held_out.n_subsets} subsets, {spec.held_out.n_retrainings} trainings each",
+        "trained in": f"{sum(session['seconds'] for session in sessions):,.0f} s",
+        "device": provenance["machine"]["device"],
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "created": provenance["created"],
+    }
+
+
+def _costs(run: Run) -> dict[str, object]:
+    price, spent, facts = download_price(run), dmdata.spend(), fit_facts(run)
+    return {
+        "a download of the same from a requester-pays bucket": (
+            f"{readable_usd(price.usd)} for {readable_bytes(price.n_bytes)} in {price.n_requests:,} requests, list "
+            f"prices of {price.price_date} to the internet"
+        ),
+        "spent through this machine's ledger": f"{readable_usd(spent.usd)} in {spent.n_requests:,} requests",
+        "time of the fit": f"{facts['seconds']:,.1f} s" if "seconds" in facts else "not recorded",
+    }
+
+
+def _gallery(dataset: Dataset) -> Gallery | None:
+    if dataset.image_shape is None:
+        return None
+    return Gallery(
+        train=dataset.train_inputs.reshape(-1, *dataset.image_shape),
+        targets=dataset.test_inputs.reshape(-1, *dataset.image_shape),
+        train_labels=[str(label) for label in dataset.train_labels],
+        target_labels=[str(label) for label in dataset.test_labels],
+    )
+
+
+def _open(run: Run, array: str, rows: slice) -> RowsOf:
+    return RowsOf(dmdata.open(artifact_name(run, array), catalog=run.path), rows)
+
+
+def _fit_path(run: Run) -> Path:
+    return run.datamodels_path.with_name("fit.json")

@@ -1,0 +1,301 @@
+import io
+import os
+import pickle
+import zipfile
+
+import dask.array
+import numpy as np
+import pytest
+import torch
+import zarr
+from sklearn.linear_model import Lasso
+
+from dmdata.errors import FormatError, ObjectMissingError
+from dmpipeline.datamodels import Datamodels, fit, fit_moments
+from dmpipeline.errors import SpecError
+from dmpipeline.moments import Moments
+
+
+def planted(n_models=1500, n_train=60, n_targets=4, *, noise=0.5, seed=0, dtype=np.float16):
+    """Masks of half the examples, and outputs that are sparse sums over them."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((n_models, n_train)).argsort(axis=1) < n_train // 2
+    truth = np.zeros((n_train, n_targets))
+    for t in range(n_targets):
+        truth[rng.choice(n_train, 5, replace=False), t] = rng.choice([-1, 1], 5) * rng.uniform(1, 2, 5)
+    outputs = masks @ truth + 3 + noise * rng.standard_normal((n_models, n_targets))
+    return masks, outputs.astype(dtype), truth
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def fitted(problem):
+    masks, outputs, _ = problem
+    return fit(masks, outputs, tol=1e-4)
+
+
+def test_planted_weights_are_found_in_raw_mask_space(problem, fitted):
+    _, _, truth = problem
+    assert fitted.weight.shape == truth.shape
+    assert fitted.weight.dtype == fitted.bias.dtype == fitted.lam.dtype == np.float32
+    assert np.abs(fitted.weight - truth).max() < 0.25
+    assert ((np.abs(fitted.weight) > 0.5) == (truth != 0)).all()
+
+
+def test_predictions_of_new_models_are_as_good_as_the_noise_allows(fitted):
+    masks, outputs, _ = planted(noise=0.0, seed=0)  # the same truth, without noise
+    error = ((fitted.predict(masks) - outputs.astype(float)) ** 2).mean()
+    assert error < 0.1 * 0.5**2
+
+
+def test_the_fit_equals_scikit_learns_on_all_rows_at_the_chosen_strength(problem, fitted):
+    masks, outputs, _ = problem
+    x = (masks - masks.mean(axis=0)) / masks.std(axis=0)
+    for t in range(outputs.shape[1]):
+        y = outputs[:, t].astype(float)
+        oracle = Lasso(alpha=float(fitted.lam[t]), tol=1e-10, max_iter=10**6).fit(x, y)
+        np.testing.assert_allclose(fitted.weight[:, t], oracle.coef_ / masks.std(axis=0), atol=1e-4)
+        raw_bias = oracle.intercept_ - masks.mean(axis=0) @ (oracle.coef_ / masks.std(axis=0))
+        assert fitted.bias[t] == pytest.approx(raw_bias, abs=1e-3)
+
+
+def test_the_strength_is_the_best_of_the_grid_on_the_last_rows(problem, fitted):
+    masks, outputs, _ = problem
+    x, y = masks[:1350], outputs[:1350].astype(float)
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    lam_max = np.abs(((x - mean) / scale).T @ (y - y.mean(axis=0)) / 1350).max(axis=0)
+    for t in range(4):
+        grid = lam_max[t] * 0.01 ** np.linspace(0, 1, 100)
+        errors = []
+        for lam in grid:
+            oracle = Lasso(alpha=lam, tol=1e-8, max_iter=10**6).fit((x - mean) / scale, y[:, t])
+            errors.append(((oracle.predict((masks[1350:] - mean) / scale) - outputs[1350:, t]) ** 2).mean())
+        assert fitted.lam[t] == pytest.approx(grid[np.argmin(errors)], rel=1e-5)
+
+
+def test_every_target_is_certified(fitted):
+    assert (fitted.certificate.gap < 1e-4).all()
+    assert (fitted.certificate.kkt < 2e-4).all()
+
+
+def test_any_array_of_rows_gives_the_same_fit(problem, tmp_path):
+    masks, outputs, _ = problem
+    masks, outputs = masks[:300], outputs[:300]
+    plain = fit(masks, outputs)
+    group = zarr.create_group(tmp_path / "run.zarr")
+    stored = [group.create_array(name, data=a, chunks=(64, 4)) for name, a in (("m", masks), ("o", outputs))]
+    for other in (
+        fit(*stored, block_rows=64),
+        fit(dask.array.from_array(masks), dask.array.from_array(outputs)),
+        fit(masks.astype(np.float32), outputs.astype(np.float32), threads=1, block_rows=17),
+    ):
+        np.testing.assert_array_equal(other.weight, plain.weight)
+        np.testing.assert_array_equal(other.bias, plain.bias)
+
+
+def test_a_fit_from_merged_moments_equals_one_from_the_rows(problem):
+    masks, outputs, _ = problem
+    parts = [Moments.of(masks, outputs, start=i, stop=j) for i, j in ((0, 500), (500, 1350), (1350, 1500))]
+    np.testing.assert_array_equal(
+        fit_moments(parts[0] + parts[1], parts[2]).weight, fit(masks, outputs, validation=0.1).weight
+    )
+
+
+def test_constant_examples_and_targets_get_zero_weights_and_a_bias(problem):
+    masks, outputs, _ = problem
+    masks, outputs = masks.copy(), outputs.astype(np.float32)
+    masks[:, 3], masks[:, 7] = True, False
+    outputs[:, 1] = 0.1
+    dm = fit(masks, outputs)
+    assert not dm.weight[[3, 7]].any()
+    assert not dm.weight[:, 1].any()
+    assert dm.bias[1] == pytest.approx(0.1)
+    assert dm.certificate.gap[1] == dm.certificate.kkt[1] == 0
+    assert dm.weight[:, [0, 2, 3]].any(axis=0).all()
+
+
+def test_a_target_that_varies_in_the_validation_rows_alone_is_silenced_and_certified():
+    masks, outputs, _ = planted(200, 20, 2)
+    outputs[:180, 0] = 1
+    dm = fit(masks, outputs)
+    assert not dm.weight[:, 0].any()
+    assert dm.lam[0] > 0
+    assert dm.certificate.kkt[0] < 1e-6
+
+
+def test_fewer_models_than_examples_are_fitted_and_certified():
+    masks, outputs, _ = planted(60, 150, 3)
+    dm = fit(masks, outputs, validation=0.2)
+    assert np.isfinite(dm.weight).all()
+    assert (dm.certificate.gap < 1e-3).all()
+
+
+def test_pure_noise_is_explained_by_next_to_nothing():
+    rng = np.random.default_rng(0)
+    masks, outputs = rng.random((1000, 40)) < 0.5, rng.standard_normal((1000, 5))
+    dm = fit(masks, outputs)
+    assert np.abs(dm.predict(masks) - outputs.mean(axis=0)).std() < 0.2
+
+
+def test_progress_tells_stages_and_ends_complete(problem):
+    masks, outputs, _ = problem
+    seen = {}
+    fit(
+        masks,
+        outputs,
+        block_rows=400,
+        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    )
+    assert list(seen) == ["moments", "paths", "refit"]
+    assert seen["moments"] == [(400, 1500), (800, 1500), (1200, 1500), (1350, 1500), (1500, 1500)]
+    assert seen["paths"] == seen["refit"] == [(i, 4) for i in range(1, 5)]
+
+
+def test_predictions_do_not_depend_on_the_block(problem, fitted):
+    masks, _, _ = problem
+    expected = masks.astype(np.float32) @ fitted.weight + fitted.bias
+    np.testing.assert_allclose(fitted.predict(masks, block_rows=37), expected, rtol=1e-5)
+    assert fitted.predict(masks[:0]).shape == (0, 4)
+
+
+def test_a_saved_file_is_the_releases_form_and_loads_again(fitted, tmp_path):
+    path = fitted.save(tmp_path / "datamodels" / "test_50pct.pt")
+    assert [p.name for p in path.parent.iterdir()] == ["test_50pct.pt"]
+    raw = torch.load(path, weights_only=True)
+    assert {name: (tuple(v.shape), v.dtype) for name, v in raw.items()} == {
+        "weight": ((60, 4), torch.float32),
+        "bias": ((4,), torch.float32),
+        "lam": ((4,), torch.float32),
+    }
+    loaded = Datamodels.load(path)
+    for name in ("weight", "bias", "lam"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(fitted, name))
+    assert loaded.certificate is None
+
+
+def test_a_transposed_or_half_precision_tensor_is_read_as_it_is_meant(fitted, tmp_path):
+    path = tmp_path / "turned.pt"
+    weight = torch.from_numpy(fitted.weight.T.copy()).T
+    bias, lam = torch.from_numpy(fitted.bias).double(), torch.from_numpy(fitted.lam).double()
+    torch.save({"weight": weight, "bias": bias, "lam": lam}, path)
+    loaded = Datamodels.load(path)
+    np.testing.assert_array_equal(loaded.weight, fitted.weight)
+    np.testing.assert_array_equal(loaded.bias, fitted.bias)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(fitted, tmp_path, monkeypatch):
+    path = fitted.save(tmp_path / "dm.pt")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        fitted.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pt_file_with_code_in_it_is_refused_and_not_run(tmp_path):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    torch.save({"weight": Evil(), "bias": 1, "lam": 1}, path)
+    with pytest.raises(FormatError, match=r"evil\.pt"):
+        Datamodels.load(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(FormatError, match=r"evil\.pt"):
+        Datamodels.load(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "expected the tensors weight, bias, lam"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "lam": torch.zeros(2)}, r"bias \(3,\)"),
+        ({"weight": torch.zeros(3), "bias": torch.zeros(2), "lam": torch.zeros(2)}, r"weight \(3,\)"),
+        ({n: torch.zeros(s, dtype=torch.int64) for n, s in (("weight", (3, 2)), ("bias", 2), ("lam", 2))}, "int64"),
+    ],
+)
+def test_tensors_that_are_no_datamodels_are_refused(tmp_path, tensors, said):
+    path = tmp_path / "other.pt"
+    torch.save(tensors, path)
+    with pytest.raises(FormatError, match=said):
+        Datamodels.load(path)
+
+
+def test_a_truncated_or_missing_file_is_named(fitted, tmp_path):
+    path = fitted.save(tmp_path / "dm.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FormatError, match=r"dm\.pt"):
+        Datamodels.load(path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("hello", "world")
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(FormatError, match=r"dm\.pt"):
+        Datamodels.load(path)
+    with pytest.raises(ObjectMissingError, match=r"gone\.pt"):
+        Datamodels.load(tmp_path / "gone.pt")
+
+
+class Unreadable:
+    """Has a shape, and fails when read: shows that a check came first."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __getitem__(self, rows):
+        raise AssertionError("read before it was checked")
+
+
+@pytest.mark.parametrize(
+    ("masks", "outputs", "settings", "said"),
+    [
+        ((100, 5), (99, 2), {}, "100 masks but 99 rows"),
+        ((100,), (100, 2), {}, "n_models, n_train"),
+        ((100, 5), (100,), {}, "one number a target"),
+        ((10, 5), (10, 2), {}, "9 to fit and 1 to validate"),
+        ((1, 5), (1, 2), {}, "0 to fit"),
+        ((100, 5), (100, 2), {"validation": 0.0}, "validation 0.0"),
+        ((100, 5), (100, 2), {"validation": 1.5}, "validation 1.5"),
+        ((100, 5), (100, 2), {"validation": float("nan")}, "validation nan"),
+        ((100, 5), (100, 2), {"n_lams": 0}, "n_lams is 0"),
+        ((100, 5), (100, 2), {"lam_ratio": 1.0}, "lam_ratio is 1.0"),
+        ((100, 5), (100, 2), {"tol": 0.0}, "tol is 0.0"),
+        ((100, 5), (100, 2), {"patience": 0}, "patience is 0"),
+        ((100, 5), (100, 2), {"threads": 0}, "threads is 0"),
+        ((100, 5), (100, 2), {"block_rows": 0}, "block_rows is 0"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_anything_is_read(masks, outputs, settings, said):
+    with pytest.raises(SpecError, match=said):
+        fit(Unreadable(*masks), Unreadable(*outputs), **settings)
+
+
+def test_bad_values_are_refused_by_row(problem):
+    masks, outputs, _ = problem
+    outputs = outputs.copy()
+    outputs[1400, 2] = np.nan
+    with pytest.raises(SpecError, match="rows 1400, targets 2"):
+        fit(masks, outputs)
+    with pytest.raises(SpecError, match="2 at row 0"):
+        fit(masks.astype(int) * 2, outputs[:, :1])
+
+
+def test_predicting_masks_of_another_width_is_refused(fitted):
+    with pytest.raises(SpecError, match=r"expect \(n_models, 60\)"):
+        fitted.predict(np.ones((3, 59), bool))
+
+
+def test_a_repr_says_sizes_and_sparsity(fitted):
+    assert repr(fitted).startswith("<Datamodels: 4 targets, 60 examples, ")

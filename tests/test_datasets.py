@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from dmpipeline.datasets import load_dataset
+from dmpipeline.errors import SpecError
+
+ARRAYS = {
+    "train_inputs": np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 4),
+    "train_labels": np.array([0, 1, 2, 0, 1, 2]),
+    "test_inputs": np.linspace(-1, 0, 8, dtype=np.float32).reshape(2, 4),
+    "test_labels": np.array([2, 1], np.uint8),
+}
+
+
+def save(path, **changes):
+    np.savez(path, **{name: array for name, array in (ARRAYS | changes).items() if array is not None})
+    return str(path)
+
+
+def test_digits_are_scikit_learns_each_once():
+    digits, source = load_dataset("digits"), load_digits()
+    assert (digits.n_train, digits.n_test, digits.n_classes, digits.image_shape) == (1437, 360, 10, (8, 8))
+    inputs = np.concatenate([digits.train_inputs, digits.test_inputs])
+    labels = np.concatenate([digits.train_labels, digits.test_labels])
+
+    def as_rows(images, targets):
+        return sorted(map(tuple, np.column_stack([images, targets]).tolist()))
+
+    assert inputs.dtype == np.float32
+    assert inputs.min() == 0
+    assert inputs.max() == 1
+    assert as_rows(inputs * 16, labels) == as_rows(source.data, source.target)
+
+
+def test_the_order_of_digits_never_changes():
+    # Computed once by this code. Another value means that columns of earlier runs would mean other examples.
+    assert load_dataset("digits").fingerprint == "5f14c1139bdd43e032fefa5e9c0db168a1798c17893e74ee9569619bae4ab21a"
+
+
+def test_an_npz_file_is_a_dataset_named_by_its_stem(tmp_path):
+    dataset = load_dataset(save(tmp_path / "letters.npz"))
+    assert dataset.name == "letters"
+    assert (dataset.n_train, dataset.n_test, dataset.n_classes, dataset.image_shape) == (6, 2, 3, None)
+    assert (dataset.train_inputs == ARRAYS["train_inputs"]).all()
+    assert dataset.test_labels.tolist() == [2, 1]
+
+
+def test_pictures_are_flattened_and_their_shape_is_kept(tmp_path):
+    pictures = np.arange(6 * 2 * 2 * 3, dtype=np.uint8).reshape(6, 2, 2, 3)
+    dataset = load_dataset(save(tmp_path / "rgb.npz", train_inputs=pictures, test_inputs=pictures[:2]))
+    assert dataset.image_shape == (2, 2, 3)
+    np.testing.assert_allclose(dataset.train_inputs.reshape(pictures.shape), pictures / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ARRAYS))
+def test_any_changed_value_changes_the_fingerprint(tmp_path, name):
+    changed = ARRAYS[name].copy()
+    changed[0] = 1
+    first = load_dataset(save(tmp_path / "a.npz")).fingerprint
+    assert load_dataset(save(tmp_path / "b.npz")).fingerprint == first
+    assert load_dataset(save(tmp_path / "c.npz", **{name: changed})).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"test_labels": None}, "lacks test_labels"),
+        ({"train_inputs": ARRAYS["train_inputs"][:, :3]}, "differ after the first dimension"),
+        ({"train_inputs": np.full((6, 4), np.nan, np.float32)}, "finite"),
+        ({"train_inputs": np.full((6, 4), 1e300)}, "finite"),
+        ({"train_inputs": np.ones((6, 4), np.int64)}, "train_inputs of int64"),
+        ({"train_inputs": np.ones(6, np.float32)}, r"train_inputs of shape \(6,\)"),
+        ({"train_inputs": np.ones((0, 4), np.float32)}, r"shape \(0, 4\)"),
+        ({"train_labels": np.array([0, 1])}, r"shape \(6,\), one for each input"),
+        ({"train_labels": np.linspace(0, 1, 6)}, "integers"),
+        ({"train_labels": np.array([0, 1, 2, 0, 1, -2])}, "from -2 to 2"),
+        ({"train_labels": np.zeros(6, int)}, "two classes"),
+        ({"train_labels": np.array([object()] * 6)}, "plain arrays"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused_by_name(tmp_path, changes, words):
+    path = save(tmp_path / "letters.npz", **changes)
+    with pytest.raises(SpecError, match=words) as caught:
+        load_dataset(path)
+    assert path in str(caught.value)
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    path = tmp_path / "letters.npz"
+    whole = save(path)
+    for content in (b"", b"no zip", path.read_bytes()[:200], path.read_bytes()[:-30]):
+        path.write_bytes(content)
+        with pytest.raises(SpecError, match=r"numpy\.savez"):
+            load_dataset(whole)
+
+
+def test_a_single_array_is_not_taken_for_a_dataset(tmp_path):
+    with open(tmp_path / "letters.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(SpecError, match="one array"):
+        load_dataset(str(tmp_path / "letters.npz"))
+
+
+def test_unknown_and_missing_datasets_say_what_there_is(tmp_path):
+    with pytest.raises(SpecError, match=r"choose digits, or the path of an \.npz file"):
+        load_dataset("digit")
+    with pytest.raises(SpecError, match="correct the path"):
+        load_dataset(str(tmp_path / "none.npz"))
+    with pytest.raises(SpecError, match="rename the file"):
+        load_dataset(save(tmp_path / "my data.npz"))

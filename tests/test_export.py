@@ -1,0 +1,107 @@
+import hashlib
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from dmdata.catalog import load_file
+from dmdata.errors import FormatError
+from dmpipeline.errors import IncompleteRunError, RunError, VerificationError
+from dmpipeline.export import export_run
+from dmpipeline.spec import RunSpec
+from dmpipeline.store import ARRAYS, Run
+
+SPEC = RunSpec(
+    n_models=7, held_out={"n_subsets": 2, "n_retrainings": 2}, recipe={"hidden": 4, "epochs": 1}, block_models=4
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run.create(tmp_path / "run", SPEC)
+    run.train()
+    return run
+
+
+@pytest.fixture
+def datamodels(tmp_path):
+    path = tmp_path / "fitted.pt"
+    torch.save({"weight": torch.rand(1437, 360), "bias": torch.rand(360), "lam": torch.rand(360)}, path)
+    return path
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_export_has_the_releases_layout_and_numpys_own_bytes(tmp_path, run, datamodels):
+    files = export_run(run, tmp_path / "release", datamodels)
+    keys = [f"digits/data/{name}_50pct.npy" for name in ARRAYS] + ["digits/datamodels/test_50pct.pt"]
+    assert [file.key for file in files] == keys
+    assert files_in(tmp_path / "release") == sorted([*keys, "catalog.yaml"])
+    for name, file in zip(ARRAYS, files, strict=False):
+        saved = io.BytesIO()
+        np.save(saved, run.array(name)[:])
+        assert file.path.read_bytes() == saved.getvalue()
+    assert files[-1].path.read_bytes() == datamodels.read_bytes()
+
+
+def test_sizes_and_digests_are_those_of_the_files_and_stand_in_the_catalog(tmp_path, run, datamodels):
+    files = export_run(run, tmp_path / "release", datamodels)
+    catalog = load_file(tmp_path / "release")
+    assert [artifact.name for artifact in catalog.artifacts()] == [file.name for file in files]
+    for file in files:
+        stored = catalog.find(file.name).stored
+        content = file.path.read_bytes()
+        assert stored.n_bytes == file.n_bytes == len(content)
+        assert stored.sha256 == file.sha256 == hashlib.sha256(content).hexdigest()
+        assert catalog.find(file.name).url == str(file.path)
+    assert catalog.find("digits/50pct/test_datamodels/weight").schema.shape == (1437, 360)
+
+
+def test_without_datamodels_none_are_listed(tmp_path, run):
+    export_run(run, tmp_path / "release")
+    assert "test_datamodels" not in (tmp_path / "release/catalog.yaml").read_text()
+
+
+def test_an_export_again_replaces_the_first(tmp_path, run):
+    first = export_run(run, tmp_path / "release")
+    before = first[0].path.read_bytes()
+    first[0].path.write_bytes(b"spoiled")
+    calls = []
+    assert export_run(run, tmp_path / "release", progress=lambda done, n_rows: calls.append((done, n_rows))) == first
+    assert first[0].path.read_bytes() == before
+    assert calls == [(4, 11), (8, 11), (11, 11)]
+
+
+def test_an_interrupted_export_leaves_nothing_under_a_final_name(tmp_path, run):
+    def interrupt(done, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, tmp_path / "release", progress=interrupt)
+    assert files_in(tmp_path / "release") == []
+
+
+def test_a_block_that_is_not_what_was_stored_is_not_exported(tmp_path, run):
+    run.array("test_margins")[9, 0] += np.float16(1)
+    with pytest.raises(VerificationError, match="rows 8 to 10"):
+        export_run(run, tmp_path / "release")
+    assert files_in(tmp_path / "release") == []
+
+
+def test_an_incomplete_run_is_not_exported(tmp_path):
+    run = Run.create(tmp_path / "run", SPEC)
+    with pytest.raises(IncompleteRunError):
+        export_run(run, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_datamodels_that_are_missing_or_something_else_end_the_export(tmp_path, run):
+    with pytest.raises(RunError, match="fit datamodels first"):
+        export_run(run, tmp_path / "release", tmp_path / "none.pt")
+    (tmp_path / "other.pt").write_bytes(b"no zip")
+    with pytest.raises(FormatError, match=r"other\.pt"):
+        export_run(run, tmp_path / "release", tmp_path / "other.pt")
+    assert files_in(tmp_path / "release") == []

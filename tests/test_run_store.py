@@ -1,0 +1,283 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from dmdata.catalog import load_file
+from dmdata.errors import FormatError
+from dmpipeline.datasets import load_dataset
+from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, TrainingError
+from dmpipeline.masks import draw_mask
+from dmpipeline.outputs import correct_class_margins
+from dmpipeline.spec import RunSpec
+from dmpipeline.store import ARRAYS, Run
+
+TINY = {"name": "perceptron", "hidden": 6, "epochs": 1}
+
+
+def tiny_spec(**changes):
+    values = {"n_models": 11, "held_out": {"n_subsets": 3, "n_retrainings": 2}, "recipe": TINY, "block_models": 4}
+    return RunSpec(**(values | changes))
+
+
+def contents(run):
+    return {name: run.array(name)[:] for name in ARRAYS}
+
+
+def same(one, other):
+    return all((one[name] == other[name]).all() for name in ARRAYS)
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A dataset small enough that a process which trains on it need not load scikit-learn."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train_inputs": rng.random((120, 8), np.float32),
+        "train_labels": np.arange(120) % 3,
+        "test_inputs": rng.random((20, 8), np.float32),
+        "test_labels": np.arange(20) % 3,
+    }
+    np.savez(tmp_path / "letters.npz", **arrays)
+    return str(tmp_path / "letters.npz")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = Run.create(tmp_path_factory.mktemp("runs") / "undisturbed", tiny_spec())
+    run.train()
+    return run
+
+
+def test_a_trained_run_holds_the_masks_logits_and_margins_of_its_spec(undisturbed):
+    digits, spec, stored = load_dataset("digits"), undisturbed.spec, contents(undisturbed)
+    subsets = spec.subset_indices(range(spec.n_rows))
+    for row, subset in enumerate(subsets.tolist()):
+        assert (stored["train_masks"][row] == draw_mask(spec.seed, subset, digits.n_train, spec.alpha)).all()
+    for part, labels in (("train", digits.train_labels), ("test", digits.test_labels)):
+        margins = correct_class_margins(stored[f"{part}_logits"], labels).astype(np.float16)
+        assert (stored[f"{part}_margins"] == margins).all()
+    held_out = stored["train_masks"][spec.rows.held_out]
+    assert (held_out[0::2] == held_out[1::2]).all()
+    assert undisturbed.n_rows_done == spec.n_rows == 17
+
+
+def test_arrays_have_names_for_dimensions_and_chunks_that_blocks_fill(undisturbed):
+    dims = {name: undisturbed.array(name).metadata.dimension_names for name in ARRAYS}
+    assert dims["train_masks"] == ("model", "train_example")
+    assert dims["test_logits"] == ("model", "test_example", "class")
+    assert {undisturbed.array(name).chunks[0] for name in ARRAYS} == {undisturbed.spec.block_models}
+
+
+def test_masks_take_little_more_than_one_bit_an_entry(tmp_path):
+    run = Run.create(tmp_path / "run", RunSpec(n_models=500, held_out={"n_subsets": 0}, recipe=TINY))
+    run.train()
+    n_bytes = sum(path.stat().st_size for path in (run.path / "store.zarr/train_masks/c").rglob("*") if path.is_file())
+    assert n_bytes < 0.15 * run.array("train_masks").size
+
+
+def test_the_same_spec_resumes_and_trains_nothing_twice(undisturbed):
+    before = undisturbed.provenance
+    calls = []
+    again = Run.create(undisturbed.path, tiny_spec())
+    again.train(lambda done, n_rows: calls.append((done, n_rows)))
+    assert set(calls) == {(17, 17)}
+    assert again.provenance == before
+
+
+def test_another_spec_in_the_same_place_is_refused_naming_the_difference(undisturbed):
+    with pytest.raises(RunExistsError, match=r"alpha 0\.5, not 0\.2"):
+        Run.create(undisturbed.path, tiny_spec(alpha=0.2))
+
+
+def test_a_place_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunExistsError, match="empty directory"):
+        Run.create(tmp_path, tiny_spec())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_directory_becomes_a_run_and_a_broken_off_creation_is_no_obstacle(tmp_path):
+    (tmp_path / ".creating-0123").mkdir()
+    run = Run.create(tmp_path, tiny_spec())
+    assert run.n_rows_done == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["provenance.json", "run.yaml", "store.zarr"]
+
+
+@pytest.mark.parametrize("changes", [{"dataset": "letters"}, {"recipe": {"name": "resnet"}}, {"recipe": {"hiden": 3}}])
+def test_a_spec_that_cannot_be_used_creates_nothing(tmp_path, changes):
+    with pytest.raises(SpecError):
+        Run.create(tmp_path / "run", tiny_spec(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_opening_what_is_no_run_says_how_to_create_one(tmp_path):
+    with pytest.raises(RunError, match="dmpipeline init"):
+        Run.open(tmp_path)
+    (tmp_path / "run.yaml").write_text(RunSpec().to_yaml())
+    with pytest.raises(RunError, match=r"store\.zarr"):
+        Run.open(tmp_path)
+
+
+def test_an_incomplete_run_counts_what_is_missing_and_names_the_command(tmp_path):
+    run = Run.create(tmp_path / "run", tiny_spec())
+    with pytest.raises(IncompleteRunError, match="dmpipeline run") as caught:
+        run.require_complete()
+    assert caught.value.n_missing == 17
+    assert np.isnan(run.array("test_margins")[:]).all()
+
+
+def interrupted_after(n_rows):
+    def progress(done, _):
+        if done >= n_rows:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_run_keeps_its_blocks_and_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+    run = Run.create(tmp_path / "run", tiny_spec())
+    with pytest.raises(KeyboardInterrupt):
+        run.train(interrupted_after(8))
+    assert run.n_rows_done == 8
+    calls = []
+    Run.open(run.path).train(lambda done, _: calls.append(done))
+    assert calls[0] == 8
+    assert same(contents(run), contents(undisturbed))
+    assert [session["n_rows"] for session in run.provenance["sessions"]] == [8, 9]
+
+
+def test_a_block_without_a_digest_is_trained_again_over_whatever_is_there(tmp_path, undisturbed):
+    run = Run.create(tmp_path / "run", tiny_spec())
+    run.array("test_logits")[2:9] = 7  # as a process killed between its data and its digest may leave it
+    run.train()
+    assert same(contents(run), contents(undisturbed))
+
+
+TRAINER = textwrap.dedent("""
+    import sys
+    from dmpipeline.store import Run
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    Run.open(sys.argv[1]).train(lambda done, n_rows: print(done, flush=True))
+""")
+
+
+def trainer(run):
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def begin(*processes):
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def test_a_run_killed_without_warning_loses_only_the_block_in_flight(tmp_path, letters):
+    # blocks slow enough to be killed within one
+    spec = tiny_spec(dataset=letters, recipe=TINY | {"epochs": 300})
+    run = Run.create(tmp_path / "run", spec)
+    with trainer(run) as process:
+        begin(process)
+        while int(process.stdout.readline()) < 4:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+    kept = run.n_rows_done
+    assert 4 <= kept < spec.n_rows
+    run.train()
+    assert [session["n_rows"] for session in run.provenance["sessions"]] == [spec.n_rows - kept]
+    whole = Run.create(tmp_path / "whole", spec)
+    whole.train()
+    assert same(contents(run), contents(whole))
+
+
+def test_two_trainers_of_one_run_share_its_blocks_and_train_none_twice(tmp_path, letters):
+    spec = tiny_spec(dataset=letters, n_models=60, recipe=TINY | {"epochs": 60})
+    run = Run.create(tmp_path / "run", spec)
+    with trainer(run) as one, trainer(run) as other:
+        begin(one, other)
+        one.communicate()
+        other.communicate()
+    assert (one.returncode, other.returncode) == (0, 0)
+    sessions = [session["n_rows"] for session in run.provenance["sessions"]]
+    assert sum(sessions) == spec.n_rows
+    assert len(sessions) == 2
+    whole = Run.create(tmp_path / "whole", spec)
+    whole.train()
+    assert same(contents(run), contents(whole))
+
+
+def test_a_diverging_model_fails_with_its_row_and_leaves_no_block(tmp_path):
+    run = Run.create(tmp_path / "run", tiny_spec(recipe=TINY | {"lr": 1e30}))
+    with pytest.raises(TrainingError) as caught:
+        run.train()
+    assert set(caught.value.rows) <= set(range(4))
+    assert run.n_rows_done == 0
+
+
+def test_a_dataset_is_found_from_anywhere_and_refused_once_it_changed(tmp_path, letters, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run.create("run", tiny_spec(dataset="letters.npz"))
+    monkeypatch.chdir("/")
+    run.train()
+    with np.load(letters) as arrays:
+        changed = dict(arrays) | {"test_labels": np.zeros(20, int)}
+    np.savez(letters, **changed)
+    with pytest.raises(RunError, match="restore the dataset"):
+        run.train()
+
+
+def test_a_run_says_how_it_came_about(undisturbed):
+    facts = undisturbed.provenance
+    assert facts["dataset"]["fingerprint"] == load_dataset("digits").fingerprint
+    assert facts["versions"]["zarr"] == zarr.__version__
+    assert [session["n_rows"] for session in facts["sessions"]] == [17]
+    assert facts["sessions"][0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"dataset": 3, "sessions": []})])
+def test_damaged_provenance_is_a_run_error(tmp_path, text):
+    run = Run.create(tmp_path / "run", tiny_spec())
+    (run.path / "provenance.json").write_text(text)
+    with pytest.raises(RunError, match=r"provenance\.json"):
+        run.dataset()
+
+
+def test_the_catalog_lists_every_array_with_its_shape_and_rows(undisturbed):
+    catalog = load_file(undisturbed.path)
+    assert [artifact.name for artifact in catalog.artifacts()] == [f"digits/50pct/{name}" for name in ARRAYS]
+    for name in ARRAYS:
+        artifact, array = catalog.find(f"digits/50pct/{name}"), undisturbed.array(name)
+        assert artifact.schema.shape == array.shape
+        assert artifact.schema.dtype == str(array.dtype)
+        assert artifact.schema.dims == array.metadata.dimension_names
+        assert (zarr.open_array(artifact.url, mode="r")[:] == array[:]).all()
+        assert (artifact.rows.fit, artifact.rows.evaluation, artifact.rows.n_retrainings) == ((0, 11), (11, 17), 2)
+
+
+def test_fitted_datamodels_join_the_catalog_and_anything_else_does_not(tmp_path):
+    run = Run.create(tmp_path / "run", tiny_spec())
+    run.train()
+    run.datamodels_path.parent.mkdir()
+    torch.save(
+        {"weight": torch.zeros(1437, 360), "bias": torch.zeros(360), "lam": torch.zeros(360)}, run.datamodels_path
+    )
+    run.write_catalog()
+    weight = load_file(run.path).find("digits/50pct/test_datamodels/weight")
+    assert weight.schema.shape == (1437, 360)
+    assert weight.url == str(run.datamodels_path)
+    torch.save({"weight": torch.zeros(3)}, run.datamodels_path)
+    with pytest.raises(FormatError, match="bias and lam"):
+        run.write_catalog()
