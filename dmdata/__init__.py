@@ -9,11 +9,12 @@ from dmdata.array import LazyArray
 from dmdata.catalog import Artifact, Catalog
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
-from dmdata.release import CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004 - dmdata.open
+from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004
 
 __all__ = [
     "Artifact",
     "Catalog",
+    "CatalogLike",
     "CatalogMismatchWarning",
     "Estimate",
     "LazyArray",

@@ -18,7 +18,7 @@ import zarr
 from dmdata.array import InObject, InZarr, LazyArray, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
 from dmdata.download import download
-from dmdata.errors import CatalogError, DmdataError, SelectionError
+from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.headers import NPY, read_header
@@ -337,8 +337,10 @@ def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArra
 def _layout_named(layouts: dict[str, Layout], member: str, url: str) -> Layout:
     if member in layouts:
         return layouts[member]
-    wanted = f"no array {member!r}" if member else "several arrays"
-    raise CatalogError(f"{url} holds {wanted}; open one of {', '.join(f'{url}/{name}' for name in layouts)}", url=url)
+    names = ", ".join(layouts)
+    if member:
+        raise FormatError(f"{url} holds no array {member!r}; it holds {names}", url=url)
+    raise CatalogError(f"{url} holds several arrays; open one of {names}, as {url}/{next(iter(layouts))}", url=url)
 
 
 def _arrays_of(artifact: Artifact, catalog: Catalog) -> list[Artifact]:

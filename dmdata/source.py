@@ -110,6 +110,49 @@ def has_credentials() -> bool:
     return _session().get_credentials() is not None
 
 
+def upload(path: Path, url: str, *, acl: str | None) -> None:
+    """Put a local file under an S3 address, in parts where it is large.
+
+    Parameters
+    ----------
+    path : Path
+    url : str
+        ``s3://bucket/key``; replaced if it is there.
+    acl : str or None
+        Canned ACL of the object, as "authenticated-read".
+
+    Raises
+    ------
+    AccessError
+        Without credentials, or without the right to write there.
+    SourceError
+        If the transfer failed; nothing, or what was there before, is under the address.
+    """
+    import boto3.exceptions
+    import botocore.exceptions
+
+    bucket, key = _bucket_and_key(Address(url))
+    try:
+        _session().client("s3").upload_file(str(path), bucket, key, ExtraArgs={"ACL": acl} if acl else None)
+    except botocore.exceptions.NoCredentialsError as error:
+        raise AccessError(
+            f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
+            url=url,
+            cause="no_credentials",
+        ) from error
+    except (boto3.exceptions.S3UploadFailedError, botocore.exceptions.ClientError) as error:
+        # its text may quote keys, so it is not chained
+        found = re.search(r"\((\w+)\) when calling", str(error))
+        code = found[1] if found else "no reason given"
+        raise AccessError(
+            f"{url} may not be written ({code}); check the bucket's name and that these credentials may put objects",
+            url=url,
+            cause="denied",
+        ) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise SourceError(f"{url} could not be written: {error}; try again", url=url, transient=True) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _S3Source:
     """An object in S3, by ranges through obstore. Retries are fetch's, so that each request is counted."""

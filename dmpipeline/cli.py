@@ -12,7 +12,7 @@ from dmpipeline import workflow
 from dmpipeline.demo import run_demo
 from dmpipeline.errors import VerificationError
 from dmpipeline.evaluate import Evaluation
-from dmpipeline.export import export_run
+from dmpipeline.export import export_run, publish_run
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.verify import Finding, verify_run
@@ -169,7 +169,11 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     """
     opened = Run.open(directory)
     with talk.counting("exporting", "models") as progress:
-        files = export_run(opened, destination, progress=progress, requester_pays=requester_pays, acl=acl)
+        fitted = opened.datamodels_path if opened.datamodels_path.exists() else None
+        if destination.startswith("s3://"):
+            files = publish_run(opened, destination, fitted, progress, requester_pays=requester_pays, acl=acl)
+        else:
+            files = export_run(opened, destination, fitted, progress, requester_pays=requester_pays)
     table = Table("artifact", "key", "size", "SHA-256", box=None, header_style="bold")
     for file in files:
         table.add_row(file.name, file.key, readable_bytes(file.n_bytes), file.sha256[:16])

@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dmdata.errors import FormatError, ObjectMissingError
-from dmdata.formats import Layout, pt_layouts
+import dmdata
+from dmdata.errors import FormatError
 from dmpipeline import lasso
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, as_binary, check_shapes
@@ -131,30 +131,27 @@ class Datamodels:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a `.pt` file in the release's form; nothing in it is unpickled or run.
+    def load(cls, name: str | os.PathLike[str], *, catalog: dmdata.CatalogLike = None) -> Self:
+        """Read datamodels in the release's form; nothing in the file is unpickled or run.
+
+        Parameters
+        ----------
+        name : str or path
+            Of a `.pt`: a path, a URL, or a name in a catalog, as "cifar/50pct/test_datamodels".
+        catalog : Catalog, path or URL, optional
+            See `dmdata.load_catalog`.
 
         Raises
         ------
-        ObjectMissingError
-            No such file.
         FormatError
             Anything but `weight` (n_train, n_targets), `bias` (n_targets,) and `lam` (n_targets,), all real numbers.
+        CatalogError, BudgetError, AccessError, ObjectMissingError, SourceError
+            If there is no such file or it cannot be read; see `dmdata.open`.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ObjectMissingError(f"{path} is not a file; expected datamodels saved as .pt", url=str(path))
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-
-            def read_at(start: int, stop: int) -> bytes:
-                file.seek(start)
-                return file.read(stop - start)
-
-            layouts = pt_layouts(read_at, object_bytes=size, url=str(path))
-            _check_layouts(layouts, url=str(path))
-            arrays = {name: _read_tensor(read_at, layouts[name], url=str(path)) for name in _TENSORS}
-        return cls(weight=arrays["weight"], bias=arrays["bias"], lam=arrays["lam"])
+        tensors = [dmdata.open(f"{os.fspath(name)}/{tensor}", catalog=catalog) for tensor in _TENSORS]
+        _check_tensors(*tensors)
+        weight, bias, lam = (np.asarray(tensor[...], np.float32, order="C") for tensor in tensors)
+        return cls(weight=weight, bias=bias, lam=lam)
 
 
 def fit(
@@ -401,31 +398,16 @@ def _check_settings(*, n_lams: int, lam_ratio: float, tol: float, patience: int,
             raise SpecError(f"{name} is {value}; choose {expected}", field=name, value=value)
 
 
-def _check_layouts(layouts: dict[str, Layout], *, url: str) -> None:
-    missing = [name for name in _TENSORS if name not in layouts]
-    if missing:
-        raise FormatError(
-            f"{url} holds {', '.join(layouts) or 'nothing'}; expected the tensors {', '.join(_TENSORS)} of datamodels",
-            url=url,
-        )
-    weight, bias, lam = (layouts[name] for name in _TENSORS)
+def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata.LazyArray) -> None:
     if len(weight.shape) != 2 or bias.shape != weight.shape[1:] or lam.shape != weight.shape[1:]:
         raise FormatError(
-            f"{url} holds weight {weight.shape}, bias {bias.shape} and lam {lam.shape}; "
+            f"{weight.url} holds weight {weight.shape}, bias {bias.shape} and lam {lam.shape}; "
             "expected (n_train, n_targets), (n_targets,) and (n_targets,)",
-            url=url,
+            url=weight.url,
         )
-    for name in _TENSORS:
-        if layouts[name].dtype.kind != "f":
-            raise FormatError(f"{url} holds {name} as {layouts[name].dtype}; expected floating-point numbers", url=url)
-
-
-def _read_tensor(read_at: Callable[[int, int], bytes], layout: Layout, *, url: str) -> NDArray[np.float32]:
-    data = read_at(layout.offset, layout.stop)
-    if len(data) != layout.n_bytes:
-        raise FormatError(f"{url} ends after {len(data)} of {layout.n_bytes} bytes of a tensor; fetch it anew", url=url)
-    array: NDArray[Any] = np.ndarray(layout.shape, layout.dtype, data, strides=layout.strides)
-    return np.array(array, np.float32, order="C")
+    for tensor in (weight, bias, lam):
+        if tensor.dtype.kind != "f":
+            raise FormatError(f"{tensor.name} has dtype {tensor.dtype}; expected floating point", url=tensor.url)
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ place and moved there when it is whole, the catalog last: a folder with a catalo
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmdata.formats import npy_header
+from dmdata.source import upload
 from dmpipeline.errors import RunError, VerificationError
 from dmpipeline.store import ARRAYS, Progress, Run, block_digest, describe_datamodels, write_beside
 
@@ -46,7 +48,12 @@ class ExportedFile:
 
 
 def export_run(
-    run: Run, folder: str | Path, datamodels: str | Path | None = None, progress: Progress | None = None
+    run: Run,
+    folder: str | Path,
+    datamodels: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    requester_pays: bool = False,
 ) -> list[ExportedFile]:
     """Write a complete run, and datamodels if given, as the release would have them.
 
@@ -59,6 +66,8 @@ def export_run(
         A `.pt` of test datamodels, copied as it is.
     progress : callable, optional
         Called with (rows written, rows in all) after each block.
+    requester_pays : bool
+        What the catalog says of who pays for reading, once the folder is in a bucket.
 
     Returns
     -------
@@ -72,12 +81,14 @@ def export_run(
     VerificationError
         If a block does not have the bytes it was stored with; nothing is put in place then.
     RunError
-        If there are no datamodels at the path given.
+        If there are no datamodels at the path given, or the folder is the run itself.
     dmdata.errors.FormatError
         If the datamodels are not of the release's form.
     """
     run.require_complete()
     folder = Path(folder).absolute()
+    if folder.resolve() == run.path.resolve():
+        raise RunError(f"{folder} is the run itself, which has a catalog of its own; choose {folder / 'export'}")
     dataset, alpha_name = run.dataset().name, run.spec.alpha_name
     keys = {name: f"{dataset}/data/{name}_{alpha_name}.npy" for name in ARRAYS}
     # on any error the stack removes what is not in place yet
@@ -96,7 +107,43 @@ def export_run(
         ExportedFile(f"{dataset}/{alpha_name}/{name}", keys[name], output.path, output.n_bytes, output.sha256)
         for name, output in outputs.items()
     ]
-    write_beside(folder / "catalog.yaml", _catalog_text(run, files))
+    write_beside(folder / "catalog.yaml", _catalog_text(run, files, requester_pays))
+    return files
+
+
+def publish_run(
+    run: Run,
+    url: str,
+    datamodels: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    requester_pays: bool = False,
+    acl: str | None = None,
+) -> list[ExportedFile]:
+    """Write a complete run, and datamodels if given, to a bucket, as `export_run` does to a folder.
+
+    The files are made in the run's directory first, then uploaded, the catalog last: a bucket with a catalog has all
+    that the catalog lists.
+
+    Parameters
+    ----------
+    run, datamodels, progress, requester_pays
+        As in `export_run`.
+    url : str
+        ``s3://bucket/prefix``.
+    acl : str, optional
+        Canned ACL of the objects, as "authenticated-read".
+
+    Raises
+    ------
+    AccessError, SourceError
+        If the bucket cannot be written to; objects uploaded so far stay, without a catalog.
+    """
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".publishing-") as staging:
+        files = export_run(run, staging, datamodels, progress, requester_pays=requester_pays)
+        base = url.rstrip("/")
+        for key in (*(file.key for file in files), "catalog.yaml"):
+            upload(Path(staging) / key, f"{base}/{key}", acl=acl)
     return files
 
 
@@ -165,7 +212,7 @@ def _copy(source: Path, output: _Output) -> None:
             output.write(piece)
 
 
-def _catalog_text(run: Run, files: list[ExportedFile]) -> str:
+def _catalog_text(run: Run, files: list[ExportedFile], requester_pays: bool) -> str:
     stored = {}
     for file in files:
         name = file.name.rpartition("/")[2]
@@ -173,4 +220,6 @@ def _catalog_text(run: Run, files: list[ExportedFile]) -> str:
             stored[name] = run.describe(name, key=file.key, form="npy", n_bytes=file.n_bytes, sha256=file.sha256)
         else:
             stored[name] = describe_datamodels(file.path, key=file.key, sha256=file.sha256)
-    return run.catalog(stored).dump()
+    catalog = run.catalog(stored)
+    source = catalog.source.model_copy(update={"requester_pays": requester_pays})
+    return catalog.model_copy(update={"source": source}).dump()

@@ -185,6 +185,16 @@ def _how_it_was_made(run: Run) -> dict[str, object]:
         "device": provenance["machine"]["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "created": provenance["created"],
+    } | _certificate(run)
+
+
+def _certificate(run: Run) -> dict[str, object]:
+    facts = fit_facts(run)
+    if "worst_gap" not in facts:
+        return {}
+    return {
+        "certificate of the fit": f"duality gap at most {facts['worst_gap']:.1e} of a target's variance, optimality "
+        f"conditions kept within {facts['worst_kkt']:.1e} of lam"
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_release import npy
@@ -83,7 +83,7 @@ def agrees_with_numpy(blob: bytes, original: Layout) -> None:
         layout = read_npy(blob)
     except FormatError as error:
         assert URL in str(error)  # noqa: PT017 - either outcome is right
-        assert error.url == URL
+        assert error.url == URL  # noqa: PT017
         return
     assert layout.stop == len(blob)
     try:
@@ -112,7 +112,7 @@ def test_every_single_bit_flip_in_a_npy_header_is_refused_or_harmless(blob: byte
 
 
 @settings(max_examples=1000)
-@given(st.sampled_from(VICTIMS), st.lists(st.tuples(st.integers(0, 140), st.integers(0, 255)), min_size=1, max_size=8))
+@given(st.sampled_from(VICTIMS), st.lists(st.tuples(st.integers(0, 139), st.integers(0, 255)), min_size=1, max_size=8))
 def test_a_npy_with_damaged_bytes_is_refused_or_harmless(blob: bytes, damage: list[tuple[int, int]]) -> None:
     damaged = bytearray(blob)
     for position, value in damage:
@@ -297,7 +297,7 @@ def hostile(marker: Path) -> dict[str, Any]:
 
     class Evaluated:
         def __reduce__(self) -> tuple[Any, ...]:
-            return eval, (f"open({str(marker)!r}, 'w')",)
+            return eval, (f"__import__('pathlib').Path({str(marker)!r}).touch()",)
 
     return {
         "payload": Payload(),
@@ -469,6 +469,8 @@ OPCODES = st.sampled_from(
 )
 
 
+# Python's own pickletools warns about odd text that it decodes for us; the refusal comes after
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @settings(max_examples=1000)
 @given(st.lists(OPCODES | st.binary(max_size=4) | st.just(b"cposix\nsystem\n"), max_size=40).map(b"".join))
 def test_a_pickle_of_random_instructions_is_refused(pickled: bytes) -> None:
@@ -476,6 +478,8 @@ def test_a_pickle_of_random_instructions_is_refused(pickled: bytes) -> None:
         read_pt(zipped(b"\x80\x02" + pickled + b"."))
 
 
+# as above
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @given(st.data())
 def test_a_mutated_pickle_with_a_good_checksum_is_refused_or_stays_inside_the_object(data: st.DataObject) -> None:
     torch = pytest.importorskip("torch")
@@ -489,7 +493,7 @@ def test_a_mutated_pickle_with_a_good_checksum_is_refused_or_stays_inside_the_ob
     try:
         layouts = read_pt(damaged)
     except FormatError:
-        assume(False)
+        return
     for layout in layouts.values():
         assert layout.offset >= 0
         assert elements(damaged, layout).shape == layout.shape

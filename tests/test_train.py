@@ -35,6 +35,10 @@ def trained_plainly(index, recipe=SMALL, *, alpha=0.2, seed=5):
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     subset = np.flatnonzero(draw_masks(seed, np.array([index], np.uint64), digits.n_train, alpha)[0])
     size = min(recipe.batch_size, len(subset))
+    n_steps = recipe.epochs * (len(subset) // size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / n_steps if recipe.schedule == "linear" else 1
+    )
     for order in draw_orders(seed, index, subset, recipe.epochs):
         for start in range(0, len(order) - size + 1, size):
             batch = order[start : start + size]
@@ -42,16 +46,19 @@ def trained_plainly(index, recipe=SMALL, *, alpha=0.2, seed=5):
             logits = network(torch.tensor(digits.train_inputs[batch]))
             torch.nn.functional.cross_entropy(logits, torch.tensor(digits.train_labels[batch])).backward()
             optimizer.step()
+            scheduler.step()
     with torch.no_grad():
         return network(torch.tensor(digits.train_inputs)).numpy(), network(torch.tensor(digits.test_inputs)).numpy()
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
 @pytest.mark.parametrize("index", [0, 3])
-def test_hand_written_gradients_train_the_model_that_autograd_trains(index):
-    together = trained([9, 3, 0, 4])
+def test_hand_written_gradients_train_the_model_that_autograd_trains(index, schedule):
+    recipe = Perceptron(hidden=12, epochs=6, batch_size=50, schedule=schedule)
+    together = trained([9, 3, 0, 4], recipe)
     place = [9, 3, 0, 4].index(index)
-    train, test = trained_plainly(index)
-    assert np.abs(test).max() > 2  # it learnt something
+    train, test = trained_plainly(index, recipe)
+    assert np.abs(test).max() > 2  # it has moved well away from where it began
     np.testing.assert_allclose(together.train[place], train, atol=0.02)
     np.testing.assert_allclose(together.test[place], test, atol=0.02)
 
@@ -61,12 +68,15 @@ def test_a_subset_smaller_than_a_batch_is_one_batch():
     np.testing.assert_allclose(trained([1], recipe).test[0], trained_plainly(1, recipe)[1], atol=0.01)
 
 
-def test_a_model_is_the_same_to_the_bit_whichever_others_are_trained_with_it():
-    many = trained(range(GROUP_MODELS + 3))
-    few = trained([GROUP_MODELS + 1, 17])
-    for place, index in enumerate([GROUP_MODELS + 1, 17]):
-        assert (many.test[index] == few.test[place]).all()
-        assert (many.train[index] == few.train[place]).all()
+@pytest.mark.parametrize(("hidden", "batch_size"), [(12, 50), (64, 64), (7, 33)])
+def test_a_model_is_the_same_to_the_bit_whichever_others_are_trained_with_it(hidden, batch_size):
+    recipe = Perceptron(hidden=hidden, epochs=2, batch_size=batch_size)
+    many = trained(range(GROUP_MODELS + 3), recipe)
+    for others in ([17], [GROUP_MODELS + 1, 17], [1, 2, 3, 4, 5, 17, 6], range(16, 16 + 41)):
+        few = trained(others, recipe)
+        place = list(others).index(17)
+        assert (many.test[17] == few.test[place]).all()
+        assert (many.train[17] == few.train[place]).all()
 
 
 def test_the_number_of_threads_changes_nothing_and_is_left_as_it_was():
