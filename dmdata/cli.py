@@ -81,12 +81,18 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
 
 @commands.command("info")
-@click.argument("name")
+@click.argument("name", required=False)
 @_option_catalog
 @talk_options
-def describe(talk: Talk, name: str, catalog: str | None) -> None:
-    """Show all that is known of NAME, an artifact or a dataset, and for each fact how it is known."""
+def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
+    """Show all that is known of NAME, an artifact or a dataset, and for each fact how it is known.
+
+    Without NAME the release itself: where it is, how large, how to cite it, and what was never released.
+    """
     known = release.load_catalog(catalog)
+    if name is None:
+        _describe_release(talk, known)
+        return
     if name in known.datasets:
         _describe_dataset(talk, known, name)
         return
@@ -291,6 +297,23 @@ def _print_estimate(talk: Talk, priced: list[tuple[Artifact, Estimate]], total: 
 
 def _quote_cells(way: Any) -> tuple[str, str, str, str]:
     return readable_bytes(way.n_bytes), f"{way.n_requests:,}", readable_usd(way.usd), f"{way.seconds:,.1f}"
+
+
+def _describe_release(talk: Talk, known: Catalog) -> None:
+    n_bytes = sum(artifact.n_bytes for artifact in known.artifacts())
+    facts = {"title": known.title, "url": known.source.url, "requester_pays": known.source.requester_pays}
+    table = Table(box=None, show_header=False)
+    for fact, value in facts.items():
+        table.add_row(fact.replace("_", " "), str(value))
+    table.add_row("datasets", ", ".join(known.datasets))
+    table.add_row("size", f"{readable_bytes(n_bytes)} in {sum(1 for _ in known.artifacts())} objects")
+    for record in known.not_released:
+        table.add_row("never released", f"{', '.join(record.artifacts)}: {record.why}")
+    if known.citation:
+        table.add_row("cite", known.citation)
+    missing = [record.model_dump(mode="json") for record in known.not_released]
+    rest = {"datasets": list(known.datasets), "bytes": n_bytes, "not_released": missing, "citation": known.citation}
+    talk.print_data(facts | rest, table)
 
 
 def _describe_dataset(talk: Talk, known: Catalog, name: str) -> None:

@@ -1,0 +1,61 @@
+"""A run published to the real bucket is read by a stranger who pays, through the catalog beside it."""
+
+import numpy as np
+import pytest
+
+import dmdata
+from dmdata.errors import AccessError, BudgetError
+from dmpipeline.export import publish_run
+from dmpipeline.spec import RunSpec
+from dmpipeline.store import Run
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture
+def published(live_s3, tmp_path, monkeypatch):
+    """A small run in the bucket; from here on the environment is the stranger's."""
+    run = Run.create(tmp_path / "run", RunSpec(n_models=12, held_out={"n_subsets": 3, "n_retrainings": 2}))
+    run.train()
+    url = f"s3://{live_s3.bucket}/published"
+    with monkeypatch.context() as owner:
+        for name, value in live_s3.owner_env.items():
+            owner.setenv(name, value)
+        publish_run(run, url, requester_pays=True, acl="authenticated-read")
+    for name, value in live_s3.reader_env.items():
+        monkeypatch.setenv(name, value)
+    return run, url
+
+
+def test_a_stranger_reads_what_was_published_and_pays_for_what_was_read(published):
+    run, url = published
+    with dmdata.budget(usd=0.01):
+        margins = dmdata.open("digits/50pct/test_margins", catalog=url)
+        np.testing.assert_array_equal(margins[:, 7], run.array("test_margins")[:, 7])
+        np.testing.assert_array_equal(
+            dmdata.open("digits/50pct/train_masks", catalog=url)[2:5], run.array("train_masks")[2:5]
+        )
+    spent = dmdata.spend()
+    assert spent.n_requests >= 4
+    assert 0 < spent.usd < 0.01
+
+
+def test_a_published_run_downloads_to_its_digest(published, tmp_path):
+    run, url = published
+    path = dmdata.get("digits/50pct/test_margins", tmp_path / "x.npy", catalog=url)
+    np.testing.assert_array_equal(np.load(path), run.array("test_margins")[:])
+
+
+def test_nothing_of_it_is_read_over_the_budget(published):
+    _, url = published
+    catalog = dmdata.load_catalog(url)
+    before = dmdata.spend().n_requests
+    with dmdata.budget(usd=0), pytest.raises(BudgetError):
+        dmdata.open("digits/50pct/test_margins", catalog=catalog)
+    assert dmdata.spend().n_requests == before
+
+
+def test_a_stranger_cannot_publish(published):
+    run, url = published
+    with pytest.raises(AccessError, match="may not be written"):
+        publish_run(run, f"{url}/mine")
