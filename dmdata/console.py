@@ -54,7 +54,8 @@ class Talk:
         if self.as_json:
             click.echo(json.dumps(data, indent=2))
             return
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        # names and paths may hold brackets, which are no markup
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
         for table in tables:
             console.print(table)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from dmdata.console import Talk, run, talk_options
 from dmdata.prices import readable_bytes
@@ -220,8 +221,12 @@ def _facts(facts: Mapping[str, object]) -> Table:
 def _findings_table(findings: Sequence[Finding]) -> Table:
     table = Table("check", "", "what was found", box=None, header_style="bold")
     for finding in findings:
-        table.add_row(finding.check, "ok" if finding.passed else "[bold red]differs[/]", finding.detail)
+        table.add_row(finding.check, _verdict(finding), finding.detail)
     return table
+
+
+def _verdict(finding: Finding) -> Text:
+    return Text("ok") if finding.passed else Text("differs", style="bold red")
 
 
 def _evaluation_table(evaluation: Evaluation) -> Table:
