@@ -61,7 +61,7 @@ def _plain_dtype(dtype: str) -> str:
 
 Key = Annotated[str, AfterValidator(_safe_key)]
 Name = Annotated[str, AfterValidator(_safe_name)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**50)]  # a petabyte: more would be an error, and could not be planned
 DType = Annotated[str, AfterValidator(_plain_dtype)]
 
 
@@ -260,14 +260,18 @@ class Catalog(_Record):
         """
         try:
             document = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader without aliases
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+            # a tagged scalar of the wrong form makes the loader stumble in several ways
             raise CatalogError(f"{origin} is not a readable catalog: {error}", origin=origin) from error
         try:
             catalog = cls.model_validate(document)
         except ValidationError as error:
             raise CatalogError(f"{origin} is not a valid catalog: {_first_fault(error)}", origin=origin) from error
         base = origin.rpartition("/")[0] or "."
-        source = catalog.source.model_copy(update={"url": _resolve(catalog.source.url, base)})
+        try:
+            source = catalog.source.model_copy(update={"url": _resolve(catalog.source.url, base)})
+        except ValueError as error:
+            raise CatalogError(f"{origin} is not a valid catalog: source.url: {error}", origin=origin) from error
         return catalog.model_copy(update={"source": source})
 
     def dump(self) -> str:

@@ -86,7 +86,7 @@ class Talk:
 
             def show(stage: str, done: int, in_all: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, unit=units[stage])
+                    tasks[stage] = bars.add_task(stage, total=in_all, unit=units[stage])
                 bars.update(tasks[stage], completed=done, total=in_all)
 
             yield show

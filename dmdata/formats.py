@@ -9,6 +9,7 @@ import ast
 import io
 import math
 import pickletools
+import re
 import struct
 import zipfile
 import zlib
@@ -27,7 +28,10 @@ NPY_PREFIX_BYTES = 128
 """What numpy writes before the first element of an array of few dimensions: one read gets it all."""
 
 _LONGEST_NPY_HEADER = 65_536
-_LONGEST_PICKLE = 1 << 20
+_LONGEST_PICKLE = 1 << 16
+_MOST_DIMENSIONS = 32
+_LARGEST_SIZE = 1 << 50
+_DEEPEST_NESTING = 8
 _PT_TAIL_BYTES = 4096
 
 
@@ -183,19 +187,31 @@ def _npy_facts(text: bytes, *, encoding: str, url: str) -> tuple[tuple[int, ...]
     if not isinstance(facts, dict) or set(facts) != {"descr", "fortran_order", "shape"}:
         raise FormatError(f"{url} has a .npy header of {text[:80]!r}; expected descr, fortran_order and shape", url=url)
     shape, fortran, descr = facts["shape"], facts["fortran_order"], facts["descr"]
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise FormatError(f"{url} has shape {shape!r} in its header; expected a tuple of counts", url=url)
+    if not isinstance(shape, tuple) or not _is_possible(shape):
+        raise FormatError(f"{url} has shape {str(shape)[:80]} in its header; expected a tuple of counts", url=url)
     if not isinstance(fortran, bool):
         raise FormatError(f"{url} has fortran_order {fortran!r} in its header; expected True or False", url=url)
-    try:
-        dtype = np.dtype(descr) if isinstance(descr, str) else None
-    except (TypeError, ValueError, SyntaxError):
-        dtype = None
-    if dtype is None or dtype.kind not in "biufc":
+    dtype = _plain_dtype(descr)
+    if dtype is None:
         raise FormatError(
             f"{url} holds {str(descr)[:80]!r}; only plain numbers are read, for anything else could run code", url=url
         )
     return shape, fortran, dtype
+
+
+def _plain_dtype(descr: object) -> np.dtype[Any] | None:
+    if not isinstance(descr, str) or not re.fullmatch(r"[<>=|]?(\?|[biufc]\d{1,2})", descr):
+        return None
+    try:
+        return np.dtype(descr)
+    except TypeError:
+        return None
+
+
+def _is_possible(shape: tuple[Any, ...]) -> bool:
+    """Tell whether NumPy could make an array of this shape, whatever its elements."""
+    sizes_fit = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape)
+    return len(shape) <= _MOST_DIMENSIONS and sizes_fit and math.prod(size or 1 for size in shape) < _LARGEST_SIZE
 
 
 class _RangeFile(io.RawIOBase):

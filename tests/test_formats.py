@@ -111,7 +111,7 @@ def test_every_single_bit_flip_in_a_npy_header_is_refused_or_harmless(blob: byte
         agrees_with_numpy(bytes(damaged), original)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.sampled_from(VICTIMS), st.lists(st.tuples(st.integers(0, 139), st.integers(0, 255)), min_size=1, max_size=8))
 def test_a_npy_with_damaged_bytes_is_refused_or_harmless(blob: bytes, damage: list[tuple[int, int]]) -> None:
     damaged = bytearray(blob)
@@ -471,7 +471,7 @@ OPCODES = st.sampled_from(
 
 # Python's own pickletools warns about odd text that it decodes for us; the refusal comes after
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.lists(OPCODES | st.binary(max_size=4) | st.just(b"cposix\nsystem\n"), max_size=40).map(b"".join))
 def test_a_pickle_of_random_instructions_is_refused(pickled: bytes) -> None:
     with pytest.raises(FormatError):

@@ -1,12 +1,11 @@
 """A lazy array reads what NumPy would, byte for byte, and the ledger says what the server served."""
 
 import math
-import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,8 +129,8 @@ def test_a_read_longer_than_one_range_is_cut_and_joined(server: LoopbackS3, wide
 def test_a_range_of_an_object_is_fetched_once_however_often_it_is_wanted(
     server: LoopbackS3, array: dmdata.LazyArray
 ) -> None:
-    np.testing.assert_array_equal(array[[5, 5, 5, 2, 5]], VALUES[[5, 5, 5, 2, 5]])
-    assert server.n_bytes == 2 * VALUES[0].nbytes
+    np.testing.assert_array_equal(array[[5, 5, 5, 4, 5]], VALUES[[5, 5, 5, 4, 5]])
+    assert (server.n_requests, server.n_bytes) == (1, 2 * VALUES[0].nbytes)
 
 
 def test_a_lazy_array_looks_like_an_array_and_its_repr_touches_nothing(
@@ -337,47 +336,48 @@ def test_a_pickled_array_holds_no_credentials_and_reads_elsewhere(server: Loopba
     assert float(done.stdout) == VALUES[7].sum()
 
 
-def sum_in_forked_child(array: dmdata.LazyArray) -> float:
-    context = multiprocessing.get_context("fork")
+# in a process of its own: a client that is carried over a fork can crash the parent, too
+READ_IN_FORKED_CHILDREN = """
+import multiprocessing, sys, threading
+import dmdata
+name, catalog, n_threads, n_children = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+array = dmdata.open(name, catalog=catalog)
+done = threading.Event()
+def keep_reading():
+    while not done.is_set():
+        array[0]
+array[0]
+threads = [threading.Thread(target=keep_reading) for _ in range(n_threads)]
+for thread in threads:
+    thread.start()
+context = multiprocessing.get_context("fork")
+for nth in range(n_children):
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(float(array[7, :5].sum())))
-    process.start()
-    try:
-        assert receiver.poll(10), "the child hangs"
-        total: float = receiver.recv()
-        process.join(10)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-        process.join()
-    return total
+    child = context.Process(target=lambda: sender.send(float(array[nth, :5].sum())))
+    child.start()
+    print(receiver.recv() if receiver.poll(8) else "hangs", flush=True)
+    child.kill()
+    child.join()
+done.set()
+for thread in threads:
+    thread.join()
+print(float(array[9].sum()))
+"""
 
 
-def test_a_forked_child_reads_without_hanging(server: LoopbackS3, array: dmdata.LazyArray) -> None:
-    np.testing.assert_array_equal(array[0], VALUES[0])
-    assert sum_in_forked_child(array) == VALUES[7, :5].sum()
-    np.testing.assert_array_equal(array[9], VALUES[9])
-    assert dmdata.spend().n_bytes == server.n_bytes + 128, "the child's read is in the same ledger"
-
-
-def test_a_child_forked_while_threads_read_does_not_hang(server: LoopbackS3, array: dmdata.LazyArray) -> None:
-    server.latency_seconds = 0.05
-    done = threading.Event()
-
-    def keep_reading() -> None:
-        while not done.is_set():
-            array[0]
-
-    threads = [threading.Thread(target=keep_reading) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(3):
-            assert sum_in_forked_child(array) == VALUES[7, :5].sum()
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
+@pytest.mark.parametrize("n_threads", [0, 3], ids=["alone", "while threads read"])
+def test_forked_children_read_without_hanging_or_harming_their_parent(
+    server: LoopbackS3, catalog: str, n_threads: int
+) -> None:
+    server.latency_seconds = 0.02
+    program = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", READ_IN_FORKED_CHILDREN]
+    done = subprocess.run(
+        [*program, NAME, catalog, str(n_threads), "2"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + f"ended with {done.returncode}"
+    expected = [VALUES[0, :5].sum(), VALUES[1, :5].sum(), VALUES[9].sum()]
+    assert [float(line) for line in done.stdout.split()] == expected
+    assert dmdata.spend().n_bytes == server.n_bytes, "the children's reads are in the same ledger"
 
 
 # Other forms and places
@@ -403,7 +403,7 @@ def test_the_members_of_a_remote_pt_are_lazy_and_exact(server: LoopbackS3, tmp_p
     np.testing.assert_array_equal(by_address[5:7], values["bias"][5:7])
     with pytest.raises(CatalogError, match="open one of toy/50pct/test_datamodels/weight"):
         dmdata.open("toy/50pct/test_datamodels", catalog=catalog)
-    with pytest.raises(CatalogError, match=r"no array 'wait'.*/weight"):
+    with pytest.raises(FormatError, match="no array 'wait'; it holds weight, bias"):
         dmdata.open(f"s3://{BUCKET}/toy/datamodels/test_datamodels_50pct.pt/wait")
 
 
@@ -417,7 +417,7 @@ def test_a_remote_pt_with_code_in_it_is_refused_unrun_and_not_remembered(server:
 
     torch.save({"weight": Payload()}, tmp_path / "x.pt")
     server.put("x.pt", tmp_path / "x.pt")
-    with pytest.raises(FormatError, match=f"s3://{BUCKET}/x.pt"):
+    with pytest.raises(FormatError, match=re.escape(f"s3://{BUCKET}/x.pt")):
         dmdata.open(f"s3://{BUCKET}/x.pt/weight")
     assert not marker.exists()
     assert not (home() / "headers").exists()
