@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError, SourceError
 from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.plan import plan_read
 from dmdata.selection import select
-from dmdata.source import ObjectState
 
 _BLOCK_BYTES = 4 * MAX_RANGE_BYTES
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.address import Address, ObjectState, Source
 from dmdata.errors import SourceError
 from dmdata.ledger import Ledger, Reservation, home
 from dmdata.plan import ReadPlan, land
 from dmdata.prices import Destination, quote
-from dmdata.source import Address, ObjectState, connect
+from dmdata.source import connect
 
 MAX_RANGE_BYTES = 16 << 20
 """Longest request: a transport's time-out covers a whole body, and what breaks must not be large."""
@@ -57,9 +58,8 @@ class Transport:
         ------
         BudgetError, AccessError, ObjectMissingError, SourceError
         """
-        meter = self._meter(n_bytes, 1)
+        source, meter = connect(self.address), self._meter(n_bytes, 1)
         try:
-            source = connect(self.address)
             head, state = _patiently(lambda: source.start(n_bytes), meter, threading.Event())
             meter.received(len(head))
             return head, state
@@ -73,10 +73,10 @@ class Transport:
         ------
         BudgetError, IntegrityError, AccessError, ObjectMissingError, SourceError
         """
-        buffer = bytearray(stop - start)
-        meter = self._meter(len(buffer), 1)
+        source, meter = connect(self.address), self._meter(stop - start, 1)
         try:
-            self._fill(memoryview(buffer), start, etag, meter, threading.Event())
+            buffer = bytearray(stop - start)
+            _fill(source, memoryview(buffer), start, etag, meter, threading.Event())
         finally:
             meter.settle()
         return bytes(buffer)
@@ -105,18 +105,18 @@ class Transport:
         AccessError, ObjectMissingError, SourceError
             If it cannot be read; what arrived until then is in the ledger.
         """
-        product = np.empty(plan.wanted_bytes, np.uint8)
         if not plan.n_requests:
-            return product
-        meter = self._meter(plan.n_bytes, plan.n_requests, progress)
+            return np.empty(0, np.uint8)
+        source, meter = connect(self.address), self._meter(plan.n_bytes, plan.n_requests, progress)
         stop = threading.Event()
         next_range = itertools.count()
 
         def work() -> None:
             while not stop.is_set() and (nth := next(next_range)) < plan.n_requests:
-                self._fetch_range(plan, nth, product, etag, meter, stop)
+                _fetch_range(source, plan, nth, product, etag, meter, stop)
 
         try:
+            product = np.empty(plan.wanted_bytes, np.uint8)
             _run_in_threads(work, min(CONNECTIONS, plan.n_requests), stop)
         finally:
             meter.settle()
@@ -133,44 +133,6 @@ class Transport:
             price = quote(n_bytes, n_requests, self.destination)
             Ledger(home()).check(usd=price.usd, artifact=self.artifact)
 
-    def _fetch_range(
-        self,
-        plan: ReadPlan,
-        nth: int,
-        product: npt.NDArray[np.uint8],
-        etag: str | None,
-        meter: "_Meter",
-        stop: threading.Event,
-    ) -> None:
-        first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
-        start, n_bytes = int(plan.range_starts[nth]), int(plan.range_stops[nth] - plan.range_starts[nth])
-        target = product[plan.landing[first] : plan.landing[last]]
-        if len(target) == n_bytes:
-            self._fill(target.data, start, etag, meter, stop)
-            return
-        received = np.empty(n_bytes, np.uint8)
-        self._fill(received.data, start, etag, meter, stop)
-        if not stop.is_set():
-            land(plan, nth, received, product)
-
-    def _fill(self, buffer: memoryview, start: int, etag: str | None, meter: "_Meter", stop: threading.Event) -> None:
-        """Fill a buffer, going on after each broken transfer from where it broke."""
-        source = connect(self.address)
-        done = 0
-
-        def attempt() -> None:
-            nonlocal done
-            try:
-                source.read_into(buffer[done:], start + done, etag=etag, stopped=stop.is_set)
-                meter.received(len(buffer) - done)
-            except SourceError as error:
-                n_received = error.facts.get("n_received", 0)
-                meter.received(n_received)
-                done += n_received
-                raise
-
-        _patiently(attempt, meter, stop)
-
     def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> "_Meter":
         reservation = None
         if self.address.requester_pays:
@@ -183,6 +145,48 @@ class Transport:
                 destination=self.destination,
             )
         return _Meter(self.destination, reservation, n_requests, progress)
+
+
+def _fetch_range(
+    source: Source,
+    plan: ReadPlan,
+    nth: int,
+    product: npt.NDArray[np.uint8],
+    etag: str | None,
+    meter: "_Meter",
+    stop: threading.Event,
+) -> None:
+    first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
+    start, n_bytes = int(plan.range_starts[nth]), int(plan.range_stops[nth] - plan.range_starts[nth])
+    target = product[plan.landing[first] : plan.landing[last]]
+    if len(target) == n_bytes:
+        _fill(source, target.data, start, etag, meter, stop)
+        return
+    received = np.empty(n_bytes, np.uint8)
+    _fill(source, received.data, start, etag, meter, stop)
+    if not stop.is_set():
+        land(plan, nth, received, product)
+
+
+def _fill(
+    source: Source, buffer: memoryview, start: int, etag: str | None, meter: "_Meter", stop: threading.Event
+) -> None:
+    """Fill a buffer, going on after each broken transfer from where it broke; less only if stopped."""
+    done = 0
+
+    def attempt() -> None:
+        nonlocal done
+        n_received = 0
+        try:
+            n_received = source.read_into(buffer[done:], start + done, etag=etag, stopped=stop.is_set)
+        except SourceError as error:
+            n_received = error.facts.get("n_received", 0)
+            raise
+        finally:
+            meter.received(n_received)
+            done += n_received
+
+    _patiently(attempt, meter, stop)
 
 
 @dataclass(slots=True)

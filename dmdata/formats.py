@@ -29,9 +29,10 @@ NPY_PREFIX_BYTES = 128
 
 _LONGEST_NPY_HEADER = 65_536
 _LONGEST_PICKLE = 1 << 16
-_MOST_DIMENSIONS = 32
+_MOST_DIMENSIONS = 64
 _LARGEST_SIZE = 1 << 50
-_DEEPEST_NESTING = 8
+_DEEPEST_NESTING = 4
+_FLAT: tuple[int, tuple[Any, ...]] = (1, ())
 _PT_TAIL_BYTES = 4096
 
 
@@ -162,7 +163,8 @@ def pt_layouts(read_at: ReadAt, *, object_bytes: int, url: str) -> dict[str, Lay
             tensors = _pickled_tensors(_small_member(archive, members, "data.pkl", url), url=url)
             if "byteorder" in members and _small_member(archive, members, "byteorder", url) != b"little":
                 raise FormatError(f"{url} is big-endian; load it in torch and save it on a little-endian host", url=url)
-            return {name: _placed(tensor, members, read_at, url) for name, tensor in tensors.items()}
+            ends = _ends_of_members(archive)
+            return {name: _placed(tensor, members, ends, read_at, url) for name, tensor in tensors.items()}
     except FormatError:
         raise
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
@@ -291,15 +293,30 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _placed(tensor: _Tensor, members: dict[str, zipfile.ZipInfo], read_at: ReadAt, url: str) -> Layout:
-    """Find where a tensor lies, by the local header before its storage."""
+def _ends_of_members(archive: zipfile.ZipFile) -> dict[str, int]:
+    """Find where each member's part of the archive ends: where the next one, or the directory, begins."""
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    stops = [*(info.header_offset for info in infos[1:]), archive.start_dir]
+    return {info.filename: stop for info, stop in zip(infos, stops, strict=True)}
+
+
+def _placed(
+    tensor: _Tensor, members: dict[str, zipfile.ZipInfo], ends: dict[str, int], read_at: ReadAt, url: str
+) -> Layout:
+    """Find where a tensor lies, by the local header before its storage and by where its member ends."""
     storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
     info = members[f"data/{storage.key}"]
     _require_stored(info, url)
     header = bytes(read_at(info.header_offset, info.header_offset + 30))
     signature, name_bytes, extra_bytes = struct.unpack("<I22xHH", header)
-    if signature != 0x04034B50:
-        raise FormatError(f"{url} has no local header before {info.filename}; it is damaged", url=url)
+    data_start = info.header_offset + 30 + name_bytes + extra_bytes
+    descriptor_bytes = ends[info.filename] - data_start - info.file_size
+    if (
+        signature != 0x04034B50
+        or name_bytes != len(info.orig_filename.encode())
+        or descriptor_bytes not in _descriptor_sizes(info)
+    ):
+        raise FormatError(f"{url} has a damaged header before {info.filename}; fetch it anew", url=url)
     if storage.n_elements * itemsize != info.file_size:
         raise FormatError(
             f"{url} claims {storage.n_elements} elements in {info.filename}, which has {info.file_size} bytes", url=url
@@ -310,8 +327,15 @@ def _placed(tensor: _Tensor, members: dict[str, zipfile.ZipInfo], read_at: ReadA
             "save it again with .contiguous()",
             url=url,
         )
-    offset = info.header_offset + 30 + name_bytes + extra_bytes + tensor.first * itemsize
+    offset = data_start + tensor.first * itemsize
     return Layout(tensor.shape, storage.dtype, offset, tuple(stride * itemsize for stride in tensor.strides))
+
+
+def _descriptor_sizes(info: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Tell how many bytes of checksum and sizes may follow a member's data: with 8-byte sizes in a large archive."""
+    if not info.flag_bits & 8:
+        return (0,)
+    return (16, 24) if max(info.file_size, info.header_offset) >= 2**32 - 1 else (16,)
 
 
 def _fills_its_extent(tensor: _Tensor) -> bool:
@@ -365,6 +389,8 @@ class _PickleReader:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        # how deep each tuple nests; it is kept beside, so that its id stays its own
+        self._depths: dict[int, tuple[int, tuple[Any, ...]]] = {id(()): (0, ())}
 
     def read(self, pickle: bytes) -> Any:
         for opcode, argument, _ in pickletools.genops(pickle):
@@ -386,9 +412,9 @@ class _PickleReader:
         elif name == "MARK":
             self._marks.append(len(stack))
         elif name in _TUPLES:
-            stack.append(tuple(self._pop_last(_TUPLES[name])))
+            stack.append(self._tuple_of(self._pop_last(_TUPLES[name])))
         elif name == "TUPLE":
-            stack.append(tuple(self._pop_to_mark()))
+            stack.append(self._tuple_of(self._pop_to_mark()))
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._memo[argument] = stack[-1]
         elif name == "MEMOIZE":
@@ -422,6 +448,15 @@ class _PickleReader:
         del self._stack[-n:]
         return values
 
+    def _tuple_of(self, values: list[Any]) -> tuple[Any, ...]:
+        """Make a tuple, unless it is larger than any tensor's description: comparing it could take for ever."""
+        inside = max((self._depths.get(id(value), _FLAT)[0] for value in values if isinstance(value, tuple)), default=0)
+        if len(values) > _MOST_DIMENSIONS or inside >= _DEEPEST_NESTING:
+            raise self._refuse("long or deeply nested tuples")
+        made = tuple(values)
+        self._depths[id(made)] = (inside + 1, made)
+        return made
+
     def _pop_to_mark(self) -> list[Any]:
         mark = self._marks.pop()
         values = self._stack[mark:]
@@ -438,15 +473,17 @@ class _PickleReader:
             target[key] = value
 
     def _known_global(self, module: object, attribute: object) -> tuple[str, str]:
-        name = (str(module), str(attribute))
-        if name not in _KNOWN_GLOBALS:
-            raise self._refuse(f"the name {'.'.join(name)[:80]}")
-        return name
+        if not (isinstance(module, str) and isinstance(attribute, str)):
+            raise self._refuse("a name that is no text")
+        if (module, attribute) not in _KNOWN_GLOBALS:
+            raise self._refuse(f"the name {module}.{attribute}"[:100])
+        return module, attribute
 
     def _storage(self, reference: object) -> _Storage:
         match reference:
-            case ("storage", tuple() as kind, str() as key, str(), int() as n_elements) if kind in _STORAGES:
-                return _Storage(_STORAGES[kind], key, n_elements)
+            case ("storage", (str() as module, str() as name), str() as key, str(), int() as n_elements):
+                if (module, name) in _STORAGES:
+                    return _Storage(_STORAGES[module, name], key, n_elements)
         raise self._refuse("a reference to something else than a storage of plain numbers")
 
     def _call(self, function: object, arguments: object) -> Any:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmdata.address import Address, ObjectState
 from dmdata.errors import FormatError
 from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, npy_layout, pt_layouts
 from dmdata.ledger import home
-from dmdata.source import Address, ObjectState
 
 NPY = ""
 """Name of the one array of a ``.npy`` among the layouts of its header."""

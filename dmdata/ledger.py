@@ -15,10 +15,10 @@ import math
 import os
 import socket
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,9 +34,10 @@ DEFAULT_PROCESS_USD = 1.0
 Grouping: TypeAlias = Literal["day", "artifact", "destination", "state"]
 
 _PICO = 10**12
-_SCOPES_VARIABLE = "DMDATA_BUDGETS"
+# the one list of blocks in force: child processes inherit it
+_BLOCKS_VARIABLE = "DMDATA_BUDGETS"
+_BLOCKS_LOCK = threading.Lock()
 _LEASE_SECONDS = 24 * 3600.0
-_scopes: ContextVar[tuple[str, ...] | None] = ContextVar("dmdata_budgets", default=None)
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS budget (scope TEXT PRIMARY KEY, committed_pico INTEGER NOT NULL)",
@@ -206,9 +207,10 @@ class Ledger:
 
 @contextlib.contextmanager
 def budget(*, usd: float) -> Iterator[None]:
-    """Refuse whatever would bring the reads made in this block, and in processes started in it, over `usd` dollars.
+    """Refuse what would bring the reads made during this block, in all threads and processes started, over `usd`.
 
-    Blocks nest, and each of them holds.
+    Blocks nest, and each of them holds. Those of different threads hold for each other too: a budget can only be
+    tighter than asked for.
 
     Raises
     ------
@@ -219,24 +221,27 @@ def budget(*, usd: float) -> Iterator[None]:
     """
     if not (math.isfinite(usd) and usd >= 0):
         raise ValueError(f"a budget of {usd} dollars; give a number of at least 0")
-    scopes = (*_blocks(), f"block:{uuid.uuid4().hex}={_to_pico(usd)}")
-    token = _scopes.set(scopes)
-    before = os.environ.get(_SCOPES_VARIABLE)
-    os.environ[_SCOPES_VARIABLE] = ",".join(scopes)
+    block = f"block:{uuid.uuid4().hex}={_to_pico(usd)}"
+    with _BLOCKS_LOCK:
+        _set_blocks([*_blocks(), block])
     try:
         yield
     finally:
-        _scopes.reset(token)
-        if before is None:
-            os.environ.pop(_SCOPES_VARIABLE, None)
-        else:
-            os.environ[_SCOPES_VARIABLE] = before
+        with _BLOCKS_LOCK:
+            # others may have begun or ended meanwhile, in other threads
+            _set_blocks([other for other in _blocks() if other != block])
 
 
-def _blocks() -> tuple[str, ...]:
-    """List the budget blocks this code runs in: of this context, else of the process that started this one."""
-    own = _scopes.get()
-    return own if own is not None else tuple(filter(None, os.environ.get(_SCOPES_VARIABLE, "").split(",")))
+def _blocks() -> list[str]:
+    """List the budget blocks in force: of this process, in all its threads, and of the one that started it."""
+    return [block for block in os.environ.get(_BLOCKS_VARIABLE, "").split(",") if block]
+
+
+def _set_blocks(blocks: list[str]) -> None:
+    if blocks:
+        os.environ[_BLOCKS_VARIABLE] = ",".join(blocks)
+    else:
+        os.environ.pop(_BLOCKS_VARIABLE, None)
 
 
 def _active_scopes() -> dict[str, int]:
@@ -244,6 +249,8 @@ def _active_scopes() -> dict[str, int]:
     limits = {}
     for block in _blocks():
         name, _, pico = block.partition("=")
+        if not (name.startswith("block:") and pico.isdecimal()):
+            raise BudgetError(f"{_BLOCKS_VARIABLE} holds {block!r}, which is no budget; unset it")
         limits[name] = int(pico)
     monthly = os.environ.get("DMDATA_MAX_COST")
     if not limits and not monthly:

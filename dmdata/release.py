@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import zarr
 
+from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
 from dmdata.download import download
@@ -25,7 +26,6 @@ from dmdata.headers import NPY, read_header
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress
 from dmdata.prices import Destination, Estimate, quote
 from dmdata.selection import parse_selection, select
-from dmdata.source import Address
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
 

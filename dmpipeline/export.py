@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmdata.formats import npy_header
-from dmdata.source import upload
+from dmdata.s3 import upload
 from dmpipeline.errors import RunError, VerificationError
 from dmpipeline.store import ARRAYS, Progress, Run, block_digest, describe_datamodels, write_beside
 

@@ -15,8 +15,9 @@ from servers.loopback import BUCKET, OWNER_KEY_ID, Fault, LoopbackS3
 from small_release import npy, publish
 
 import dmdata
+from dmdata.address import Address, Source
 from dmdata.errors import AccessError, CatalogError, DmdataError, IntegrityError, ObjectMissingError, SourceError
-from dmdata.source import Address, Source, connect
+from dmdata.source import connect
 
 CONTENT = bytes(range(256)) * 40
 SECRET = "an+entirely/secret+value"

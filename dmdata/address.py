@@ -1,0 +1,102 @@
+"""Where an object is, what a reader of it promises, and the errors all readers share.
+
+An `Address` travels between processes and holds no credentials; written out it shows no user, password or query.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+from dmdata.errors import IntegrityError, SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where one object is, and on what terms. Holds no credentials.
+
+    Attributes
+    ----------
+    url : str
+        ``s3://bucket/key``, an absolute path, or any URL that fsspec reads.
+    requester_pays : bool
+        Whether the reader is charged: then reads go through budget and ledger.
+    region : str or None
+        Of the bucket; None asks the bucket.
+    listed : bool
+        Whether a catalog lists the object: tells a missing key from missing rights where both answer 403.
+    """
+
+    url: str
+    requester_pays: bool = False
+    region: str | None = None
+    listed: bool = False
+
+    def __str__(self) -> str:
+        """Write the address as it may be shown and stored: a user, password or query may hold a secret."""
+        if self.is_local:
+            return self.url
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether S3's own client reads it."""
+        return self.url.startswith("s3://")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file of this machine."""
+        return "://" not in self.url or self.url.startswith("file://")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectState:
+    """Size and identity of an object at one moment; `etag` is None where the store has none."""
+
+    n_bytes: int
+    etag: str | None
+
+
+class Source(Protocol):
+    """One object's bytes."""
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        """Read up to `n_bytes` from the start, in one request, with the object's size and etag.
+
+        Raises
+        ------
+        ObjectMissingError, AccessError, SourceError
+        """
+
+    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
+        """Fill a buffer from byte `start` on, in one request; return the bytes placed, fewer only if `stopped`.
+
+        Raises
+        ------
+        IntegrityError
+            If the object's etag is not the one given.
+        SourceError
+            If the transfer broke: `n_received` bytes are in the buffer; `transient` tells whether to try again.
+        """
+
+
+def changed(address: Address) -> IntegrityError:
+    """Say that an object is not the one that was read before."""
+    return IntegrityError(
+        f"{address} changed since it was first read, so what was read before does not belong to it; "
+        "open it again and read anew",
+        url=str(address),
+    )
+
+
+def ended_short(address: Address, at: int | None, *, transient: bool, n_received: int = 0) -> SourceError:
+    """Say that an object has fewer bytes than were asked for; `at` is None where the range begins past its end."""
+    where = "before" if at is None else f"at byte {at}, inside"
+    return SourceError(
+        f"{address} ended {where} the range that was asked for",
+        url=str(address),
+        transient=transient,
+        n_received=n_received,
+        past_end=at is None,
+    )

@@ -1,0 +1,439 @@
+"""Objects in S3 and on the web: ranges through obstore, credentials and region by boto3, and every refusal in words.
+
+Clients are made once a process. A process forked from one that used obstore reads by boto3 instead: the Rust threads
+behind obstore do not come along, and a call to them would hang. What libraries say is translated here, once; their
+texts may quote keys, so they are neither quoted nor chained.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import obstore
+import obstore.exceptions
+
+from dmdata.address import Address, ObjectState, Source, changed, ended_short
+from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
+
+if TYPE_CHECKING:
+    import boto3
+    from botocore.config import Config
+    from botocore.credentials import Credentials
+    from mypy_boto3_s3 import S3Client
+
+# small, so that a broken transfer loses little of what arrived; obstore hands over more where it has more
+_STREAM_BYTES = 128 << 10
+_SILENCE_SECONDS = 20
+_LOCK = threading.Lock()
+# by process, terms and environment; those of a parent process stay where they are, for dropping them would hang
+_CLIENTS: dict[tuple[Any, ...], Any] = {}
+
+
+def s3_source(address: Address) -> Source:
+    """Make the reader of an object in S3; see `dmdata.source.connect`."""
+    bucket, key = _bucket_and_key(address)
+    if _runtime_was_lost():
+        return _ForkedS3Source(address, bucket, key)
+    return _StoreSource(address, _store(bucket, address), key)
+
+
+def web_source(address: Address) -> Source | None:
+    """Make the reader of an object on the web, or None where obstore cannot: for a query, or in a forked process."""
+    parts = urlsplit(address.url)
+    if _runtime_was_lost() or parts.query:
+        return None
+    return _StoreSource(address, _web_store(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/"))
+
+
+def upload(path: Path, url: str, *, acl: str | None) -> None:
+    """Put a local file under an S3 address, in parts where it is large.
+
+    Parameters
+    ----------
+    path : Path
+    url : str
+        ``s3://bucket/key``; replaced if it is there.
+    acl : str or None
+        Canned ACL of the object, as "authenticated-read".
+
+    Raises
+    ------
+    AccessError
+        Without credentials, or without the right to write there.
+    SourceError
+        If the transfer failed; nothing, or what was there before, is under the address.
+    """
+    bucket, key = _bucket_and_key(Address(url))
+    extra = {"ACL": acl} if acl else None
+    _write(url, lambda client: client.upload_file(str(path), bucket, key, ExtraArgs=extra))
+
+
+def remove(url: str) -> None:
+    """Remove the object at an S3 address; nothing happens if there is none.
+
+    Raises
+    ------
+    AccessError, SourceError
+        As `upload`.
+    """
+    bucket, key = _bucket_and_key(Address(url))
+    _write(url, lambda client: client.delete_object(Bucket=bucket, Key=key))
+
+
+def _write(url: str, action: Callable[["S3Client"], object]) -> None:
+    import boto3.exceptions
+    import botocore.exceptions
+
+    try:
+        action(_session().client("s3"))
+    except botocore.exceptions.NoCredentialsError as error:
+        raise AccessError(
+            f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
+            url=url,
+            cause="no_credentials",
+        ) from error
+    except (boto3.exceptions.S3UploadFailedError, botocore.exceptions.ClientError) as error:
+        # its text may quote keys, so it is not chained
+        found = re.search(r"\((\w+)\) when calling", str(error))
+        code = found[1] if found else "no reason given"
+        raise AccessError(
+            f"{url} may not be written ({code}); check the bucket's name and that these credentials may put objects",
+            url=url,
+            cause="denied",
+        ) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise SourceError(f"{url} could not be written: {error}; try again", url=url, transient=True) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreSource:
+    """An object in S3 or on the web, by ranges through obstore. Retries are fetch's, so each request is counted."""
+
+    address: Address
+    store: Any
+    key: str
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        try:
+            result = self._get(0, n_bytes, etag=None)
+            return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
+        except obstore.exceptions.BaseError as error:
+            raise _store_error(self.address, error) from None
+        except SourceError as error:
+            if error.facts.get("past_end"):
+                return b"", ObjectState(0, None)
+            raise
+
+    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
+        done = 0
+        try:
+            result = self._get(start, start + len(buffer), etag=etag)
+            if etag is not None and result.meta["e_tag"] != etag:
+                raise changed(self.address)
+            for chunk in result.stream(min_chunk_size=_STREAM_BYTES):
+                n_fitting = min(len(chunk), len(buffer) - done)
+                buffer[done : done + n_fitting] = memoryview(chunk)[:n_fitting]
+                done += n_fitting
+                if stopped():
+                    return done
+        except obstore.exceptions.BaseError as error:
+            raise _store_error(self.address, error, n_received=done) from None
+        if done != len(buffer):
+            raise ended_short(self.address, start + done, transient=True, n_received=done)
+        return done
+
+    def _get(self, start: int, stop: int, *, etag: str | None) -> Any:
+        options: dict[str, Any] = {"range": (start, stop)}
+        if etag is not None:
+            options["if_match"] = etag
+        try:
+            return obstore.get(self.store, self.key, options=options)  # type: ignore[arg-type] # a TypedDict of stubs only
+        except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
+            raise _store_error(self.address, error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _ForkedS3Source:
+    """An object in S3 read by boto3, in a process forked from one that used obstore."""
+
+    address: Address
+    bucket: str
+    key: str
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        answer = self._get(0, n_bytes, etag=None)
+        with contextlib.closing(answer["Body"]) as body:
+            size = int(answer["ContentRange"].rpartition("/")[2])
+            return body.read(), ObjectState(size, answer["ETag"])
+
+    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
+        import botocore.exceptions
+        import urllib3.exceptions
+
+        done = 0
+        try:
+            with contextlib.closing(self._get(start, start + len(buffer), etag=etag)["Body"]) as body:
+                while done < len(buffer) and not stopped():
+                    chunk = body.read(min(_STREAM_BYTES, len(buffer) - done))
+                    if not chunk:
+                        raise ended_short(self.address, start + done, transient=True, n_received=done)
+                    buffer[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+        except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            raise _s3_refusal(self.address, None, None, n_received=done) from error
+        return done
+
+    def _get(self, start: int, stop: int, *, etag: str | None) -> Any:
+        import botocore.exceptions
+
+        conditions: dict[str, Any] = {"IfMatch": etag} if etag is not None else {}
+        if self.address.requester_pays:
+            conditions["RequestPayer"] = "requester"
+        try:
+            answer = _boto_client(self.bucket, self.address).get_object(
+                Bucket=self.bucket, Key=self.key, Range=f"bytes={start}-{stop - 1}", **conditions
+            )
+        except botocore.exceptions.ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            raise _s3_refusal(self.address, status, error.response["Error"]["Code"]) from None
+        except botocore.exceptions.BotoCoreError as error:
+            raise _s3_refusal(self.address, None, None) from error
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            answer["Body"].close()
+            raise _not_by_range(self.address)
+        return answer
+
+
+def _bucket_and_key(address: Address) -> tuple[str, str]:
+    parts = urlsplit(address.url)
+    key = parts.path.lstrip("/")
+    if not parts.netloc or not key:
+        raise SourceError(f"{address} names no object; write it like s3://bucket/key", transient=False)
+    return parts.netloc, key
+
+
+def _session() -> "boto3.Session":
+    import boto3  # half a second, and only S3 needs it
+
+    # boto3 itself reads AWS_DEFAULT_REGION alone
+    return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
+
+
+def _runtime_was_lost() -> bool:
+    """Tell whether this process was forked from one that used obstore: its threads stayed there, calls would hang."""
+    return any(pid != os.getpid() for pid, *_ in _CLIENTS)
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
+    """Make a client once a process for the same terms and AWS environment."""
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    known = (os.getpid(), *terms, environment)
+    with _LOCK:
+        if known not in _CLIENTS:
+            _CLIENTS[known] = make()
+        return _CLIENTS[known]
+
+
+def _store(bucket: str, address: Address) -> Any:
+    return _client_once((bucket, address.requester_pays, address.region), lambda: _new_store(bucket, address))
+
+
+def _boto_client(bucket: str, address: Address) -> "S3Client":
+    def make() -> "S3Client":
+        session, credentials, _, region = _terms(bucket, address)
+        return session.client("s3", region_name=region, config=_boto_config(signed=credentials is not None))
+
+    client: S3Client = _client_once((bucket, address.requester_pays, address.region, "boto3"), make)
+    return client
+
+
+def _boto_config(*, signed: bool) -> "Config":
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    retries: Any = {"total_max_attempts": 1}
+    return Config(
+        retries=retries,
+        connect_timeout=_SILENCE_SECONDS,
+        read_timeout=_SILENCE_SECONDS,
+        signature_version=None if signed else UNSIGNED,
+    )
+
+
+def _web_store(base: str) -> Any:
+    from obstore.store import HTTPStore
+
+    return _client_once((base,), lambda: HTTPStore.from_url(base, **_transport(allow_http=base.startswith("http://"))))
+
+
+def _new_store(bucket: str, address: Address) -> Any:
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import S3Store
+
+    session, credentials, endpoint, region = _terms(bucket, address)
+    return S3Store(
+        bucket,
+        region=region,
+        endpoint=endpoint,
+        virtual_hosted_style_request=False if endpoint else None,
+        request_payer=address.requester_pays,
+        credential_provider=Boto3CredentialProvider(session) if credentials else None,
+        skip_signature=credentials is None,
+        **_transport(allow_http=bool(endpoint and endpoint.startswith("http://"))),
+    )
+
+
+def _transport(*, allow_http: bool) -> dict[str, Any]:
+    # `timeout` counts the reader's slowness too, so it is long; silence is what `read_timeout` bounds
+    options = {"allow_http": allow_http, "timeout": "600s", "read_timeout": f"{_SILENCE_SECONDS}s"}
+    return {"client_options": options, "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=600)}}
+
+
+def _terms(bucket: str, address: Address) -> "tuple[boto3.Session, Credentials | None, str | None, str]":
+    """Find out how to speak to a bucket: session, credentials, endpoint (None: AWS's own) and region."""
+    import botocore.exceptions
+
+    try:
+        session = _session()
+        credentials = session.get_credentials()
+        client = session.client("s3", region_name=session.region_name or "us-east-1")
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise AccessError(
+            f"the AWS configuration cannot be used: {error}; mend it, or choose another with AWS_PROFILE",
+            url=str(address),
+            cause="no_credentials",
+        ) from error
+    if credentials is None and address.requester_pays:
+        raise AccessError(
+            f"no AWS credentials were found, and {address} is requester pays: somebody must be charged; "
+            "run aws configure, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            url=str(address),
+            cause="no_credentials",
+        )
+    endpoint = str(client.meta.endpoint_url)
+    if not endpoint.rstrip("/").endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        return session, credentials, endpoint, address.region or session.region_name or "us-east-1"
+    return session, credentials, None, address.region or _ask_region(session, bucket) or "us-east-1"
+
+
+def _ask_region(session: "boto3.Session", bucket: str) -> str | None:
+    """Ask S3 where a bucket is: the answer names the region even to those who may not enter. Not charged."""
+    import botocore.exceptions
+
+    client = session.client("s3", region_name="us-east-1", config=_boto_config(signed=False))
+    try:
+        answer = client.head_bucket(Bucket=bucket)
+    except botocore.exceptions.ClientError as error:
+        answer = error.response  # type: ignore[assignment] # a refusal carries the same header
+    except botocore.exceptions.BotoCoreError as error:
+        raise SourceError(
+            f"s3://{bucket} could not be asked for its region: {error}; is there a network?",
+            url=f"s3://{bucket}",
+            transient=True,
+        ) from error
+    return answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or session.region_name
+
+
+def _store_error(address: Address, error: Exception, *, n_received: int = 0) -> DmdataError:
+    """Say what a store refused, and why, in our own words: its texts may quote keys, so they are not chained either."""
+    text = str(error)
+    found = re.search(r"status code: (\d{3})", text)
+    status = int(found[1]) if found else None
+    found = re.search(r"<Code>(\w+)</Code>", text)
+    code = found[1] if found else None
+    if isinstance(error, obstore.exceptions.NotFoundError | FileNotFoundError):
+        status = 404
+    elif isinstance(error, obstore.exceptions.PreconditionError):
+        status = 412
+    elif status is None and isinstance(
+        error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError
+    ):
+        status = 403
+    elif isinstance(error, ValueError) or "non-partial response" in text:
+        return _not_by_range(address)
+    return _s3_refusal(address, status, code, n_received=n_received)
+
+
+def _s3_refusal(address: Address, status: int | None, code: str | None, *, n_received: int = 0) -> DmdataError:
+    """Say in words what an answer means; without a status the connection itself failed."""
+    if status == 404:
+        return ObjectMissingError(
+            f"nothing is at {address} ({code or status}); check the name", url=str(address), transient=False
+        )
+    if status == 412:
+        return changed(address)
+    if status in (401, 403):
+        return _refused(address, code)
+    if status == 416:
+        return ended_short(address, None, transient=False)
+    if status in (301, 400) and code != "RequestTimeout":
+        return SourceError(
+            f"{address} was refused with {status} {code or ''}: the region or endpoint is likely wrong; set AWS_REGION "
+            "to the bucket's, or unset AWS_ENDPOINT_URL",
+            url=str(address),
+            transient=False,
+        )
+    what = f"{status} {code or ''}".strip() if status else "the connection broke, stalled or could not be made"
+    transient = status is None or status >= 500 or status in (400, 408, 429)
+    return SourceError(
+        f"{address} could not be read: {what}", url=str(address), transient=transient, n_received=n_received
+    )
+
+
+def _not_by_range(address: Address) -> SourceError:
+    return SourceError(
+        f"{address} cannot be read by ranges: the server sends the whole object, or does not know such a key; "
+        "is it an S3 endpoint?",
+        url=str(address),
+        transient=False,
+    )
+
+
+_BAD_CREDENTIALS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
+
+
+def _refused(address: Address, code: str | None) -> AccessError:
+    """Tell the causes of a 403 apart as far as can be: credentials, requester pays, no such key, no rights."""
+    if code in _BAD_CREDENTIALS:
+        cause, words = "bad_credentials", (
+            f"the AWS credentials in use are not valid there ({code}); renew them (aws sso login, aws configure), or "
+            "choose others with AWS_PROFILE"
+        )  # fmt: skip
+    elif not address.requester_pays:
+        cause, words = "requester_pays", (
+            "no offer to pay was sent; if the bucket is requester pays, set requester_pays: true in its catalog. "
+            "Otherwise these credentials may not read it, or there is no such key"
+        )  # fmt: skip
+    elif not address.listed:
+        cause, words = "not_in_release", (
+            "no catalog lists this key, and S3 answers 403, not 404, for keys that do not exist; find the name with "
+            "dmdata ls. If the key does exist, these credentials may not read it"
+        )  # fmt: skip
+    else:
+        cause, words = "denied", (
+            "the key is catalogued and the offer to pay was sent, so these credentials' own policy is likely in the "
+            "way: they need s3:GetObject on the bucket; see which ones are used with aws sts get-caller-identity"
+        )  # fmt: skip
+    return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code)
