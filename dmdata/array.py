@@ -5,7 +5,7 @@ store (a run of dmpipeline, a mirror) are the same type and cost nothing. A `Laz
 address, never with credentials, and its repr touches nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
-from dmdata.prices import LINK, PRICES, Destination, Estimate, quote, readable_bytes
+from dmdata.prices import LINK, PRICES, Destination, Estimate, destination_of, quote, readable_bytes
 from dmdata.selection import Selection, select
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class InObject:
 
     @property
     def url(self) -> str:
-        """Where the object is."""
-        return self.transport.address.url
+        """Where the object is, without user, password or query."""
+        return str(self.transport.address)
 
     def plan(self, layout: Layout, selection: Selection) -> ReadPlan:
         """Plan a read: the cheapest way from a paid source, a quick one from a free source."""
@@ -73,10 +73,9 @@ class InZarr:
     def open(self) -> zarr.Array[Any]:
         """Open the array, read-only."""
         try:
-            opened = zarr.open_array(self.url, mode="r")
+            return zarr.open_array(self.url, mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{self.url} is no readable Zarr array: {error}", url=self.url) from error
-        return opened
 
     def read(
         self, layout: Layout, selection: Selection, *, progress: Callable[[int], object] | None
@@ -88,7 +87,13 @@ class InZarr:
             slice(indices.start, indices.stop, indices.step) if isinstance(indices, range) else indices
             for indices in selection.distinct
         )
-        product = np.asarray(self.open().oindex[wanted])
+        try:
+            product = np.asarray(self.open().oindex[wanted])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it anew",
+                url=self.url,
+            ) from error
         if progress:
             progress(product.nbytes)
         return selection.answer(product)
@@ -179,7 +184,10 @@ class LazyArray:
         AccessError, SourceError
             If it cannot be read.
         """
-        return self.read(select(key, self.shape, orthogonal=False))
+        answer = self.read(select(key, self.shape, orthogonal=False))
+        # as NumPy has it, an ellipsis asks for an array even of nothing but one element
+        asks_array = any(part is Ellipsis for part in (key if isinstance(key, tuple) else (key,)))
+        return answer if asks_array else answer[()]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
@@ -199,16 +207,18 @@ class LazyArray:
         """Read a selection made by `dmdata.selection.select`; `progress` is told of bytes as they arrive."""
         return self.body.read(self.layout, selection, progress=progress)
 
-    def require_budget(self, selection: Selection) -> None:
-        """Refuse work of several reads, before its first byte, if a budget would not let it end.
+    @property
+    def slowest_axis(self) -> int:
+        """The axis along which the bytes lie in slabs: 0 in C order."""
+        return max(range(self.ndim), key=lambda axis: (self.layout.strides[axis], -axis), default=0)
 
-        Raises
-        ------
-        BudgetError
-        """
-        if isinstance(self.body, InObject):
-            plan = self.body.plan(self.layout, selection)
-            self.body.transport.require_budget(n_bytes=plan.n_bytes, n_requests=plan.n_requests)
+    def price_usd(self, selections: Iterable[Selection]) -> float:
+        """Price several reads together, upper bound, as they would be planned; 0 where reading is free."""
+        if not isinstance(self.body, InObject) or not self.body.transport.address.requester_pays:
+            return 0.0
+        plans = [self.body.plan(self.layout, selection) for selection in selections]
+        n_bytes, n_requests = sum(plan.n_bytes for plan in plans), sum(plan.n_requests for plan in plans)
+        return quote(n_bytes, n_requests, self.body.transport.destination).usd
 
     def plan(self, key: Any = ..., *, to: str = Destination.INTERNET) -> ReadPlan:
         """Plan the cheapest byte ranges of a selection, without reading anything.
@@ -220,7 +230,7 @@ class LazyArray:
         to : {"internet", "same-region", "cross-region"}
         """
         selection = select(key, self.shape, orthogonal=True)
-        gap = PRICES.break_even_gap_bytes(Destination(to))
+        gap = PRICES.break_even_gap_bytes(destination_of(to))
         return plan_read(self.layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
 
     def estimate(self, key: Any = ..., *, to: str | None = None) -> Estimate:
@@ -237,7 +247,7 @@ class LazyArray:
         """
         default = self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
         selection = select(key, self.shape, orthogonal=True)
-        return estimate_read(self.layout, selection, to=Destination(to or default))
+        return estimate_read(self.layout, selection, to=destination_of(to or default))
 
     def mirror(
         self,
@@ -254,8 +264,8 @@ class LazyArray:
         ----------
         destination : path
             Directory of the Zarr array.
-        rows, columns : slice or index array
-            Of the first two axes.
+        rows, columns : slice, number or index array
+            Of the first two axes. Each stays an axis of the copy.
         memory_bytes : int
             Bound on the memory of the copy.
         progress : callable, optional

@@ -272,6 +272,10 @@ class Catalog(_Record):
             source = catalog.source.model_copy(update={"url": _resolve(catalog.source.url, base)})
         except ValueError as error:
             raise CatalogError(f"{origin} is not a valid catalog: source.url: {error}", origin=origin) from error
+        if "://" in origin and ("://" not in source.url or source.url.startswith("file://")):
+            raise CatalogError(
+                f"{origin} is remote but its source {source.url} is on this machine; refused", origin=origin
+            )
         return catalog.model_copy(update={"source": source})
 
     def dump(self) -> str:

@@ -1,8 +1,10 @@
 """The ``dmdata`` command: list, describe, price, download and mirror what a catalog holds, and show what was spent."""
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +17,6 @@ from dmdata.catalog import Artifact, Catalog
 from dmdata.console import Talk, ask_consent, run, talk_options
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.prices import GIB, PRICES, Destination, Estimate, readable_bytes, readable_usd
-from dmdata.selection import parse_selection
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +51,9 @@ def _option_to(command: Callable[..., Any]) -> Callable[..., Any]:
 def _options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
-        click.option("--max-cost", type=float, metavar="USD", help="Fail before spending more than this."),
+        click.option(
+            "--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Fail before spending more than this."
+        ),
         click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
     ):
         command = option(command)
@@ -147,7 +150,8 @@ def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
     """Download the object of NAME as it is. Run again to resume."""
     known = release.load_catalog(spending["catalog"])
     artifact = known.find(known.find(name).object_name)
-    with _paid_for(talk, [artifact], None, f"downloading {artifact.name}", **spending) as agreed:
+    priced = release.price_download(artifact, release.download_path(artifact, output), to=spending["to"])
+    with _paid_for(talk, priced, f"downloading {artifact.name}", **spending) as agreed:
         if not agreed:
             return
         with talk.progress(DownloadColumn(), _Dollars(artifact, spending["to"])) as bars:
@@ -169,7 +173,9 @@ def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
 @click.argument("destination")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')
-@click.option("--memory", type=int, metavar="MIB", default=DEFAULT_MEMORY_BYTES >> 20, show_default=True)
+@click.option(
+    "--memory", type=click.IntRange(min=1), metavar="MIB", default=DEFAULT_MEMORY_BYTES >> 20, show_default=True
+)
 @_options_spending
 @talk_options
 def mirror(
@@ -186,17 +192,23 @@ def mirror(
     One exact name makes DESTINATION that array; globs or several names make it a group.
     """
     known = release.load_catalog(spending["catalog"])
-    artifacts = known.match(patterns, exclude=exclude)
-    rows, columns = _rows_and_columns(select, artifacts)
-    with _paid_for(talk, artifacts, select, f"mirroring {', '.join(patterns)}", **spending) as agreed:
+    artifacts = release.arrays_of(known.match(patterns, exclude=exclude), known)
+    priced = release.price_mirror(
+        artifacts,
+        Path(destination),
+        key=select,
+        to=spending["to"],
+        memory_bytes=memory << 20,
+        alone=release.mirrored_alone(patterns, artifacts),
+    )
+    with _paid_for(talk, priced, f"mirroring {', '.join(patterns)}", **spending) as agreed:
         if not agreed:
             return
         with talk.stages(defaultdict(lambda: "rows")) as show:
             release.mirror(
                 patterns[0] if len(patterns) == 1 else patterns,
                 destination,
-                rows=rows,
-                columns=columns,
+                key=select,
                 exclude=exclude,
                 to=spending["to"],
                 catalog=known,
@@ -236,8 +248,7 @@ def _spending_facts(part: ledger.Spending) -> dict[str, float]:
 @contextlib.contextmanager
 def _paid_for(
     talk: Talk,
-    artifacts: list[Artifact],
-    key: str | None,
+    priced: list[tuple[Artifact, Estimate]],
     what: str,
     *,
     to: str,
@@ -246,10 +257,11 @@ def _paid_for(
     max_cost: float | None,
     yes: bool,
 ) -> Any:
-    """Price the work, ask where it costs something, and hold its budget while it runs; yields whether to go on."""
+    """Ask where the work costs something, and hold its budget while it runs; yields whether to go on."""
     del catalog
-    priced = release.price_artifacts(artifacts, key=key, to=to)
     total = release.total_of([price for _, price in priced], to=to)
+    if max_cost is not None and math.isnan(max_cost):
+        raise click.BadParameter("nan is no number of dollars", param_hint="--max-cost")
     if dry_run:
         _print_estimate(talk, priced, total)
         yield False
@@ -379,13 +391,3 @@ class _Dollars(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Write the dollars of the bytes that are complete."""
         return Text(readable_usd(task.completed * self._usd_per_byte))
-
-
-def _rows_and_columns(select: str | None, artifacts: list[Artifact]) -> tuple[Any, Any]:
-    """Split a written selection into the rows and columns of every artifact."""
-    if select is None:
-        return slice(None), slice(None)
-    shape = min((artifact.schema.shape for artifact in artifacts if artifact.schema), key=len, default=())
-    axes = [*parse_selection(select, shape).axes, slice(None)]
-    rows, columns = (slice(axis.start, axis.stop, axis.step) if isinstance(axis, range) else axis for axis in axes[:2])
-    return rows, columns

@@ -52,12 +52,20 @@ class Talk:
     def print_data(self, data: dict[str, Any], *tables: Table) -> None:
         """Print the command's result: as JSON, or as the tables made for people."""
         if self.as_json:
-            click.echo(json.dumps(data, indent=2))
+            click.echo(json.dumps(data, indent=2, allow_nan=False))
             return
         # names and paths may hold brackets, which are no markup
-        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-        for table in tables:
-            console.print(table)
+        if sys.stdout.isatty():
+            console = Console(markup=False, highlight=False)
+            for table in tables:
+                console.print(table)
+            return
+        # whoever reads lines wants them whole
+        console = Console(width=10_000, markup=False, highlight=False)
+        with console.capture() as captured:
+            for table in tables:
+                console.print(table)
+        click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def remark(self, text: str) -> None:
         """Tell a person something, on standard error."""
@@ -171,6 +179,14 @@ def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -
             traceback.print_exc()
         click.echo(f"{name}: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # what no room foresaw: a full disk, a folder that may not be written
+        if context is not None and context.meta.get("dmdata.debug"):
+            traceback.print_exc()
+        click.echo(
+            f"{name}: {error}; nothing that was complete is lost, run the same again once it is mended", err=True
+        )
+        sys.exit(1)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 
 from dmdata.address import ObjectState
-from dmdata.errors import DmdataError, FormatError, IntegrityError, SourceError
+from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout, npy_layout, pt_layouts
+from dmdata.locks import only_process_at
 from dmdata.plan import plan_read
 from dmdata.selection import select
 
@@ -53,21 +54,31 @@ def download(
     BudgetError, AccessError, ObjectMissingError, SourceError
         What is complete stays for the next try.
     """
-    _, state = transport.start(1)
     part = _Part(path)
     try:
-        part.begin(state)
-        _append_missing(transport, state, part, progress)
-        _check(part.path, transport.address.url, kind, sha256)
-        part.path.replace(path)
-        part.about.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_process_at(path):
+            _, state = transport.start(1)
+            part.begin(state)
+            _append_missing(transport, state, part, progress)
+            _check(part.path, str(transport.address), kind, sha256)
+            part.path.replace(path)
+            part.about.unlink(missing_ok=True)
     except (FormatError, IntegrityError):
         part.discard()
         raise
     except OSError as error:
         if isinstance(error, DmdataError):
             raise
-        raise SourceError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+        raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+
+
+def bytes_complete(path: Path) -> int:
+    """Count the bytes that an interrupted download to this path has and will not fetch again."""
+    try:
+        return _Part(path).path.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +97,6 @@ class _Part:
 
     def begin(self, state: ObjectState) -> None:
         """Keep what is there of this same object; else begin anew."""
-        self.final.parent.mkdir(parents=True, exist_ok=True)
         facts = {"n_bytes": state.n_bytes, "etag": state.etag}
         try:
             same = json.loads(self.about.read_text()) == facts

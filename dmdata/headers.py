@@ -45,7 +45,7 @@ def read_header(transport: Transport, *, kind: Literal["npy", "pt"]) -> Header:
     known = _recall(transport.address)
     if known is not None:
         return known
-    url = transport.address.url
+    url = str(transport.address)
     head, state = transport.start(NPY_PREFIX_BYTES)
 
     def read_at(start: int, stop: int) -> bytes:
@@ -94,7 +94,7 @@ def _remember(address: Address, header: Header) -> None:
     layouts = {
         name: (layout.shape, layout.dtype.str, layout.offset, layout.strides) for name, layout in header.layouts.items()
     }
-    facts = {"url": address.url, "n_bytes": header.state.n_bytes, "etag": header.state.etag, "layouts": layouts}
+    facts = {"url": str(address), "n_bytes": header.state.n_bytes, "etag": header.state.etag, "layouts": layouts}
     path = _path(address)
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # a convenience: where nothing can be written, the header is read each time

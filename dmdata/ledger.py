@@ -37,6 +37,15 @@ _PICO = 10**12
 # the one list of blocks in force: child processes inherit it
 _BLOCKS_VARIABLE = "DMDATA_BUDGETS"
 _BLOCKS_LOCK = threading.Lock()
+
+# SQLite has locks of its own: a child forked while another thread holds one would wait for it for ever
+_ONE_IN_SQLITE = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_ONE_IN_SQLITE.acquire,
+        after_in_parent=_ONE_IN_SQLITE.release,
+        after_in_child=_ONE_IN_SQLITE.release,
+    )
 _LEASE_SECONDS = 24 * 3600.0
 
 _SCHEMA = (
@@ -191,7 +200,10 @@ class Ledger:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # a connection each time: none is shared between threads, carried over a fork, or left open
-            with contextlib.closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
+            with (
+                _ONE_IN_SQLITE,
+                contextlib.closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection,
+            ):
                 connection.execute("BEGIN IMMEDIATE")
                 for statement in _SCHEMA:
                     connection.execute(statement)

@@ -13,10 +13,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.errors import SelectionError
 from dmdata.formats import Layout
 from dmdata.selection import AxisRequest, Selection
 
 Offsets: TypeAlias = npt.NDArray[np.int64]
+
+
+# each piece takes about 100 bytes while it is planned
+_MOST_PIECES = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +99,11 @@ def plan_read(layout: Layout, selection: Selection, *, max_gap_bytes: float, max
     Returns
     -------
     plan : ReadPlan
+
+    Raises
+    ------
+    SelectionError
+        If it would be more than ten million separate pieces.
     """
     starts, stops = _wanted_segments(layout, selection)
     if not len(starts):
@@ -190,6 +200,13 @@ def _wanted_segments(layout: Layout, selection: Selection) -> tuple[Offsets, Off
             first, last = _runs(indices)
             starts, stops = first * stride + starts[0], (last - 1) * stride + stops[0]
         else:
+            if len(indices) * len(starts) > _MOST_PIECES:
+                raise SelectionError(
+                    f"the selection {selection.shape} of {layout.shape} is {len(indices) * len(starts):,} separate "
+                    f"pieces, more than the {_MOST_PIECES:,} that are planned at once; read blocks of rows, or "
+                    "neighbouring columns",
+                    shape=layout.shape,
+                )
             base = np.asarray(indices, np.int64) * stride
             starts, stops = (base[:, None] + starts).ravel(), (base[:, None] + stops).ravel()
     return starts + layout.offset, stops + layout.offset

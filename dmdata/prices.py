@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dmdata.errors import SelectionError
+
 GIB = 1 << 30
 
 
@@ -18,6 +20,20 @@ class Destination(StrEnum):
     INTERNET = "internet"
     SAME_REGION = "same-region"
     CROSS_REGION = "cross-region"
+
+
+def destination_of(to: str) -> Destination:
+    """Read a destination's name.
+
+    Raises
+    ------
+    SelectionError
+        If it is none.
+    """
+    try:
+        return Destination(to)
+    except ValueError as error:
+        raise SelectionError(f"destination {to!r}; choose {', '.join(Destination)}") from error
 
 
 def readable_usd(usd: float) -> str:

@@ -11,21 +11,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import numpy as np
 import zarr
+import zarr.errors
 
 from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import download
+from dmdata.download import bytes_complete, download
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
-from dmdata.fetch import Transport
+from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.headers import NPY, read_header
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress
-from dmdata.prices import Destination, Estimate, quote
-from dmdata.selection import parse_selection, select
+from dmdata.ledger import Ledger, home
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_blocks
+from dmdata.mirror import mirror as mirror_array
+from dmdata.prices import Destination, Estimate, destination_of, quote
+from dmdata.selection import Selection, parse_selection, select
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
 
@@ -88,7 +92,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         If the header cannot be read.
     """
     name = os.fspath(name)
-    destination = _destination(to)
+    destination = destination_of(to)
     if _is_address(name):
         return _open_address(name, destination)
     artifact = load_catalog(catalog).find(name)
@@ -129,17 +133,59 @@ def estimate(
 
 
 def price_artifacts(artifacts: Sequence[Artifact], *, key: Any = None, to: str) -> list[tuple[Artifact, Estimate]]:
-    """Price a selection of each artifact by what its catalog claims, header included."""
+    """Price a selection of each artifact, or all of it, by what its catalog claims, header included."""
+    priced = []
+    for artifact in artifacts:
+        if key is None:
+            n_requests = -(-artifact.n_bytes // MAX_RANGE_BYTES) + 1
+            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to)))
+            continue
+        if artifact.schema is None:
+            raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
+        layout = _claimed_layout(artifact)
+        data = estimate_read(layout, _parsed(key, layout.shape), to=destination_of(to))
+        priced.append((artifact, _totalled([data], to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
+    return priced
+
+
+def price_mirror(
+    artifacts: Sequence[Artifact], destination: Path, *, key: Any, to: str, memory_bytes: int, alone: bool
+) -> list[tuple[Artifact, Estimate]]:
+    """Price what a mirror still lacks, by what the catalog claims and what is complete at its destination."""
     priced = []
     for artifact in artifacts:
         layout = _claimed_layout(artifact)
-        if key is not None and artifact.schema is None:
-            raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
-        selection = parse_selection(key, layout.shape) if isinstance(key, str) else _select(key, layout.shape)
-        data = estimate_read(layout, selection, to=_destination(to))
-        header_bytes = NPY_PREFIX_BYTES if artifact.stored.format != "pt" else 0
-        priced.append((artifact, _totalled([data], to=to, extra_bytes=header_bytes, extra_requests=1)))
+        slowest = max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0)
+        blocks = missing_blocks(
+            destination if alone else destination / artifact.name,
+            _parsed(key, layout.shape),
+            name=artifact.name,
+            itemsize=layout.dtype.itemsize,
+            axis=slowest,
+            memory_bytes=memory_bytes,
+        )
+        data = [estimate_read(layout, block.selection, to=destination_of(to)) for block in blocks]
+        priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
     return priced
+
+
+def price_download(artifact: Artifact, path: Path, *, to: str) -> list[tuple[Artifact, Estimate]]:
+    """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
+    n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
+    return [(artifact, _same_both_ways(n_missing + 1, -(-n_missing // MAX_RANGE_BYTES) + 1, to=to))]
+
+
+def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:
+    """List the arrays among artifacts and inside them."""
+    return [
+        array
+        for artifact in artifacts
+        for array in (
+            [artifact]
+            if artifact.schema is not None
+            else [catalog.find(f"{artifact.name}/{member}") for member in artifact.stored.members]
+        )
+    ]
 
 
 def total_of(estimates: Sequence[Estimate], *, to: str) -> Estimate:
@@ -153,6 +199,7 @@ def mirror(
     *,
     rows: Any = slice(None),
     columns: Any = slice(None),
+    key: Any = None,
     exclude: Sequence[str] = (),
     to: str = Destination.INTERNET,
     catalog: CatalogLike = None,
@@ -167,8 +214,10 @@ def mirror(
         One exact name makes the destination that array; globs or several names make it a group in which each array
         has its full name.
     destination : path
-    rows, columns : slice or index array
+    rows, columns : slice, number or index array
         Of the first two axes of each.
+    key : index or str, optional
+        Of all axes of each, in place of `rows` and `columns`; as text "0:1000,0:50".
     exclude, to, catalog
         As in `estimate`.
     memory_bytes : int
@@ -183,23 +232,39 @@ def mirror(
     """
     known = load_catalog(catalog)
     names = [patterns] if isinstance(patterns, str) else list(patterns)
-    artifacts = [array for artifact in known.match(names, exclude=exclude) for array in _arrays_of(artifact, known)]
+    artifacts = arrays_of(known.match(names, exclude=exclude), known)
     target = Path(destination)
-    whole = len(artifacts) == 1 and names == [artifacts[0].name]
-    if not whole:
-        group = zarr.open_group(target, mode="a")
+    alone = mirrored_alone(names, artifacts)
+    if not alone:
+        group = _open_group(target)
+    work = []
     for artifact in artifacts:
-        array = _open_artifact(artifact, _destination(to))
-        if not whole:
-            group.require_group(artifact.name.rpartition("/")[0])
+        array = _open_artifact(artifact, destination_of(to))
+        selection = _parsed(key if key is not None else (rows, columns)[: array.ndim], array.shape)
+        work.append((array, target if alone else target / artifact.name, selection))
+    _require_budget(work, memory_bytes)
+    for array, place, selection in work:
+        if not alone:
+            group.require_group(array.name.rpartition("/")[0])
 
-        def report(done: Progress, name: str = artifact.name) -> None:
+        def report(done: Progress, name: str = array.name) -> None:
             if progress:
                 progress(name, done)
 
-        place = target if whole else target / artifact.name
-        copy = array.mirror(place, rows=rows, columns=columns, memory_bytes=memory_bytes, progress=report)
-    return copy if whole else group
+        copy = mirror_array(array, place, selection=selection, memory_bytes=memory_bytes, progress=report)
+    return copy if alone else group
+
+
+def mirrored_alone(patterns: Sequence[str], artifacts: Sequence[Artifact]) -> bool:
+    """Tell whether a mirror of these is one array, not a group: one artifact, named exactly."""
+    return len(artifacts) == 1 and list(patterns) == [artifacts[0].name]
+
+
+def download_path(artifact: Artifact, destination: str | os.PathLike[str] | None) -> Path:
+    """Say where `get` puts an object: a file, or its own name in a folder."""
+    own_name = artifact.stored.key.rpartition("/")[2]
+    path = Path(destination or own_name)
+    return path / own_name if path.is_dir() else path
 
 
 def get(
@@ -234,36 +299,58 @@ def get(
         If the object is damaged or changed meanwhile; nothing is left under the final name.
     """
     artifact = load_catalog(catalog).find(name)
-    own_name = artifact.stored.key.rpartition("/")[2]
-    path = Path(destination or own_name)
-    path = path / own_name if path.is_dir() else path
+    path = download_path(artifact, destination)
     if artifact.stored.format == "zarr":
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(_address_of(artifact), artifact.object_name, _destination(to))
+    transport = Transport(_address_of(artifact), artifact.object_name, destination_of(to))
     download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
     return path
 
 
-def _destination(to: str) -> Destination:
-    try:
-        return Destination(to)
-    except ValueError as error:
-        raise SelectionError(f"destination {to!r}; choose {', '.join(Destination)}") from error
-
-
-def _select(key: Any, shape: tuple[int, ...]) -> Any:
+def _parsed(key: Any, shape: tuple[int, ...]) -> Selection:
+    if isinstance(key, str):
+        return parse_selection(key, shape)
     return select(... if key is None else key, shape, orthogonal=True)
+
+
+def _open_group(target: Path) -> zarr.Group:
+    try:
+        return zarr.open_group(target, mode="a")
+    except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise DmdataError(f"{target} cannot hold a group of arrays ({error}); choose another destination") from error
+
+
+def _require_budget(work: Sequence[tuple[LazyArray, Path, Selection]], memory_bytes: int) -> None:
+    """Refuse copies of several arrays, before any data, if a budget would not let all of them end."""
+    usd = 0.0
+    for array, place, selection in work:
+        blocks = missing_blocks(
+            place,
+            selection,
+            name=array.name,
+            itemsize=array.dtype.itemsize,
+            axis=array.slowest_axis,
+            memory_bytes=memory_bytes,
+        )
+        usd += array.price_usd(block.selection for block in blocks)
+    if usd:
+        Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
+
+
+def _same_both_ways(n_bytes: int, n_requests: int, *, to: str) -> Estimate:
+    way = quote(n_bytes, n_requests, destination_of(to))
+    return Estimate(way, way, destination_of(to))
 
 
 def _totalled(estimates: Sequence[Estimate], *, to: str, extra_bytes: int = 0, extra_requests: int = 0) -> Estimate:
     def together(way: str) -> Any:
         quotes = [getattr(estimate, way) for estimate in estimates]
         n_bytes = sum(q.n_bytes for q in quotes) + extra_bytes
-        return quote(n_bytes, sum(q.n_requests for q in quotes) + extra_requests, _destination(to))
+        return quote(n_bytes, sum(q.n_requests for q in quotes) + extra_requests, destination_of(to))
 
-    return Estimate(together("cheapest"), together("fastest"), _destination(to))
+    return Estimate(together("cheapest"), together("fastest"), destination_of(to))
 
 
 def _claimed_layout(artifact: Artifact) -> Layout:
@@ -295,12 +382,13 @@ def _open_address(name: str, destination: Destination) -> LazyArray:
     inside_pt = re.fullmatch(r"(.*\.pt)/([^/]+)", name)
     url, member = inside_pt.groups() if inside_pt else (name, NPY)
     address = _address_of_url(url)
-    if address.is_local and not url.endswith((".npy", ".pt")):
+    if address.is_local and not address.url.endswith((".npy", ".pt")):
         return _open_zarr(name, address.url, dims=None)
-    header = read_header(Transport(address, name, destination), kind="pt" if url.endswith(".pt") else "npy")
-    layout = _layout_named(header.layouts, member, url)
-    dims = tuple(f"dim_{axis}" for axis in range(len(layout.shape)))
-    return LazyArray(name, dims, layout, InObject(Transport(address, name, destination), header.state.etag))
+    shown = f"{address}/{member}" if member else str(address)
+    transport = Transport(address, shown, destination)
+    header = read_header(transport, kind="pt" if urlsplit(url).path.endswith(".pt") else "npy")
+    layout = _layout_named(header.layouts, member, str(address))
+    return LazyArray(shown, _numbered_dims(len(layout.shape)), layout, InObject(transport, header.state.etag))
 
 
 def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
@@ -313,7 +401,9 @@ def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
         transport = Transport(_address_of(artifact), artifact.name, destination)
         header = read_header(transport, kind=artifact.stored.format)
         layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
-        array = LazyArray(artifact.name, schema.dims, layout, InObject(transport, header.state.etag))
+        # a header with other dimensions than the catalog's is believed, but then their names are not known
+        dims = schema.dims if len(schema.dims) == len(layout.shape) else _numbered_dims(len(layout.shape))
+        array = LazyArray(artifact.name, dims, layout, InObject(transport, header.state.etag))
     if array.shape != schema.shape or array.dtype != np.dtype(schema.dtype):
         warnings.warn(
             f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "
@@ -327,11 +417,15 @@ def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
 def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArray:
     body = InZarr(url)
     opened = body.open()
-    named = dims or tuple(
-        dim or f"dim_{axis}"
-        for axis, dim in enumerate(opened.metadata.dimension_names or [None] * opened.ndim)  # type: ignore[union-attr] # Zarr v2 names none
-    )
-    return LazyArray(name, named, _as_npy(opened.shape, np.dtype(opened.dtype)), body)
+    named = getattr(opened.metadata, "dimension_names", None)  # Zarr v2 has none
+    if dims is None or len(dims) != opened.ndim:
+        numbered = _numbered_dims(opened.ndim)
+        dims = tuple(given or number for given, number in zip(named or numbered, numbered, strict=True))
+    return LazyArray(name, dims, _as_npy(opened.shape, np.dtype(opened.dtype)), body)
+
+
+def _numbered_dims(n: int) -> tuple[str, ...]:
+    return tuple(f"dim_{axis}" for axis in range(n))
 
 
 def _layout_named(layouts: dict[str, Layout], member: str, url: str) -> Layout:
@@ -341,10 +435,3 @@ def _layout_named(layouts: dict[str, Layout], member: str, url: str) -> Layout:
     if member:
         raise FormatError(f"{url} holds no array {member!r}; it holds {names}", url=url)
     raise CatalogError(f"{url} holds several arrays; open one of {names}, as {url}/{next(iter(layouts))}", url=url)
-
-
-def _arrays_of(artifact: Artifact, catalog: Catalog) -> list[Artifact]:
-    """List an artifact, or the arrays inside it."""
-    if artifact.schema is not None:
-        return [artifact]
-    return [catalog.find(f"{artifact.name}/{member}") for member in artifact.stored.members]

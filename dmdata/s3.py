@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _STREAM_BYTES = 128 << 10
 _SILENCE_SECONDS = 20
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 # by process, terms and environment; those of a parent process stay where they are, for dropping them would hang
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 
@@ -229,15 +231,6 @@ def _session() -> "boto3.Session":
 def _runtime_was_lost() -> bool:
     """Tell whether this process was forked from one that used obstore: its threads stayed there, calls would hang."""
     return any(pid != os.getpid() for pid, *_ in _CLIENTS)
-
-
-def _renew_lock() -> None:
-    global _LOCK
-    _LOCK = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:

@@ -153,7 +153,9 @@ def _one_each_axis(key: object, shape: tuple[int, ...]) -> list[Any]:
 
 
 def _as_integer(request: object) -> int | None:
-    if isinstance(request, bool | np.bool_):
+    if isinstance(request, bool | np.bool_) or (
+        isinstance(request, np.ndarray) and request.shape == () and request.dtype == bool
+    ):
         raise SelectionError(f"{request} as an index adds an axis in NumPy and is not read; use 0, 1 or an array")
     if isinstance(request, np.ndarray) and request.ndim > 0:
         return None

@@ -13,7 +13,7 @@ from servers.loopback import Fault, LoopbackS3
 from small_release import Pt, npy, publish, write_locally
 
 import dmdata
-from dmdata.errors import AccessError, BudgetError, CatalogError, DmdataError, FormatError, IntegrityError, SourceError
+from dmdata.errors import AccessError, BudgetError, CatalogError, DmdataError, FormatError, IntegrityError
 
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
@@ -148,7 +148,7 @@ def test_a_part_of_another_object_is_not_gone_on_with(s3: LoopbackS3, catalog: s
 
 def test_a_download_to_where_nothing_can_be_written_says_so(s3: LoopbackS3, catalog: str, folder: Path) -> None:
     (folder / "file").write_text("dear")
-    with pytest.raises(SourceError, match="cannot be written"):
+    with pytest.raises(DmdataError, match="cannot be written"):
         dmdata.get(NAME, folder / "file" / "x.npy", catalog=catalog)
 
 

@@ -26,6 +26,7 @@ from dmdata.errors import (
     AccessError,
     BudgetError,
     CatalogError,
+    DmdataError,
     FormatError,
     IntegrityError,
     ObjectMissingError,
@@ -90,7 +91,7 @@ def test_basic_indexing_equals_numpy_and_costs_what_was_planned(
     n_bytes, n_requests, usd = spent_by(lambda: got.append(array[key]))
     np.testing.assert_array_equal(got[0], VALUES[key])
     assert got[0].dtype == VALUES.dtype
-    assert isinstance(got[0], np.ndarray)
+    assert type(got[0]) is type(VALUES[key]), "numbers where NumPy gives numbers"
     assert n_bytes == server.n_bytes == plan.n_bytes == price.n_bytes
     assert n_requests == server.n_requests == plan.n_requests == price.n_requests
     assert usd == pytest.approx(price.usd)
@@ -516,3 +517,29 @@ def test_a_relative_path_is_opened_where_it_was_named(tmp_path: Path, monkeypatc
     array = dmdata.open("x.npy")
     monkeypatch.chdir("/")
     np.testing.assert_array_equal(array[3], VALUES[3])
+
+
+def test_an_array_on_the_web_is_read_by_ranges_for_nothing() -> None:
+    with LoopbackS3(requester_pays=False) as web:
+        values = np.arange(5000, dtype="float16").reshape(500, 10)
+        web.put("data/x.npy", npy(values))
+        array = dmdata.open(f"{web.endpoint_url}/{BUCKET}/data/x.npy")
+        np.testing.assert_array_equal(array[100:110], values[100:110])
+        assert web.n_bytes == 128 + 200
+        assert dmdata.spend().usd == 0
+
+
+def test_a_secret_in_an_address_is_never_shown(s3: LoopbackS3, dmdata_home: Path) -> None:
+    address = f"http://user:PASSWORD1@127.0.0.1:{s3.endpoint_url.rpartition(':')[2]}/nowhere/x.npy?X-Amz-Signature=SIG1"
+    with pytest.raises(DmdataError) as caught:
+        dmdata.open(address)
+    shown = f"{caught.value!r} {caught.value} {caught.value.facts}"
+    shown += "".join(path.read_text() for path in dmdata_home.rglob("*.json"))
+    assert "PASSWORD1" not in shown
+    assert "SIG1" not in shown
+
+
+def test_a_selection_of_too_many_pieces_is_refused_before_it_takes_all_memory() -> None:
+    catalog = dmdata.load_catalog()
+    with pytest.raises(SelectionError, match="pieces"):
+        dmdata.estimate("cifar/50pct/test_margins", select=":,::2", catalog=catalog)
