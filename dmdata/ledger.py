@@ -188,6 +188,9 @@ class Ledger:
             ).fetchall()
         return {key: Spending(pico / _PICO, requests, size, count) for key, pico, requests, size, count in rows}
 
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=60, isolation_level=None)
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the file alone: all of the block is written, or nothing.
@@ -200,10 +203,7 @@ class Ledger:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # a connection each time: none is shared between threads, carried over a fork, or left open
-            with (
-                _ONE_IN_SQLITE,
-                contextlib.closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection,
-            ):
+            with _ONE_IN_SQLITE, contextlib.closing(self._connect()) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 for statement in _SCHEMA:
                     connection.execute(statement)

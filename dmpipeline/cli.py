@@ -1,7 +1,12 @@
-"""The ``dmpipeline`` command: describe a run, train it, check it, fit datamodels on it, score, report and export."""
+"""The ``dmpipeline`` command: describe a run, train it, check it, fit datamodels on it, score, report and export.
+
+Each command imports the rooms it needs when it runs: torch, numba and matplotlib take seconds to load, which nobody
+should wait for who asks for help, and without the `pipeline` extra they are not there.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -9,14 +14,13 @@ from rich.text import Text
 
 from dmdata.console import Talk, run, talk_options
 from dmdata.prices import readable_bytes
-from dmpipeline import workflow
-from dmpipeline.demo import run_demo
-from dmpipeline.errors import VerificationError
-from dmpipeline.evaluate import Evaluation
-from dmpipeline.export import export_run, publish_run
+from dmpipeline.errors import VerificationError, explain_missing_extra
 from dmpipeline.spec import RunSpec
-from dmpipeline.store import Run
-from dmpipeline.verify import Finding, verify_run
+
+if TYPE_CHECKING:
+    from dmpipeline.evaluate import Evaluation
+    from dmpipeline.store import Run
+    from dmpipeline.verify import Finding
 
 DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 
@@ -26,7 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(commands, arguments, name="dmpipeline")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """A group whose commands say what to install where a package of the extra is missing."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with explain_missing_extra():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dmdata")
 def commands() -> None:
     """Train models on random subsets, fit datamodels to them, and ask which examples made a prediction."""
@@ -40,6 +52,8 @@ def commands() -> None:
 @talk_options
 def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: int) -> None:
     """Show the whole circle on digits in under three minutes; leaves DIRECTORY, a run like any other."""
+    from dmpipeline.demo import run_demo
+
     spec = RunSpec(n_models=models, held_out={"n_subsets": held_out, "n_retrainings": retrainings})
     summary = run_demo(talk, directory, spec)
     talk.print_data(summary.as_dict(), summary.table())
@@ -67,6 +81,8 @@ def init(
     seed: int,
 ) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
+    from dmpipeline.store import Run
+
     wanted = (
         RunSpec.read(spec)
         if spec
@@ -88,6 +104,8 @@ def init(
 @talk_options
 def train(talk: Talk, directory: Path) -> None:
     """Train what is missing in the run at DIRECTORY. Stop it at any time and run it again to go on."""
+    from dmpipeline.store import Run
+
     opened = Run.open(directory)
     with talk.counting("training", "models") as progress:
         opened.train(progress)
@@ -100,6 +118,8 @@ def train(talk: Talk, directory: Path) -> None:
 @talk_options
 def status(talk: Talk, directory: Path) -> None:
     """Show what the run at DIRECTORY is, how far it is, and how fast it went."""
+    from dmpipeline.store import Run
+
     _print_status(talk, Run.open(directory))
 
 
@@ -108,6 +128,9 @@ def status(talk: Talk, directory: Path) -> None:
 @talk_options
 def verify(talk: Talk, directory: Path) -> None:
     """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
+    from dmpipeline.store import Run
+    from dmpipeline.verify import verify_run
+
     opened = Run.open(directory)
     with talk.counting("verifying", "models") as progress:
         findings = verify_run(opened, progress)
@@ -129,6 +152,9 @@ def verify(talk: Talk, directory: Path) -> None:
 @talk_options
 def fit(talk: Talk, directory: Path, validation: float) -> None:
     """Fit a datamodel to every test example's margin, on the models of the run at DIRECTORY."""
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
     opened = Run.open(directory)
     with talk.stages(workflow.FIT_STAGES) as progress:
         workflow.fit_run(opened, validation=validation, progress=progress)
@@ -142,6 +168,9 @@ def fit(talk: Talk, directory: Path, validation: float) -> None:
 @talk_options
 def evaluate(talk: Talk, directory: Path) -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
     evaluation = workflow.evaluate_run(Run.open(directory))
     talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
     talk.remark(f"next: dmpipeline report {directory}")
@@ -152,6 +181,9 @@ def evaluate(talk: Talk, directory: Path) -> None:
 @talk_options
 def report(talk: Talk, directory: Path) -> None:
     """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
     opened = Run.open(directory)
     path = workflow.report_run(opened, workflow.evaluate_run(opened))
     talk.print_data({"report": str(path)}, _facts({"report": str(path)}))
@@ -168,6 +200,9 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
 
     .npy arrays, the .pt of its datamodels if there are any, and a catalog.yaml that dmdata opens.
     """
+    from dmpipeline.export import export_run, publish_run
+    from dmpipeline.store import Run
+
     opened = Run.open(directory)
     with talk.counting("exporting", "models") as progress:
         fitted = opened.datamodels_path if opened.datamodels_path.exists() else None
@@ -183,7 +218,7 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     talk.remark(f"next: dmdata ls --catalog {destination}")
 
 
-def _print_status(talk: Talk, opened: Run) -> None:
+def _print_status(talk: Talk, opened: "Run") -> None:
     spec, done = opened.spec, opened.n_rows_done
     sessions = opened.provenance["sessions"]
     seconds, trained = (sum(session[name] for session in sessions) for name in ("seconds", "n_rows"))
@@ -218,25 +253,28 @@ def _facts(facts: Mapping[str, object]) -> Table:
     return table
 
 
-def _findings_table(findings: Sequence[Finding]) -> Table:
+def _findings_table(findings: Sequence["Finding"]) -> Table:
     table = Table("check", "", "what was found", box=None, header_style="bold")
     for finding in findings:
         table.add_row(finding.check, _verdict(finding), finding.detail)
     return table
 
 
-def _verdict(finding: Finding) -> Text:
+def _verdict(finding: "Finding") -> Text:
     return Text("ok") if finding.passed else Text("differs", style="bold red")
 
 
-def _evaluation_table(evaluation: Evaluation) -> Table:
+def _evaluation_table(evaluation: "Evaluation") -> Table:
+    from dmpipeline.evaluate import readable_score
+
     table = Table("score", "", "against", box=None, header_style="bold")
     averaged = f"averages of {evaluation.n_retrainings} retrainings of {evaluation.n_subsets} held-out subsets"
-    interval = f"{evaluation.level:.0%} interval {evaluation.lds_low:.3f} to {evaluation.lds_high:.3f}"
-    table.add_row("LDS", f"{evaluation.lds:.3f}", f"{averaged}; {interval}")
-    table.add_row("its noise ceiling", f"{evaluation.lds_ceiling:.3f}", "")
-    table.add_row("LDS", f"{evaluation.lds_single:.3f}", "single retrainings")
-    table.add_row("R2", f"{evaluation.r2:.3f}", "single retrainings")
-    table.add_row("MSE", f"{evaluation.mse:.3f}", "single retrainings, squared logits")
+    low, high = readable_score(evaluation.lds_low), readable_score(evaluation.lds_high)
+    interval = f"{evaluation.level:.0%} interval {low} to {high}"
+    table.add_row("LDS", readable_score(evaluation.lds), f"{averaged}; {interval}")
+    table.add_row("its noise ceiling", readable_score(evaluation.lds_ceiling), "")
+    table.add_row("LDS", readable_score(evaluation.lds_single), "single retrainings")
+    table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
+    table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, squared logits")
     table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
     return table

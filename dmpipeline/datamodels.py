@@ -10,6 +10,7 @@ Nothing is read before the shapes and settings are known to be usable, and a sav
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 import dmdata
 from dmdata.errors import FormatError
 from dmpipeline import lasso
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import ConvergenceError, SpecError, explain_os_errors
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, as_binary, check_shapes
 
 Progress = Callable[[str, int, int], None]
@@ -98,6 +99,8 @@ class Datamodels:
         SpecError
             Masks of another width, or with other values than 0 and 1.
         """
+        if not hasattr(masks, "shape"):
+            raise SpecError(f"masks are a {type(masks).__name__}; hand in an array, such as numpy.asarray(masks)")
         if len(masks.shape) != 2 or masks.shape[1] != self.n_train:
             raise SpecError(
                 f"masks have shape {masks.shape}; these datamodels expect (n_models, {self.n_train})", shape=masks.shape
@@ -113,21 +116,20 @@ class Datamodels:
         """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
 
         The file is written beside its destination and moved into place, so a reader finds all of it or none.
+
+        Raises
+        ------
+        SpecError
+            If the path does not end in ``.pt``, by which the form is known when it is read.
+        RunError
+            If the file cannot be written.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".pt":
+            raise SpecError(f"{path} does not end in .pt, so it would not be read again; choose {path.name}.pt")
         tensors = {name: torch.from_numpy(np.array(getattr(self, name), np.float32)) for name in _TENSORS}
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(tensors, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(beside, 0o666 & ~_umask())
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+        with explain_os_errors(path):
+            _save_whole(tensors, path)
         return path
 
     @classmethod
@@ -163,6 +165,7 @@ def fit(
     lam_ratio: float = 1e-2,
     tol: float = 1e-3,
     patience: int = 5,
+    strict: bool = False,
     block_rows: int = BLOCK_ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -184,6 +187,9 @@ def fit(
         Largest violation of an optimality condition at which a point is accepted, as a share of lam.
     patience : int
         A path stops when so many points in a row have not lowered the validation error.
+    strict : bool
+        Refuse a target whose last fit did not reach `tol` before its sweeps ran out. Otherwise it is warned of, and its
+        certificate tells how near it came.
     block_rows : int
         Models read at a time.
     threads : int, optional
@@ -202,6 +208,13 @@ def fit(
     SpecError
         Shapes that disagree, too few rows or an unusable setting, before anything is read; masks other than 0 and 1
         or outputs that are not finite, once they are met.
+    ConvergenceError
+        If `strict`, naming the targets that did not reach `tol`.
+
+    Warns
+    -----
+    RuntimeWarning
+        If not `strict` and some targets did not reach `tol`.
 
     Examples
     --------
@@ -214,17 +227,7 @@ def fit(
     (4, True)
     """
     n_models, _, _ = check_shapes(masks, outputs)
-    if not 0 < validation < 1:
-        raise SpecError(f"validation {validation} is not a share of the rows; choose between 0 and 1, such as 0.1")
-    n_validation = max(round(validation * n_models), 1)
-    n_fit = n_models - n_validation
-    if n_fit < 2 or n_validation < 2:
-        raise SpecError(
-            f"{n_models} models with validation {validation} leave {n_fit} to fit and {n_validation} to validate; "
-            "expected at least 2 of each: train more models, or choose another share",
-            n_fit=n_fit,
-            n_validation=n_validation,
-        )
+    n_fit = split_rows(n_models, validation)
     _check_settings(n_lams=n_lams, lam_ratio=lam_ratio, tol=tol, patience=patience, threads=threads)
 
     def rows_done(done: int, _: int) -> None:
@@ -241,9 +244,32 @@ def fit(
         lam_ratio=lam_ratio,
         tol=tol,
         patience=patience,
+        strict=strict,
         threads=threads,
         progress=progress,
     )
+
+
+def split_rows(n_models: int, validation: float) -> int:
+    """Count the rows to fit on; those after them, `validation` of all, choose lam.
+
+    Raises
+    ------
+    SpecError
+        If there are not two of each, or `validation` is not a share.
+    """
+    if not 0 < validation < 1:
+        raise SpecError(f"validation {validation} is not a share of the rows; choose between 0 and 1, such as 0.1")
+    n_validation = max(round(validation * n_models), 1)
+    n_fit = n_models - n_validation
+    if n_fit < 2 or n_validation < 2:
+        raise SpecError(
+            f"{n_models} models with validation {validation} leave {n_fit} to fit and {n_validation} to validate; "
+            "expected at least 2 of each: train more models, or choose another share",
+            n_fit=n_fit,
+            n_validation=n_validation,
+        )
+    return n_fit
 
 
 def fit_moments(
@@ -254,6 +280,7 @@ def fit_moments(
     lam_ratio: float = 1e-2,
     tol: float = 1e-3,
     patience: int = 5,
+    strict: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
@@ -287,7 +314,7 @@ def fit_moments(
         start[part], lam[part] = path.weight, path.lam
     del gram, holdout_gram
     gram = whole.gram(both)
-    gap, kkt = np.zeros(n_targets), np.zeros(n_targets)
+    gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
     for part, report in _parts(n_targets, "refit", progress):
         cross = whole.cross(both, part)
         # a target without a path, constant over the fitting rows, is silenced over all rows too
@@ -303,10 +330,13 @@ def fit_moments(
             threads=threads,
             progress=report,
         )
-        start[part], gap[part], kkt[part] = solution.weight, solution.gap, solution.kkt
+        start[part], converged[part] = solution.weight, solution.converged
+        gap[part], kkt[part] = solution.gap, solution.kkt
+    if not converged.all():
+        _tell_unconverged(np.flatnonzero(~converged), gap, tol=tol, strict=strict)
     weight = np.ascontiguousarray(start.T)
     weight *= whole.inverse_scale[:, None].astype(np.float32)
-    bias = whole.y_mean - whole.mean @ weight
+    bias = whole.shift + (whole.y_mean - whole.mean @ weight)
     return Datamodels(
         weight=weight,
         bias=bias.astype(np.float32),
@@ -329,7 +359,8 @@ class _Space:
 
     mean: NDArray[np.float64]  # (n_train,)
     inverse_scale: NDArray[np.float64]  # (n_train,), 0 for an example in all subsets or in none
-    y_mean: NDArray[np.float64]  # (n_targets,)
+    shift: NDArray[np.float64]  # (n_targets,)
+    y_mean: NDArray[np.float64]  # (n_targets,), less the shift
     varies: NDArray[np.bool_]  # (n_targets,)
 
     @classmethod
@@ -339,7 +370,8 @@ class _Space:
         inverse_scale = np.divide(1, np.sqrt(variance), out=np.zeros_like(mean), where=variance > 0)
         y_mean = moments.y_sum / moments.n
         y_square = moments.y_squares / moments.n
-        return cls(mean, inverse_scale, y_mean, varies=y_square - y_mean**2 > _LEAST_VARIANCE * y_square)
+        varies = y_square - y_mean**2 > _LEAST_VARIANCE * y_square
+        return cls(mean, inverse_scale, moments.shift, y_mean, varies)
 
     def gram(self, moments: Moments) -> NDArray[np.float32]:
         """(X - mean)'(X - mean) / n in these units, a row block at a time; the sums are formed in float64."""
@@ -358,18 +390,34 @@ class _Space:
     def cross(self, moments: Moments, part: slice) -> NDArray[np.float64]:
         """(Y - mean)'(X - mean) / n, shape (n_targets of the part, n_train); zeros for targets that do not vary."""
         seen, y_seen = moments.ones / moments.n, moments.y_sum[part] / moments.n
+        y_mean = self._mean_from(moments, part)
         cross = moments.cross[:, part].T / moments.n
-        cross -= np.outer(self.y_mean[part], seen)
-        cross -= np.outer(y_seen - self.y_mean[part], self.mean)
+        cross -= np.outer(y_mean, seen)
+        cross -= np.outer(y_seen - y_mean, self.mean)
         cross *= self.inverse_scale
         cross[~self.varies[part]] = 0
         return cross
 
     def square(self, moments: Moments, part: slice) -> NDArray[np.float64]:
         """Mean of (y - mean)^2, shape (n_targets of the part,)."""
-        y_seen, y_mean = moments.y_sum[part] / moments.n, self.y_mean[part]
+        y_seen, y_mean = moments.y_sum[part] / moments.n, self._mean_from(moments, part)
         square = moments.y_squares[part] / moments.n - 2 * y_mean * y_seen + y_mean**2
         return np.maximum(square, 0)
+
+    def _mean_from(self, moments: Moments, part: slice) -> NDArray[np.float64]:
+        """Give the outputs' mean, counted from the shift of these moments."""
+        return self.y_mean[part] + (self.shift[part] - moments.shift[part])
+
+
+def _tell_unconverged(targets: NDArray[np.intp], gap: NDArray[np.float64], *, tol: float, strict: bool) -> None:
+    shown = ", ".join(map(str, targets[:5])) + (", ..." if len(targets) > 5 else "")
+    told = (
+        f"{len(targets):,} of {len(gap):,} targets did not reach tol {tol} in {_MAX_SWEEPS:,} sweeps ({shown}); their "
+        f"duality gap is at most {gap[targets].max():.1e} of the variance: choose a larger tol or lam_ratio"
+    )
+    if strict:
+        raise ConvergenceError(told, targets=targets.tolist(), gap=float(gap[targets].max()))
+    warnings.warn(told, RuntimeWarning, stacklevel=4)
 
 
 def _parts(
@@ -396,6 +444,27 @@ def _check_settings(*, n_lams: int, lam_ratio: float, tol: float, patience: int,
     ):
         if not usable:
             raise SpecError(f"{name} is {value}; choose {expected}", field=name, value=value)
+
+
+def _save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            try:
+                torch.save(tensors, file)
+            except RuntimeError as error:
+                # its writer fails once more where it closes after a failed write, and hides what the system said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
 
 
 def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata.LazyArray) -> None:

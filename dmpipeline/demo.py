@@ -5,6 +5,7 @@ datamodels on what was read, score them on held-out subsets, and write the repor
 directory, which every ``dmpipeline`` command accepts; doing it again resumes what is missing.
 """
 
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -18,8 +19,9 @@ import dmdata
 from dmdata.console import Talk
 from dmdata.prices import readable_bytes, readable_usd
 from dmpipeline import workflow
-from dmpipeline.errors import VerificationError
-from dmpipeline.evaluate import Evaluation
+from dmpipeline.datamodels import split_rows
+from dmpipeline.errors import SpecError, VerificationError, explain_os_errors
+from dmpipeline.evaluate import LEAST_SUBSETS, Evaluation, readable_score
 from dmpipeline.export import export_run
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
@@ -42,6 +44,7 @@ class DemoSummary:
     column_usd : float
         What reading one target's margins from there would cost.
     lds, lds_low, lds_high, lds_ceiling : float
+        nan where not defined: the ceiling with one retraining a subset, all with targets that never vary.
     seconds : float
         Wall time of this call.
     """
@@ -62,8 +65,11 @@ class DemoSummary:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the figures, ready for JSON."""
-        return asdict(self)
+        """Give the figures, ready for JSON: None stands for what is not defined."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
 
     def table(self) -> Table:
         """Say it in sentences, for a terminal."""
@@ -81,13 +87,18 @@ class DemoSummary:
         )
         table.add_row(
             "predicted",
-            f"LDS {self.lds:.3f} (95% interval {self.lds_low:.3f} to {self.lds_high:.3f}) of at most "
-            f"{self.lds_ceiling:.3f} that retraining noise allows",
+            f"LDS {readable_score(self.lds)} (95% interval {readable_score(self.lds_low)} to "
+            f"{readable_score(self.lds_high)}) {self._of_ceiling()}",
         )
         table.add_row("page", self.report)
         table.add_row("next", f"dmdata ls --catalog {self.directory}; dmpipeline evaluate {self.directory}")
         table.add_row("took", f"{self.seconds:.0f} s")
         return table
+
+    def _of_ceiling(self) -> str:
+        if math.isnan(self.lds_ceiling):
+            return "of a ceiling that is not defined with one retraining a subset"
+        return f"of at most {readable_score(self.lds_ceiling)} that retraining noise allows"
 
 
 def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
@@ -103,11 +114,14 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
 
     Raises
     ------
+    SpecError
+        If the models would be too few to fit datamodels on, or the held-out subsets to score them; nothing is trained.
     RunExistsError
         If the directory holds something else.
     VerificationError
         If what was trained, exported or read back is not what was specified.
     """
+    _require_enough(spec)
     started = time.monotonic()
     run = Run.create(directory, spec)
     with talk.counting("training", "models") as progress:
@@ -117,7 +131,7 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
     if wrong := [finding.detail for finding in findings if not finding.passed]:
         raise VerificationError(f"the run at {run.path} is not what was specified: {wrong[0]}", findings=wrong)
     with talk.stages(workflow.FIT_STAGES) as stages:
-        workflow.fit_run(run, progress=stages)
+        workflow.fit_run(run, validation=_VALIDATION, progress=stages)
     release = run.path / "export"
     with talk.counting("exporting", "models") as progress:
         export_run(run, release, datamodels=run.datamodels_path, progress=progress)
@@ -125,6 +139,20 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
     evaluation = workflow.evaluate_run(run)
     report = workflow.report_run(run, evaluation)
     return _summary(run, evaluation, report, len(findings), column, time.monotonic() - started)
+
+
+_VALIDATION = 0.1
+
+
+def _require_enough(spec: RunSpec) -> None:
+    split_rows(spec.n_models, _VALIDATION)
+    if spec.held_out.n_subsets < LEAST_SUBSETS:
+        raise SpecError(
+            f"held_out.n_subsets {spec.held_out.n_subsets} is too few to score datamodels on; "
+            f"choose at least {LEAST_SUBSETS} held-out subsets",
+            field="held_out.n_subsets",
+            value=spec.held_out.n_subsets,
+        )
 
 
 def _read_back(talk: Talk, run: Run, release: Path) -> dmdata.Estimate:
@@ -135,7 +163,8 @@ def _read_back(talk: Talk, run: Run, release: Path) -> dmdata.Estimate:
     same = np.array_equal(lazy[:, target], run.array("test_margins")[:, target])
     mirror = run.path / "mirror.zarr"
     if mirror.exists():
-        shutil.rmtree(mirror)  # of an earlier demo: its source was exported anew
+        with explain_os_errors(mirror, "removed"):
+            shutil.rmtree(mirror)  # of an earlier demo: its source was exported anew
     with talk.stages({margins: "rows", masks: "rows"}) as show:
         dmdata.mirror(
             [margins, masks],

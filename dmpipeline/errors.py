@@ -11,8 +11,14 @@
     ├── VerificationError             what is stored is not what was specified
     └── ConvergenceError              a fit did not reach its certificate
 
-Like dmdata's, they carry facts as attributes and pickle.
+Like dmdata's, they carry facts as attributes and pickle. What the system or an installation refuses becomes one of
+them by `explain_os_errors` and `explain_missing_extra`, around the work of each room.
 """
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from dmdata.errors import FactualError
 
@@ -51,3 +57,61 @@ class VerificationError(DmpipelineError):
 
 class ConvergenceError(DmpipelineError):
     """A fit stopped short of its certificate; `targets` lists the columns."""
+
+
+@contextmanager
+def explain_os_errors(path: str | Path, what: str = "written") -> Iterator[None]:
+    """Turn what the system refuses while the block runs into a `RunError` that names the path and a remedy.
+
+    Parameters
+    ----------
+    path : path
+        What is worked on.
+    what : str
+        What cannot be done with it, in the passive: "written".
+
+    Raises
+    ------
+    RunError
+        For an OSError, but neither for dmdata's own, which explain themselves, nor for a broken pipe, by which a
+        command learns that nobody reads it any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FactualError | BrokenPipeError):
+            raise
+        remedy = _REMEDIES.get(error.errno or 0, "choose another path, or mend this one")
+        raise RunError(f"{path} cannot be {what} ({error.strerror or error}); {remedy}", path=Path(path)) from error
+
+
+@contextmanager
+def explain_missing_extra() -> Iterator[None]:
+    """Turn a failed import of a package of the `pipeline` extra into a `RunError` that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _PIPELINE_EXTRA:
+            raise
+        raise RunError(
+            f"{error.name} is not installed; training, fitting and reports need `pip install 'dmdata[pipeline]'`",
+            module=error.name,
+        ) from error
+
+
+_PIPELINE_EXTRA = {"jinja2", "matplotlib", "numba", "sklearn", "torch"}
+
+_NO_SPACE = "make room and do the same again"
+_NO_RIGHTS = "choose a place that may be written to, or mend its permissions"
+_NO_PLACE = "a file is where a folder should be, or a folder where a file should be; choose another path"
+_REMEDIES = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: _NO_SPACE,
+    errno.EACCES: _NO_RIGHTS,
+    errno.EPERM: _NO_RIGHTS,
+    errno.EROFS: _NO_RIGHTS,
+    errno.EEXIST: _NO_PLACE,
+    errno.ENOTDIR: _NO_PLACE,
+    errno.EISDIR: _NO_PLACE,
+}

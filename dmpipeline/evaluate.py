@@ -21,6 +21,9 @@ from dmpipeline.moments import RowSliceable, check_shapes
 
 Floats = NDArray[np.float64]
 
+LEAST_SUBSETS = 3
+"""Fewer held-out subsets than this give no rank correlation worth the name."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
@@ -104,8 +107,8 @@ def evaluate(
     Raises
     ------
     SpecError
-        Rows that are not whole groups of one mask each, shapes that do not fit the datamodels, fewer than 3 subsets,
-        outputs that are not finite.
+        Rows that are not whole groups of one mask each, shapes that do not fit the datamodels, fewer than
+        `LEAST_SUBSETS` subsets, outputs that are not finite.
     """
     n_models, n_train, n_targets = check_shapes(masks, outputs)
     if (n_train, n_targets) != datamodels.weight.shape:
@@ -159,10 +162,10 @@ def score(
         As for `evaluate`.
     """
     n_subsets, n_targets = predicted.shape
-    if n_subsets < 3 or len(outputs) % n_subsets or outputs.shape[1:] != predicted.shape[1:]:
+    if n_subsets < LEAST_SUBSETS or len(outputs) % n_subsets or outputs.shape[1:] != predicted.shape[1:]:
         raise SpecError(
-            f"predictions {predicted.shape} and outputs {outputs.shape} cannot be compared; expected at least 3 "
-            "subsets, the same targets, and a whole number of retrainings for each subset"
+            f"predictions {predicted.shape} and outputs {outputs.shape} cannot be compared; expected at least "
+            f"{LEAST_SUBSETS} subsets, the same targets, and a whole number of retrainings for each subset"
         )
     if not 0 < level < 1:
         raise SpecError(f"level {level} is not a coverage; choose between 0 and 1, such as 0.95")
@@ -272,6 +275,11 @@ def noise_ceiling(single: NDArray[Any], *, n_splits: int, seed: int) -> Floats:
     factor = n_retrainings / half
     ceiling: Floats = np.sqrt(factor * agreement / (1 + (factor - 1) * agreement))
     return ceiling
+
+
+def readable_score(value: float, *, digits: int = 3) -> str:
+    """Write a score for people, as 0.812; what is not defined says so."""
+    return "not defined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,11 +2,18 @@
 
 What is exported is checked against the digests it was stored with while it is written. A file is written beside its
 place and moved there when it is whole, the catalog last: a folder with a catalog has all that the catalog lists.
+
+Two exports into one folder do not share a file until it is moved into place. What an export or publication that was
+killed has left beside its files is removed by the next one into the same place, once it is a week old: by then nobody
+is writing it any more.
 """
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dmdata.formats import npy_header
-from dmdata.s3 import upload
-from dmpipeline.errors import RunError, VerificationError
+from dmdata.s3 import remove, upload
+from dmpipeline.errors import RunError, VerificationError, explain_os_errors
 from dmpipeline.store import ARRAYS, Progress, Run, block_digest, describe_datamodels, write_beside
 
 _COPIED_BYTES = 2**22
+_STALE_SECONDS = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +89,8 @@ def export_run(
     VerificationError
         If a block does not have the bytes it was stored with; nothing is put in place then.
     RunError
-        If there are no datamodels at the path given, or the folder is the run itself.
+        If there are no datamodels at the path given, the run's arrays are damaged, the folder is the run itself, or it
+        cannot be written to.
     dmdata.errors.FormatError
         If the datamodels are not of the release's form.
     """
@@ -92,7 +101,7 @@ def export_run(
     dataset, alpha_name = run.dataset().name, run.spec.alpha_name
     keys = {name: f"{dataset}/data/{name}_{alpha_name}.npy" for name in ARRAYS}
     # on any error the stack removes what is not in place yet
-    with ExitStack() as stack:
+    with explain_os_errors(folder), ExitStack() as stack:
         outputs = {name: stack.enter_context(_output(folder / key)) for name, key in keys.items()}
         _write_arrays(run, outputs, progress)
         if datamodels is not None:
@@ -122,8 +131,8 @@ def publish_run(
 ) -> list[ExportedFile]:
     """Write a complete run, and datamodels if given, to a bucket, as `export_run` does to a folder.
 
-    The files are made in the run's directory first, then uploaded, the catalog last: a bucket with a catalog has all
-    that the catalog lists.
+    The files are made in the run's directory first. Then the catalog of an earlier publication is deleted, the files
+    are uploaded, and their own catalog last: a bucket with a catalog has all that the catalog lists.
 
     Parameters
     ----------
@@ -139,10 +148,16 @@ def publish_run(
     AccessError, SourceError
         If the bucket cannot be written to; objects uploaded so far stay, without a catalog.
     """
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".publishing-") as staging:
+    base = url.rstrip("/")
+    _remove_stale(run.path, ".publishing-*")
+    with (
+        explain_os_errors(run.path),
+        tempfile.TemporaryDirectory(dir=run.path, prefix=".publishing-") as staging,
+    ):
         files = export_run(run, staging, datamodels, progress, requester_pays=requester_pays)
-        base = url.rstrip("/")
+        remove(f"{base}/catalog.yaml")
         for key in (*(file.key for file in files), "catalog.yaml"):
+            os.utime(staging)  # still in use, however long the uploads take
             upload(Path(staging) / key, f"{base}/{key}", acl=acl)
     return files
 
@@ -175,12 +190,26 @@ class _Output:
 @contextmanager
 def _output(path: Path) -> Iterator[_Output]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    _remove_stale(path.parent, f".{path.name}.*.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
             yield _Output(path, partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path, pattern: str) -> None:
+    for left in folder.glob(pattern):
+        try:
+            if time.time() - left.stat().st_mtime < _STALE_SECONDS:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        except OSError:  # somebody else removes it, or it is not ours to remove
+            continue
 
 
 def _write_arrays(run: Run, outputs: dict[str, _Output], progress: Progress | None) -> None:
@@ -207,7 +236,7 @@ def _copy(source: Path, output: _Output) -> None:
     if not source.is_file():
         raise RunError(f"{source} is no file; fit datamodels first, or leave them out of the export", path=source)
     describe_datamodels(source, key=source.name)
-    with open(source, "rb") as file:
+    with explain_os_errors(source, "copied"), open(source, "rb") as file:
         while piece := file.read(_COPIED_BYTES):
             output.write(piece)
 

@@ -81,11 +81,14 @@ class Solution:
         Duality gap: the objective is at most this far above its minimum, as a share of the target's variance.
     kkt : array of float64, shape (n_targets,)
         Worst violation of an optimality condition over all features, as a share of lam.
+    converged : array of bool, shape (n_targets,)
+        Whether all conditions were met to the tolerance, rather than the sweeps ran out.
     """
 
     weight: Floats
     gap: NDArray[np.float64]
     kkt: NDArray[np.float64]
+    converged: NDArray[np.bool_]
 
 
 def lambda_grid(cross: NDArray[np.float64], *, n_lams: int, ratio: float) -> NDArray[np.float64]:
@@ -183,14 +186,14 @@ def solve(
     """
     n_targets = len(cross)
     weight = np.array(start, dtype=gram.dtype, order="C")
-    gap, kkt = np.zeros(n_targets), np.zeros(n_targets)
+    gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
 
     def one(t: int) -> None:
-        _solve_one(gram, cross[t], lam[t], tol, max_sweeps, weight[t])
+        converged[t] = _solve_one(gram, cross[t], lam[t], tol, max_sweeps, weight[t])
         gap[t], kkt[t] = _certify(gram, cross[t], square[t], lam[t], weight[t])
 
     _for_each(one, n_targets, threads=threads, progress=progress)
-    return Solution(weight=weight, gap=gap, kkt=kkt)
+    return Solution(weight=weight, gap=gap, kkt=kkt, converged=converged)
 
 
 def certify(
@@ -270,7 +273,7 @@ def _follow_path(gram, cross, lams, tol, max_sweeps, patience, gram_out, cross_o
     if lams[0] <= 0:
         return best, n_solved, lowest
     for step in range(len(lams)):
-        n_active, sub = _descend(gram, lams[step], tol, max_sweeps, w, gradient, active, is_active, n_active, sub)
+        n_active, sub, _ = _descend(gram, lams[step], tol, max_sweeps, w, gradient, active, is_active, n_active, sub)
         sub_out = _with_room(sub_out, n_out, n_active, n_features)
         _gather(sub_out, gram_out, active, n_out, n_active)
         n_out = n_active
@@ -288,11 +291,11 @@ def _follow_path(gram, cross, lams, tol, max_sweeps, patience, gram_out, cross_o
 
 @_compiled
 def _solve_one(gram, cross, lam, tol, max_sweeps, weight):
-    """Move `weight` to the solution at `lam`; a target that nothing pulls gets zeros."""
+    """Move `weight` to the solution at `lam` and tell whether it was reached; what nothing pulls gets zeros."""
     n_features = len(cross)
     if lam <= 0:
         weight[:] = 0
-        return
+        return True
     active = np.empty(n_features, np.int64)
     is_active = np.zeros(n_features, np.bool_)
     n_active = 0
@@ -307,7 +310,8 @@ def _solve_one(gram, cross, lam, tol, max_sweeps, weight):
     sub = np.empty((size, size), gram.dtype)
     _gather(sub, gram, active, 0, n_active)
     gradient = _gradient(gram, cross, weight).astype(gram.dtype)
-    _descend(gram, lam, tol, max_sweeps, weight, gradient, active, is_active, n_active, sub)
+    _, _, is_optimal = _descend(gram, lam, tol, max_sweeps, weight, gradient, active, is_active, n_active, sub)
+    return is_optimal
 
 
 @_compiled
@@ -337,7 +341,7 @@ def _descend(gram, lam, tol, max_sweeps, w, gradient, active, is_active, n_activ
             sub = _with_room(sub, n_before, n_active, len(w))
             _gather(sub, gram, active, n_before, n_active)
         if is_optimal or sweeps >= max_sweeps:
-            return n_active, sub
+            return n_active, sub, is_optimal
 
 
 @_compiled

@@ -3,6 +3,10 @@
 A fit of every target costs no pass over the models once these are known, so they are read once, streamed in blocks of
 rows, and can be added up from parts. The counts X'X are exact integers. X'y is summed in float64, which is exact for
 float16 outputs of ordinary size; then neither the size of the blocks nor the order of merging changes a bit.
+
+Wider outputs may lie far from zero and vary little, a million give or take a tenth: their squares would drown what
+varies. So their sums are taken about a shift, the first row read, and parts with different shifts are brought to one
+when they are added, which costs no more than rounding.
 """
 
 import time
@@ -33,7 +37,7 @@ class RowSliceable(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Sums over `n` models of products of masks X (n, n_train) and outputs Y (n, n_targets).
+    """Sums over `n` models of products of masks X (n, n_train) and outputs Y (n, n_targets), these less their shift.
 
     Attributes
     ----------
@@ -41,16 +45,19 @@ class Moments:
         Rows summed.
     gram : array of int32, shape (n_train, n_train)
         X'X: how many subsets hold both examples. Exact. Its diagonal is `ones`.
+    shift : array of float64, shape (n_targets,)
+        What was taken off every output before it was summed: 0 for float16, else the first row's outputs.
     cross : array of float64, shape (n_train, n_targets)
-        X'Y.
+        X'(Y - shift).
     y_sum : array of float64, shape (n_targets,)
-        Column sums of Y.
+        Column sums of Y - shift.
     y_squares : array of float64, shape (n_targets,)
-        Column sums of Y squared.
+        Column sums of (Y - shift) squared.
     """
 
     n: int
     gram: NDArray[np.int32]
+    shift: NDArray[np.float64]
     cross: NDArray[np.float64]
     y_sum: NDArray[np.float64]
     y_squares: NDArray[np.float64]
@@ -90,7 +97,7 @@ class Moments:
         Examples
         --------
         >>> import numpy as np
-        >>> m = Moments.of(np.array([[1, 0], [1, 1]], bool), np.array([[0.5], [2.0]]))
+        >>> m = Moments.of(np.array([[1, 0], [1, 1]], bool), np.array([[0.5], [2.0]], np.float16))
         >>> m.n, m.gram.tolist(), m.cross.ravel().tolist()
         (2, [[2, 1], [1, 1]], [2.5, 2.0])
         """
@@ -102,11 +109,15 @@ class Moments:
             raise SpecError(f"block_rows is {block_rows}; choose at least 1")
         gram = np.zeros((n_train, n_train), np.int32)
         cross = np.zeros((n_train, n_targets))
+        shift = np.zeros(n_targets)
         y_sum, y_squares = np.zeros(n_targets), np.zeros(n_targets)
         for first in range(start, stop, block_rows):
             last = min(first + block_rows, stop)
             x = _read_masks(masks, first, last, n_train)
-            y = _read_outputs(outputs, first, last, n_targets)
+            y, is_half = _read_outputs(outputs, first, last, n_targets)
+            if first == start and not is_half:
+                shift = y[0].copy()
+            y -= shift
             _add_gram(gram, x)
             _add_cross(cross, x, y)
             y_sum += y.sum(axis=0)
@@ -114,7 +125,7 @@ class Moments:
             if progress is not None:
                 progress(last - start, stop - start)
         _mirror_upper(gram)
-        return cls(n=stop - start, gram=gram, cross=cross, y_sum=y_sum, y_squares=y_squares)
+        return cls(n=stop - start, gram=gram, shift=shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
 
     @property
     def ones(self) -> NDArray[np.int32]:
@@ -130,17 +141,29 @@ class Moments:
             )
         if self.n + other.n > np.iinfo(np.int32).max:
             raise SpecError(f"{self.n + other.n} rows overflow the 32-bit counts; fit at most 2^31 - 1 models")
+        cross = self.cross + other.cross
+        y_sum, y_squares = self.y_sum + other.y_sum, self.y_squares + other.y_squares
+        off = other.shift - self.shift
+        if off.any():  # (y - s) = (y - s') + off, summed over the rows of `other`
+            for left in range(0, len(cross), _PANEL_COLUMNS):
+                cross[left : left + _PANEL_COLUMNS] += np.outer(other.ones[left : left + _PANEL_COLUMNS], off)
+            y_sum += other.n * off
+            y_squares += 2 * off * other.y_sum + other.n * off**2
         return Moments(
             n=self.n + other.n,
             gram=self.gram + other.gram,
-            cross=self.cross + other.cross,
-            y_sum=self.y_sum + other.y_sum,
-            y_squares=self.y_squares + other.y_squares,
+            shift=self.shift,
+            cross=cross,
+            y_sum=y_sum,
+            y_squares=y_squares,
         )
 
 
 def check_shapes(masks: RowSliceable, outputs: RowSliceable) -> tuple[int, int, int]:
     """Return (n_models, n_train, n_targets), or raise SpecError where the two do not make one regression."""
+    for name, array in (("masks", masks), ("outputs", outputs)):
+        if not hasattr(array, "shape"):
+            raise SpecError(f"{name} are a {type(array).__name__}; hand in an array, such as numpy.asarray({name})")
     if len(masks.shape) != 2:
         raise SpecError(f"masks have shape {masks.shape}; expected (n_models, n_train)", shape=masks.shape)
     if len(outputs.shape) != 2:
@@ -190,7 +213,8 @@ def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDA
     return as_binary(block, first=first)
 
 
-def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) -> NDArray[np.float64]:
+def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) -> tuple[NDArray[np.float64], bool]:
+    """Read a block of outputs, widened; and tell whether they were float16."""
     block = np.asarray(outputs[first:last])
     if block.shape != (last - first, n_targets):
         raise SpecError(f"outputs[{first}:{last}] gave shape {block.shape}; expected {(last - first, n_targets)}")
@@ -207,7 +231,7 @@ def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) 
             rows=rows,
             targets=targets,
         )
-    return wide
+    return wide, block.dtype == np.float16
 
 
 def _some(numbers: list[int]) -> str:

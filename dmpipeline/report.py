@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dmpipeline.datamodels import Datamodels
-from dmpipeline.errors import SpecError
-from dmpipeline.evaluate import Evaluation
+from dmpipeline.errors import SpecError, explain_os_errors
+from dmpipeline.evaluate import Evaluation, readable_score
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +87,8 @@ def write_report(
     ------
     SpecError
         Arrays that do not fit the datamodels.
+    RunError
+        If the page cannot be written.
     """
     expected = (evaluation.n_subsets, datamodels.n_targets)
     if predicted.shape != expected or true.shape != expected:
@@ -135,7 +137,7 @@ def _environment() -> Environment:
 
 
 def _number(value: float, digits: int = 2) -> str:
-    return "not defined" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return readable_score(value, digits=digits).replace("-", "\N{MINUS SIGN}")
 
 
 def _signed(value: float) -> str:
@@ -157,23 +159,23 @@ def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
     text = (
         f"From {n_models:,} models trained on random subsets, the datamodels learnt to foresee the {output_name} of "
         f"{e.n_targets:,} targets. On {e.n_subsets:,} subsets they had not seen, each trained "
-        f"{_times(e.n_retrainings)}, the mean LDS is {_number(e.lds)} "
-        f"({e.level:.0%} interval {_number(e.lds_low)} to {_number(e.lds_high)})"
+        f"{_times(e.n_retrainings)}, the mean LDS is {_number(e.lds, 3)} "
+        f"({e.level:.0%} interval {_number(e.lds_low, 3)} to {_number(e.lds_high, 3)})"
     )
     share = _share_of_ceiling(e)
     if math.isnan(share):
         return text + "."
-    return text + f", which is {share:.0%} of what the noise of training allows ({_number(e.lds_ceiling)})."
+    return text + f", which is {share:.0%} of what the noise of training allows ({_number(e.lds_ceiling, 3)})."
 
 
 def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:
     e = evaluation
     share = _share_of_ceiling(e)
     facts = {
-        f"LDS, against the average of {e.n_retrainings} retrainings": _number(e.lds),
-        "noise ceiling of the LDS": _number(e.lds_ceiling),
+        f"LDS, against the average of {e.n_retrainings} retrainings": _number(e.lds, 3),
+        "noise ceiling of the LDS": _number(e.lds_ceiling, 3),
         "of the ceiling reached": "not defined" if math.isnan(share) else f"{share:.0%}",
-        "LDS against single retrainings": _number(e.lds_single),
+        "LDS against single retrainings": _number(e.lds_single, 3),
         "of a single retraining's variance explained (R\N{SUPERSCRIPT TWO})": _number(e.r2),
         f"mean squared error, in squared units of the {output_name}": _number(e.mse),
     }
@@ -211,10 +213,17 @@ def _lds_figure(evaluation: Evaluation) -> dict[str, str]:
         if not math.isnan(value):
             ax.axvline(value, ymax=height / 1.3, color=color, lw=2, ls="-" if name == "mean" else (0, (4, 2)))
             side = {"ha": "right", "x": value - 0.012} if value > 0.3 else {"ha": "left", "x": value + 0.012}
-            ax.text(y=top * (height - 0.02), s=f"{name} {value:.2f}", color=color, va="center", weight="bold", **side)
+            ax.text(
+                y=top * (height - 0.02),
+                s=f"{name} {_number(value, 3)}",
+                color=color,
+                va="center",
+                weight="bold",
+                **side,
+            )
     label = (
-        f"Histogram of LDS over {len(scores)} targets; mean {_number(evaluation.lds)}, "
-        f"mean noise ceiling {_number(evaluation.lds_ceiling)}."
+        f"Histogram of LDS over {len(scores)} targets; mean {_number(evaluation.lds, 3)}, "
+        f"mean noise ceiling {_number(evaluation.lds_ceiling, 3)}."
     )
     caption = (
         "LDS of every target against the average of its retrainings; the lines are the mean and the mean noise ceiling."
@@ -348,9 +357,10 @@ def _svg(figure: Figure, *, label: str, salt: str) -> str:
 
 
 def _write_whole(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        beside = Path(folder, path.name)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            beside = Path(folder, path.name)
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
     return path

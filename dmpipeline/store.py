@@ -8,11 +8,12 @@
       store.zarr/         train_masks, test_margins, train_margins, test_logits, train_logits, block_digests
       catalog.yaml        the same arrays by name, once all rows are there; dmdata opens it
       datamodels/         test_50pct.pt, when datamodels were fitted
-      lock                says which process is training which block; may be deleted when none is
+      lock                says which process creates the run or trains which block; may be deleted when none does
 
 Models are trained and stored in blocks that are whole chunks. A block's data are written first and its digest, the
 SHA-256 of the data, last: a block without a digest was never finished and is trained again, one with a digest never is.
-So a run killed at any moment loses the blocks in flight and nothing else. Several processes may train one run: each
+So a run killed at any moment loses the blocks in flight and nothing else, and a creation that was killed is begun anew
+by the next. Several processes may train one run: each
 claims a block by a lock that ends with the process, and where locks do not reach, two of them write the same bytes,
 because a row depends on nothing but its draws.
 """
@@ -45,7 +46,7 @@ from dmdata.catalog import Rows as CatalogRows
 from dmdata.errors import FormatError
 from dmdata.formats import pt_layouts
 from dmpipeline.datasets import Dataset, load_dataset
-from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError
+from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, explain_os_errors
 from dmpipeline.masks import draw_masks, subset_size
 from dmpipeline.outputs import correct_class_margins
 from dmpipeline.recipes import find_recipe
@@ -97,29 +98,24 @@ class Run:
         SpecError
             If the dataset, its subsets or the recipe cannot be used.
         RunExistsError
-            If the path holds another spec's run, or anything else.
+            If the path holds another spec's run, or anything else but what a killed creation left.
+        RunError
+            If the directory cannot be made or written to.
         """
         path, spec = Path(path).absolute(), spec.located(Path.cwd())
-        if (path / "run.yaml").exists():
-            return cls._resume(path, spec)
-        dataset = load_dataset(spec.dataset)
-        subset_size(dataset.n_train, spec.alpha)
-        find_recipe(spec.recipe)
-        if path.exists() and (not path.is_dir() or any(not _is_staging(entry) for entry in path.iterdir())):
-            raise RunExistsError(f"{path} holds other files; choose a new or empty directory", path=path)
-        staging = path / f".creating-{uuid.uuid4().hex}"
-        staging.mkdir(parents=True)
-        _create_store(staging / "store.zarr", spec, dataset)
-        write_beside(staging / "provenance.json", _as_json(_provenance(dataset)))
-        write_beside(staging / "run.yaml", spec.to_yaml())
-        try:
-            for name in ("store.zarr", "provenance.json", "run.yaml"):
-                os.rename(staging / name, path / name)
-        except OSError as error:
-            raise RunExistsError(f"{path} is being created by another process; try again", path=path) from error
-        for entry in filter(_is_staging, path.iterdir()):
-            shutil.rmtree(entry, ignore_errors=True)
-        return cls.open(path)
+        with explain_os_errors(path):
+            if (path / "run.yaml").exists():
+                return cls._resume(path, spec)
+            dataset = load_dataset(spec.dataset)
+            subset_size(dataset.n_train, spec.alpha)
+            find_recipe(spec.recipe)
+            _require_vacant(path)
+            path.mkdir(parents=True, exist_ok=True)
+            with open(path / "lock", "ab") as lock, _claimed(lock, 0, wait=True):
+                # another process may have created it meanwhile
+                if not (path / "run.yaml").exists():
+                    _create_files(path, spec, dataset)
+        return cls._resume(path, spec)
 
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
@@ -146,12 +142,14 @@ class Run:
             If its run.yaml was damaged.
         """
         path = Path(path).absolute()
-        if not (path / "run.yaml").is_file():
-            raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
+        with explain_os_errors(path, "opened"):
+            if not (path / "run.yaml").is_file():
+                raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
         spec = RunSpec.read(path / "run.yaml")
         try:
             arrays = zarr.open_group(path / "store.zarr", mode="r+", zarr_format=3)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # zarr takes a damaged zarr.json for what it should be, and stumbles in several ways
             raise RunError(f"{path} has no readable store.zarr ({error}); restore it", path=path) from error
         return cls(path=path, spec=spec, arrays=arrays)
 
@@ -165,7 +163,7 @@ class Run:
         """
         try:
             array = self.arrays[name]
-        except (KeyError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(f"has no readable array {name}") from error
         if not isinstance(array, zarr.Array):
             raise self._damaged(f"holds a group where array {name} should be")
@@ -207,8 +205,14 @@ class Run:
         return dataset
 
     def digests(self) -> npt.NDArray[np.uint8]:
-        """Read the blocks' recorded digests, shape (n_blocks, 32); all zeros where a block is not done."""
-        return np.asarray(self.array("block_digests")[:], np.uint8)
+        """Read the blocks' recorded digests, shape (n_blocks, 32); all zeros where a block is not done.
+
+        Raises
+        ------
+        RunError
+            If they are damaged.
+        """
+        return self._read("block_digests", slice(None))
 
     @property
     def n_rows_done(self) -> int:
@@ -226,8 +230,14 @@ class Run:
             )
 
     def read_block(self, rows: range) -> Block:
-        """Read some rows of every array into memory."""
-        return {name: np.asarray(self.array(name)[rows.start : rows.stop]) for name in ARRAYS}
+        """Read some rows of every array into memory.
+
+        Raises
+        ------
+        RunError
+            If some of it is damaged; `reason` says how, in the words of whoever could not read it.
+        """
+        return {name: self._read(name, slice(rows.start, rows.stop)) for name in ARRAYS}
 
     def train(self, progress: Progress | None = None) -> None:
         """Train and store the blocks that are missing, then write the catalog.
@@ -243,14 +253,14 @@ class Run:
         TrainingError
             If a model's logits cannot be stored; its block is left out, blocks before it stay.
         RunError
-            If the dataset has changed since the run was created.
+            If the dataset has changed since the run was created, or its directory cannot be written to.
         """
         dataset, started, n_trained = self.dataset(), datetime.now(UTC), 0
         clock = time.monotonic()
         report = progress or _say_nothing
         report(self.n_rows_done, self.spec.n_rows)
         # opened once: closing any handle of the file would drop this process's other claims
-        with open(self.path / "lock", "ab") as lock:
+        with explain_os_errors(self.path), open(self.path / "lock", "ab") as lock:
             try:
                 for block in self._missing_blocks(lock):
                     self._train_block(dataset, block)
@@ -262,8 +272,13 @@ class Run:
         report(self.n_rows_done, self.spec.n_rows)
         self.write_catalog()
 
-    def write_catalog(self) -> Path:
+    def write_catalog(self, *, datamodels: bool = True) -> Path:
         """Write catalog.yaml, by which dmdata opens this run's arrays and datamodels; return its path.
+
+        Parameters
+        ----------
+        datamodels : bool
+            Whether to list the file at `datamodels_path`, if it is there.
 
         Raises
         ------
@@ -274,7 +289,7 @@ class Run:
         """
         self.require_complete()
         stored = {name: self.describe(name, key=f"store.zarr/{name}", form="zarr") for name in ARRAYS}
-        if self.datamodels_path.exists():
+        if datamodels and self.datamodels_path.exists():
             key = self.datamodels_path.relative_to(self.path).as_posix()
             stored["test_datamodels"] = describe_datamodels(self.datamodels_path, key=key)
         path = self.path / "catalog.yaml"
@@ -328,6 +343,19 @@ class Run:
             source=SourceEntry(url=".", basis=_measured("url", "requester_pays")),
             datasets={dataset.name: entry},
         )
+
+    def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
+        array = self.array(name)
+        try:
+            return np.asarray(array[rows])
+        # what zarr and its codecs raise on chunks that are gone, cut short or scrambled
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"{self.path} has a damaged array {name} ({error}); find out which rows are affected with "
+                f"`dmpipeline verify {self.path}`",
+                path=self.path,
+                reason=str(error),
+            ) from error
 
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)
@@ -393,9 +421,11 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
     ------
     dmdata.errors.FormatError
         If the file is damaged or holds anything but tensors.
+    RunError
+        If it cannot be read.
     """
-    n_bytes = path.stat().st_size
-    with open(path, "rb") as file:
+    with explain_os_errors(path, "read"), open(path, "rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size
 
         def read_at(start: int, stop: int) -> bytes:
             file.seek(start)
@@ -418,14 +448,55 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that a reader sees the old text or the new."""
+    """Write a text file beside its place and move it there, so that a reader sees the old text or the new.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explain_os_errors(path):
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _require_vacant(path: Path) -> None:
+    """Refuse a place that holds anything but what a creation leaves that was killed between its renames."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunExistsError(f"{path} is a file; choose a new or empty directory", path=path)
+    names = {entry.name for entry in path.iterdir() if not _is_staging(entry)} - {"lock"}
+    if not names or "run.yaml" in names:  # another process has just created it
+        return
+    store = path / "store.zarr"
+    if not names <= {"store.zarr", "provenance.json"} or not (store / "block_digests" / "zarr.json").is_file():
+        raise RunExistsError(f"{path} holds other files; choose a new or empty directory", path=path)
+    if any(store.glob("*/c")):
+        raise RunExistsError(
+            f"{path} holds a store with trained models but no run.yaml; restore it, or choose another directory",
+            path=path,
+        )
+
+
+def _create_files(path: Path, spec: RunSpec, dataset: Dataset) -> None:
+    """Put a run's files in place, run.yaml last; the caller holds the lock."""
+    staging = path / f".creating-{uuid.uuid4().hex}"
+    staging.mkdir()
+    _create_store(staging / "store.zarr", spec, dataset)
+    write_beside(staging / "provenance.json", _as_json(_provenance(dataset)))
+    write_beside(staging / "run.yaml", spec.to_yaml())
+    if (path / "store.zarr").exists():
+        os.rename(path / "store.zarr", staging / "left-over.zarr")
+    for name in ("store.zarr", "provenance.json", "run.yaml"):
+        os.rename(staging / name, path / name)
+    for entry in filter(_is_staging, path.iterdir()):
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _create_store(path: Path, spec: RunSpec, dataset: Dataset) -> None:

@@ -129,6 +129,11 @@ def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
     except RunError as error:
         notes.add("arrays", str(error))
         return False
+    try:
+        run.digests()
+    except RunError as error:
+        notes.add("arrays", f"block_digests cannot be read ({error.reason})")
+        return False
     n_rows = run.spec.n_rows
     if dataset is not None:
         n_train, n_test, n_classes = dataset.n_train, dataset.n_test, dataset.n_classes
@@ -153,9 +158,8 @@ def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
 def _read(run: Run, rows: range, notes: _Notes) -> Block | None:
     try:
         return run.read_block(rows)
-    # what zarr and its codecs raise on chunks that are gone, cut short or scrambled
-    except (OSError, ValueError, RuntimeError) as error:
-        notes.add_rows("digests", f"cannot be read ({error})", rows)
+    except RunError as error:
+        notes.add_rows("digests", f"cannot be read ({error.reason})", rows)
         return None
 
 

@@ -8,11 +8,14 @@
       evaluation.json              evaluate_run
       report.html                  report_run
 
-Arrays are read through the run's catalog, a block of rows at a time, as those of a release would be.
+Arrays are read through the run's catalog, a block of rows at a time, as those of a release would be. What is damaged
+ends a step with a `RunError` that names the command which finds or replaces it.
 """
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.errors import FormatError
 from dmdata.prices import readable_bytes, readable_usd
 from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
-from dmpipeline.errors import IncompleteRunError
+from dmpipeline.errors import IncompleteRunError, RunError
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run, write_beside
@@ -35,8 +39,9 @@ FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
 
 @dataclass(frozen=True, slots=True)
 class RowsOf:
-    """Some adjacent rows of a lazy array, still lazy: `shape` and row slices."""
+    """Some adjacent rows of a run's array, still lazy: `shape` and row slices."""
 
+    run: Run
     array: dmdata.LazyArray
     rows: slice
 
@@ -47,7 +52,8 @@ class RowsOf:
 
     def __getitem__(self, key: slice) -> npt.NDArray[Any]:
         start, stop, _ = key.indices(self.shape[0])
-        return self.array[self.rows.start + start : self.rows.start + stop]
+        with _explained(self.run):
+            return self.array[self.rows.start + start : self.rows.start + stop]
 
 
 def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = None) -> Datamodels:
@@ -66,8 +72,14 @@ def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = No
     ------
     IncompleteRunError
         If rows are missing.
+    RunError
+        If the arrays are damaged, or the results cannot be written.
     """
-    run.write_catalog()
+    try:
+        run.write_catalog()
+    except FormatError:
+        # the datamodels that are there are damaged, and about to be replaced
+        run.write_catalog(datamodels=False)
     started = time.monotonic()
     masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
     datamodels = fit(masks, margins, validation=validation, progress=progress)
@@ -95,6 +107,8 @@ def evaluate_run(run: Run) -> Evaluation:
         If the run has no datamodels yet.
     SpecError
         If it has too few held-out subsets.
+    RunError
+        If arrays or datamodels are damaged, or the scores cannot be written.
     """
     held_out = run.spec.rows.held_out
     evaluation = evaluate(
@@ -114,6 +128,8 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
     ------
     IncompleteRunError
         If the run has no datamodels yet.
+    RunError
+        If arrays, datamodels or the notes on their fit are damaged, or the page cannot be written.
     """
     spec, dataset, datamodels = run.spec, run.dataset(), load_datamodels(run)
     n_subsets, n_retrainings = spec.held_out.n_subsets, spec.held_out.n_retrainings
@@ -142,20 +158,38 @@ def load_datamodels(run: Run) -> Datamodels:
     ------
     IncompleteRunError
         If it has none yet.
+    RunError
+        If they are damaged.
     """
     if not run.datamodels_path.exists():
         raise IncompleteRunError(
             f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {run.path}`", path=run.path
         )
-    return Datamodels.load(run.datamodels_path)
+    try:
+        return Datamodels.load(run.datamodels_path)
+    except FormatError as error:
+        raise RunError(
+            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {run.path}`", path=run.path
+        ) from error
 
 
 def fit_facts(run: Run) -> dict[str, float]:
-    """Read what `fit_run` noted: settings, seconds, certificate; empty where the datamodels came from elsewhere."""
+    """Read what `fit_run` noted: settings, seconds, certificate; empty where the datamodels came from elsewhere.
+
+    Raises
+    ------
+    RunError
+        If the notes are damaged.
+    """
+    path = _fit_path(run)
     try:
-        facts: dict[str, float] = json.loads(_fit_path(run).read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise _damaged_notes(run, str(error)) from error
+    if not isinstance(facts, dict) or not all(isinstance(fact, int | float) for fact in facts.values()):
+        raise _damaged_notes(run, "it holds no numbers by name")
     return facts
 
 
@@ -222,7 +256,23 @@ def _gallery(dataset: Dataset) -> Gallery | None:
 
 
 def _open(run: Run, array: str, rows: slice) -> RowsOf:
-    return RowsOf(dmdata.open(artifact_name(run, array), catalog=run.path), rows)
+    with _explained(run):
+        return RowsOf(run, dmdata.open(artifact_name(run, array), catalog=run.path), rows)
+
+
+@contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Say of an array that cannot be read how to find out what is damaged."""
+    try:
+        yield
+    except FormatError as error:
+        raise RunError(
+            f"{error}; find out which rows of the run are affected with `dmpipeline verify {run.path}`", path=run.path
+        ) from error
+
+
+def _damaged_notes(run: Run, how: str) -> RunError:
+    return RunError(f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {run.path}`", path=run.path)
 
 
 def _fit_path(run: Run) -> Path:

@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import resource
 import zipfile
 
 import dask.array
@@ -12,7 +13,7 @@ from sklearn.linear_model import Lasso
 
 from dmdata.errors import FormatError, ObjectMissingError
 from dmpipeline.datamodels import Datamodels, fit, fit_moments
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import ConvergenceError, RunError, SpecError
 from dmpipeline.moments import Moments
 
 
@@ -127,6 +128,30 @@ def test_a_target_that_varies_in_the_validation_rows_alone_is_silenced_and_certi
     assert dm.certificate.kkt[0] < 1e-6
 
 
+def test_a_large_offset_changes_the_bias_and_nothing_else(problem):
+    masks, outputs, _ = problem
+    outputs = outputs.astype(np.float64) / 10
+    plain, offset = fit(masks, outputs), fit(masks, outputs + 1e6)
+    assert plain.weight.any(axis=0).all()
+    np.testing.assert_allclose(offset.weight, plain.weight, atol=1e-5)
+    np.testing.assert_allclose(offset.lam, plain.lam, rtol=1e-5)
+    np.testing.assert_allclose(offset.bias, plain.bias + 1e6, rtol=1e-6)
+    parts = [Moments.of(masks, outputs + 1e6, start=i, stop=j) for i, j in ((0, 500), (500, 1350), (1350, 1500))]
+    np.testing.assert_allclose(fit_moments(parts[1] + parts[0], parts[2]).weight, plain.weight, atol=1e-5)
+
+
+def test_a_fit_whose_sweeps_run_out_is_warned_of_or_refused_naming_its_targets(problem):
+    masks, outputs, _ = problem
+    few = {"tol": 1e-12, "n_lams": 3}  # beyond what float32 can reach
+    with pytest.warns(RuntimeWarning, match=r"of 2 targets did not reach tol 1e-12 .*duality gap is at most"):
+        assert fit(masks[:200], outputs[:200, :2], **few).certificate.gap.max() < 1e-4
+    with pytest.raises(ConvergenceError, match="larger tol") as caught:
+        fit(masks[:200], outputs[:200, :2], strict=True, **few)
+    assert set(caught.value.targets) <= {0, 1}
+    assert caught.value.targets
+    fit(masks[:200], outputs[:200, :2], strict=True)
+
+
 def test_fewer_models_than_examples_are_fitted_and_certified():
     masks, outputs, _ = planted(60, 150, 3)
     dm = fit(masks, outputs, validation=0.2)
@@ -195,10 +220,30 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(fitted, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=f"{path} cannot be written .No space left.*; make room"):
         fitted.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1000, 2000])
+def test_a_disk_that_is_full_amid_a_file_is_told_in_the_systems_words(fitted, tmp_path, n_bytes):
+    path = tmp_path / "dm.pt"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        with pytest.raises(RunError, match="File too large"):
+            fitted.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_would_not_be_read_again_is_refused_before_anything_is_written(fitted, tmp_path):
+    for name in ("x.bin", "x", "x.PT"):
+        with pytest.raises(SpecError, match=f"choose {name}.pt"):
+            fitted.save(tmp_path / "new" / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pt_file_with_code_in_it_is_refused_and_not_run(tmp_path):
@@ -290,6 +335,14 @@ def test_bad_values_are_refused_by_row(problem):
         fit(masks, outputs)
     with pytest.raises(SpecError, match="2 at row 0"):
         fit(masks.astype(int) * 2, outputs[:, :1])
+
+
+def test_lists_are_refused_with_what_to_hand_in(problem, fitted):
+    masks, outputs, _ = problem
+    with pytest.raises(SpecError, match="such as numpy"):
+        fit(masks.tolist(), outputs.tolist())
+    with pytest.raises(SpecError, match="such as numpy"):
+        fitted.predict(masks.tolist())
 
 
 def test_predicting_masks_of_another_width_is_refused(fitted):

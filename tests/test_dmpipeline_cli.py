@@ -1,6 +1,8 @@
 """The `dmpipeline` command, from an empty directory to a report, and what it answers when something is missing."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -113,21 +115,121 @@ def test_an_export_into_the_run_itself_is_refused(demo, capsys):
     assert (demo / "catalog.yaml").read_bytes() == before
 
 
+@pytest.fixture
+def damaged(demo, tmp_path):
+    """A copy of the demo's run, to be damaged."""
+    ignored = shutil.ignore_patterns("export", "mirror.zarr")
+    return shutil.copytree(demo, tmp_path / "run", ignore=ignored)
+
+
+@pytest.mark.parametrize(
+    ("array", "command"),
+    [("train_masks", "fit"), ("test_margins", "evaluate"), ("test_margins", "report"), ("train_logits", "export")],
+)
+def test_a_damaged_chunk_names_the_run_and_the_command_that_finds_it(damaged, capsys, array, command):
+    for chunk in (damaged / "store.zarr" / array / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"scrambled")
+    code, _, said = call(capsys, command, damaged, *(["out"] if command == "export" else []))
+    assert code == 1
+    assert f"dmpipeline verify {damaged}" in said
+    code, data, _ = call(capsys, "verify", damaged, "--json")
+    assert code == 3
+    assert "cannot be read" in json.dumps(data)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": "many"}'])
+def test_damaged_notes_of_a_fit_are_said_and_mended_by_fitting_again(damaged, capsys, text):
+    (damaged / "datamodels/fit.json").write_text(text)
+    code, _, said = call(capsys, "report", damaged)
+    assert code == 1
+    assert "fit.json is damaged" in said
+    assert f"dmpipeline fit {damaged}" in said
+
+
+def test_damaged_datamodels_are_said_and_mended_by_fitting_again(damaged, capsys):
+    path = damaged / "datamodels/test_50pct.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    (damaged / "datamodels/fit.json").write_text("{")
+    code, _, said = call(capsys, "evaluate", damaged)
+    assert code == 1
+    assert f"dmpipeline fit {damaged}" in said
+    assert call(capsys, "fit", damaged)[0] == 0
+    assert call(capsys, "report", damaged)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "in_the_way"),
+    [
+        ("run", "lock"),
+        ("fit", "datamodels/test_50pct.pt"),
+        ("fit", "datamodels/fit.json"),
+        ("evaluate", "evaluation.json"),
+        ("report", "report.html"),
+    ],
+)
+def test_a_place_that_cannot_be_written_ends_a_command_in_one_line(damaged, capsys, command, in_the_way):
+    (damaged / in_the_way).unlink(missing_ok=True)
+    (damaged / in_the_way).mkdir()
+    code, _, said = call(capsys, command, damaged, "-q")
+    assert code == 1
+    where = damaged if in_the_way == "lock" else damaged / in_the_way
+    assert re.match(f"dmpipeline: {where} cannot be (read|written)", said)
+    assert len(said.splitlines()) == 1
+
+
+def test_an_export_to_where_a_file_is_ends_in_one_line(demo, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    code, _, said = call(capsys, "export", demo, tmp_path / "file", "-q")
+    assert code == 1
+    assert said.startswith(f"dmpipeline: {tmp_path / 'file'} cannot be written")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_demo_with_one_retraining_prints_json_without_a_ceiling(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", str(tmp_path / "d"), "--models", "20", "--held-out", "3", "--retrainings", "1", "--json", "-q"])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    data = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert data["lds_ceiling"] is None
+    assert isinstance(data["lds"], float)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--held-out", 0, "n_subsets 0"), ("--held-out", 2, "at least 3"), ("--models", 10, "train more models")],
+)
+def test_a_demo_that_could_not_be_scored_is_refused_before_anything_is_trained(tmp_path, capsys, option, value, words):
+    code, _, said = call(capsys, "demo", tmp_path / "d", option, value)
+    assert code == 2
+    assert words in said
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["init", "x", "--alpha", "1.5"], 2, "alpha 1.5"),
         (["init", "x", "--dataset", "digit"], 2, "digits"),
         (["status", "nowhere"], 1, "dmpipeline init"),
+        (["init", "file"], 1, "choose a new or empty directory"),
+        (["init", "file/below"], 1, "choose another path"),
+        (["init", "y" * 300], 1, "choose another path"),
+        (["status", "y" * 300], 1, "choose another path"),
         (["fly"], 2, "No such command"),
         (["fit", "x", "--validation", "much"], 2, "much"),
     ],
 )
 def test_what_cannot_be_used_is_said_with_its_remedy(tmp_path, monkeypatch, capsys, arguments, code, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     ended, _, said = call(capsys, *arguments)
     assert ended == code
     assert words in said
+    assert "Traceback" not in said
     assert not (tmp_path / "x").exists()
 
 

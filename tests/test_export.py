@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 
 import numpy as np
 import pytest
@@ -81,6 +82,52 @@ def test_an_interrupted_export_leaves_nothing_under_a_final_name(tmp_path, run):
 
     with pytest.raises(KeyboardInterrupt):
         export_run(run, tmp_path / "release", progress=interrupt)
+    assert files_in(tmp_path / "release") == []
+
+
+def test_two_exports_into_one_folder_at_once_do_not_share_a_file(tmp_path, run):
+    others = []
+
+    def export_too(done, _):
+        if not others:
+            others.append(None)
+            others[0] = export_run(run, tmp_path / "release")
+
+    files = export_run(run, tmp_path / "release", progress=export_too)
+    assert files == others[0]
+    assert all(hashlib.sha256(file.path.read_bytes()).hexdigest() == file.sha256 for file in files)
+    assert files_in(tmp_path / "release") == sorted([*(file.key for file in files), "catalog.yaml"])
+
+
+def test_what_a_killed_export_left_goes_once_nobody_can_be_writing_it(tmp_path, run):
+    data = tmp_path / "release/digits/data"
+    data.mkdir(parents=True)
+    old, new, foreign = (
+        data / f".{name}.partial" for name in ("train_masks_50pct.npy.0", "train_masks_50pct.npy.1", "x")
+    )
+    for path in (old, new, foreign):
+        path.touch()
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    export_run(run, tmp_path / "release")
+    assert (old.exists(), new.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path, run):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RunError, match=f"{folder} cannot be written .*choose another path"):
+            export_run(run, folder)
+    (tmp_path / "release/catalog.yaml").mkdir(parents=True)
+    with pytest.raises(RunError, match="cannot be written"):
+        export_run(run, tmp_path / "release")
+    assert files_in(tmp_path / "release") == []
+
+
+def test_a_damaged_chunk_ends_the_export_with_the_command_that_finds_it(tmp_path, run):
+    (run.path / "store.zarr/train_logits/c/1/0/0").write_bytes(b"scrambled")
+    with pytest.raises(RunError, match="dmpipeline verify"):
+        export_run(run, tmp_path / "release")
     assert files_in(tmp_path / "release") == []
 
 

@@ -55,6 +55,24 @@ def test_nothing_of_it_is_read_over_the_budget(published):
     assert dmdata.spend().n_requests == before
 
 
+def test_while_a_run_is_published_anew_no_catalog_lists_its_objects(published, live_s3, monkeypatch):
+    run, url = published
+
+    def keys():
+        listed = live_s3.owner.list_objects_v2(Bucket=live_s3.bucket, Prefix="published/")
+        return {item["Key"].removeprefix("published/") for item in listed["Contents"]}
+
+    assert "catalog.yaml" in keys()
+    for name, value in live_s3.owner_env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AccessError):
+        publish_run(run, url, acl="no-such-acl")  # refused by the first upload
+    assert "catalog.yaml" not in keys()
+    publish_run(run, url)
+    assert "catalog.yaml" in keys()
+    assert not list(run.path.glob(".publishing-*"))
+
+
 def test_a_stranger_cannot_publish(published):
     run, url = published
     with pytest.raises(AccessError, match="may not be written"):

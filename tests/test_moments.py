@@ -17,7 +17,7 @@ def drawn(n_models, n_train, n_targets, *, seed=0, dtype=np.float16):
 
 def assert_same(a, b):
     assert a.n == b.n
-    for name in ("gram", "cross", "y_sum", "y_squares"):
+    for name in ("gram", "shift", "cross", "y_sum", "y_squares"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -71,6 +71,44 @@ def test_added_moments_equal_those_of_all_rows_in_any_order():
     assert_same(c + (a + b), whole)
 
 
+def centred(moments):
+    """X'(Y - mean) and the variances of Y, which do not depend on the shift."""
+    mean = moments.y_sum / moments.n
+    return moments.cross - np.outer(moments.ones, mean), moments.y_squares / moments.n - mean**2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    offset=st.sampled_from([0.0, -3.0, 1e3, 1e6, -1e9]),
+    dtype=st.sampled_from([np.float64, np.float32]),
+    cut=st.integers(1, 199),
+    block_rows=st.integers(1, 250),
+    seed=st.integers(0, 1000),
+)
+def test_a_large_offset_drowns_nothing_whether_summed_at_once_or_in_parts(offset, dtype, cut, block_rows, seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((200, 6)) < 0.5
+    outputs = (offset + rng.normal(0, 0.1, (200, 3)) * max(1, abs(offset) * 1e-5)).astype(dtype)
+    y = outputs.astype(np.longdouble)
+    y -= y.mean(axis=0)
+    cross, variance = (masks.T @ y).astype(float), (y**2).mean(axis=0).astype(float)
+    deviation = np.sqrt(variance).max()
+    first, second = (
+        Moments.of(masks, outputs, start=i, stop=j, block_rows=block_rows) for i, j in ((0, cut), (cut, 200))
+    )
+    for got in (Moments.of(masks, outputs, block_rows=block_rows), first + second, second + first):
+        got_cross, got_variance = centred(got)
+        np.testing.assert_allclose(got_cross, cross, rtol=0, atol=1e-9 * deviation)
+        np.testing.assert_allclose(got_variance, variance, rtol=1e-9)
+        np.testing.assert_array_equal(got.gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+
+
+def test_half_precision_outputs_are_summed_as_they_are():
+    masks, outputs = drawn(30, 6, 2)
+    assert not Moments.of(masks, outputs).shift.any()
+    np.testing.assert_array_equal(Moments.of(masks, outputs.astype(np.float32), start=3).shift, outputs[3])
+
+
 def test_moments_of_different_examples_are_not_added():
     with pytest.raises(SpecError, match="same examples"):
         Moments.of(*drawn(9, 4, 2)) + Moments.of(*drawn(9, 5, 2))
@@ -90,6 +128,14 @@ def test_zarr_and_dask_give_the_same_moments_as_numpy(tmp_path):
 def test_zeros_and_ones_of_any_dtype_are_masks(dtype):
     masks, outputs = drawn(30, 6, 2)
     assert_same(Moments.of(masks.astype(dtype), outputs), Moments.of(masks, outputs))
+
+
+def test_lists_are_refused_with_what_to_hand_in():
+    masks, outputs = drawn(30, 6, 2)
+    with pytest.raises(SpecError, match=r"masks are a list; .*numpy\.asarray\(masks\)"):
+        Moments.of(masks.tolist(), outputs)
+    with pytest.raises(SpecError, match="outputs are a list"):
+        Moments.of(masks, outputs.tolist())
 
 
 def test_rows_are_read_once_and_in_blocks():

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +27,22 @@ TINY = {"name": "perceptron", "hidden": 6, "epochs": 1}
 def tiny_spec(**changes):
     values = {"n_models": 11, "held_out": {"n_subsets": 3, "n_retrainings": 2}, "recipe": TINY, "block_models": 4}
     return RunSpec(**(values | changes))
+
+
+@pytest.fixture
+def largest_file():
+    """Let no file grow beyond so many bytes while a block runs, as a full disk would not."""
+
+    @contextlib.contextmanager
+    def limited(n_bytes):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def contents(run):
@@ -108,7 +126,95 @@ def test_an_empty_directory_becomes_a_run_and_a_broken_off_creation_is_no_obstac
     (tmp_path / ".creating-0123").mkdir()
     run = Run.create(tmp_path, tiny_spec())
     assert run.n_rows_done == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["provenance.json", "run.yaml", "store.zarr"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "provenance.json", "run.yaml", "store.zarr"]
+
+
+@pytest.mark.parametrize("n_renamed", [0, 1, 2])
+def test_a_creation_killed_between_its_steps_is_begun_anew(tmp_path, monkeypatch, letters, n_renamed):
+    class Killed(BaseException):
+        pass
+
+    calls, rename = [], os.rename
+
+    def rename_or_die(source, target):
+        if len(calls) == n_renamed:
+            raise Killed
+        calls.append(target)
+        rename(source, target)
+
+    spec = tiny_spec(dataset=letters)
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "rename", rename_or_die)
+        with pytest.raises(Killed):
+            Run.create(tmp_path / "run", tiny_spec(dataset=letters, n_models=5))
+    assert not (tmp_path / "run/run.yaml").exists()
+    run = Run.create(tmp_path / "run", spec)
+    assert run.array("train_masks").shape[0] == spec.n_rows
+    assert sorted(path.name for path in run.path.iterdir()) == ["lock", "provenance.json", "run.yaml", "store.zarr"]
+
+
+def test_trained_models_without_a_spec_are_not_taken_for_a_broken_off_creation(tmp_path, letters):
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    with pytest.raises(KeyboardInterrupt):
+        run.train(interrupted_after(4))
+    before = contents(run)
+    (run.path / "run.yaml").rename(tmp_path / "lost.yaml")
+    with pytest.raises(RunExistsError, match="trained models"):
+        Run.create(run.path, run.spec)
+    (tmp_path / "lost.yaml").rename(run.path / "run.yaml")
+    again = contents(Run.open(run.path))
+    assert all(np.array_equal(again[name], before[name], equal_nan=name != "train_masks") for name in ARRAYS)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "store.zarr"])
+def test_a_file_of_somebody_elses_that_bears_one_of_our_names_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RunExistsError, match="other files"):
+        Run.create(tmp_path, tiny_spec())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_place_that_cannot_be_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunExistsError, match="is a file"):
+        Run.create(tmp_path / "file", tiny_spec())
+    for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match=f"{path} cannot be written .*choose another path"):
+            Run.create(path, tiny_spec())
+    with pytest.raises(RunError, match=r"cannot be opened|no run\.yaml"):
+        Run.open(tmp_path / ("x" * 300))
+
+
+def test_a_full_disk_ends_training_with_the_runs_path_and_it_goes_on_from_there(tmp_path, letters, largest_file):
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    with largest_file(100), pytest.raises(RunError, match=f"{run.path} cannot be written .*make room"):
+        run.train()
+    assert run.n_rows_done == 0
+    run.train()
+    run.require_complete()
+
+
+@pytest.mark.parametrize("damage", [b"", b"scrambled" * 9])
+def test_a_damaged_chunk_names_the_run_and_the_command_that_finds_it(tmp_path, letters, damage):
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    run.train()
+    (run.path / "store.zarr/test_logits/c/1/0/0").write_bytes(damage)
+    run.read_block(run.spec.blocks[0])
+    with pytest.raises(RunError, match="dmpipeline verify") as caught:
+        run.read_block(run.spec.blocks[1])
+    assert str(run.path) in str(caught.value)
+    (run.path / "store.zarr/block_digests/c/1/0").write_bytes(damage)
+    with pytest.raises(RunError, match="dmpipeline verify"):
+        run.require_complete()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"zarr_format": 3, "node_type": "array"}'])
+@pytest.mark.parametrize("place", ["zarr.json", "train_masks/zarr.json"])
+def test_damaged_metadata_of_the_store_is_a_run_error(tmp_path, letters, place, text):
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    (run.path / "store.zarr" / place).write_text(text)
+    with pytest.raises(RunError, match="restore"):
+        Run.open(run.path).array("train_masks")
 
 
 @pytest.mark.parametrize("changes", [{"dataset": "letters"}, {"recipe": {"name": "resnet"}}, {"recipe": {"hiden": 3}}])

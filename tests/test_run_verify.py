@@ -178,3 +178,10 @@ def test_a_dataset_that_changed_or_is_gone_is_found_and_the_rest_is_still_checke
         assert "correct the path" in failed(run)["dataset"]
     finally:
         letters.write_bytes(before)
+
+
+def test_damaged_digests_are_a_finding(run):
+    (run.path / "store.zarr/block_digests/c/1/0").write_bytes(b"short")
+    wrong = failed(run)
+    assert wrong["arrays"].startswith("block_digests cannot be read")
+    assert "could not be checked" in wrong["digests"]
