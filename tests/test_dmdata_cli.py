@@ -37,7 +37,8 @@ sys.addaudithook(refuse)
 from dmdata.cli import main
 main()
 """
-COMMAND = "from dmdata.cli import main; main()"
+# a test run started in the background hands down an ignored SIGINT, which a terminal never does
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from dmdata.cli import main; main()"
 
 
 @pytest.fixture(autouse=True)
