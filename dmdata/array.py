@@ -15,7 +15,7 @@ import numpy.typing as npt
 import zarr
 
 from dmdata.errors import FormatError, IntegrityError
-from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.fetch import MAX_RANGE_BYTES, Spool, Transport
 from dmdata.formats import Layout
 from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
@@ -53,12 +53,17 @@ class InObject:
         return plan_read(layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
 
     def read(
-        self, layout: Layout, selection: Selection, *, progress: Callable[[int], object] | None
+        self,
+        layout: Layout,
+        selection: Selection,
+        *,
+        progress: Callable[[int], object] | None,
+        spool: Spool | None = None,
     ) -> npt.NDArray[Any]:
         """Fetch a selection."""
         plan = self.plan(layout, selection)
         try:
-            return product_array(plan, self.transport.fetch(plan, etag=self.etag, progress=progress))
+            return product_array(plan, self.transport.fetch(plan, etag=self.etag, progress=progress, spool=spool))
         except IntegrityError:
             forget_header(self.transport.address)
             raise
@@ -78,9 +83,15 @@ class InZarr:
             raise FormatError(f"{self.url} is no readable Zarr array: {error}", url=self.url) from error
 
     def read(
-        self, layout: Layout, selection: Selection, *, progress: Callable[[int], object] | None
+        self,
+        layout: Layout,
+        selection: Selection,
+        *,
+        progress: Callable[[int], object] | None,
+        spool: Spool | None = None,
     ) -> npt.NDArray[Any]:
-        """Read a selection."""
+        """Read a selection; it is free, so that a spool would save nothing and is not asked."""
+        del spool
         if selection.n_elements == 0:
             return np.empty(selection.shape, layout.dtype)
         wanted = tuple(
@@ -203,9 +214,18 @@ class LazyArray:
         """Index each axis by itself: ``a.oindex[rows, columns]`` reads their product."""
         return OrthogonalIndex(self)
 
-    def read(self, selection: Selection, *, progress: Callable[[int], object] | None = None) -> npt.NDArray[Any]:
-        """Read a selection made by `dmdata.selection.select`; `progress` is told of bytes as they arrive."""
-        return self.body.read(self.layout, selection, progress=progress)
+    def read(
+        self,
+        selection: Selection,
+        *,
+        progress: Callable[[int], object] | None = None,
+        spool: Spool | None = None,
+    ) -> npt.NDArray[Any]:
+        """Read a selection made by `dmdata.selection.select`; `progress` is told of bytes as they arrive.
+
+        With a `spool` the answer is a view of its buffer, and ranges that it has are not fetched again.
+        """
+        return self.body.read(self.layout, selection, progress=progress, spool=spool)
 
     @property
     def slowest_axis(self) -> int:

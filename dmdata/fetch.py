@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,19 @@ _LONGEST_PAUSE_SECONDS = 8.0
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that arrived since the last call, from any thread."""
+
+
+class Spool(Protocol):
+    """Where a read lands, by someone who remembers what has landed: an interrupted read then goes on from there."""
+
+    def product(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Give the buffer to fill, with the bytes of earlier ranges in place."""
+
+    def has(self, nth: int) -> bool:
+        """Tell whether the nth range of the plan is in the buffer already."""
+
+    def landed(self, nth: int, start: int, stop: int) -> None:
+        """Take note that the nth range's wanted bytes are in ``product[start:stop]``. Called from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +94,9 @@ class Transport:
             meter.settle()
         return bytes(buffer)
 
-    def fetch(self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+    def fetch(
+        self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None, spool: Spool | None = None
+    ) -> npt.NDArray[np.uint8]:
         """Read what a plan asks for.
 
         Parameters
@@ -90,6 +105,8 @@ class Transport:
         etag : str or None
             The object must still have it, at every request.
         progress : callable, optional
+        spool : Spool, optional
+            Ranges it has are neither fetched nor paid for.
 
         Returns
         -------
@@ -107,17 +124,24 @@ class Transport:
         """
         if not plan.n_requests:
             return np.empty(0, np.uint8)
-        source, meter = connect(self.address), self._meter(plan.n_bytes, plan.n_requests, progress)
+        missing = [nth for nth in range(plan.n_requests) if spool is None or not spool.has(nth)]
+        n_bytes = int((plan.range_stops - plan.range_starts)[missing].sum())
+        source, meter = connect(self.address), self._meter(n_bytes, len(missing), progress)
         stop = threading.Event()
         next_range = itertools.count()
 
         def work() -> None:
-            while not stop.is_set() and (nth := next(next_range)) < plan.n_requests:
+            while not stop.is_set() and (position := next(next_range)) < len(missing):
+                nth = missing[position]
                 _fetch_range(source, plan, nth, product, etag, meter, stop)
+                if spool is not None and not stop.is_set():
+                    first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
+                    spool.landed(nth, int(plan.landing[first]), int(plan.landing[last]))
 
         try:
-            product = np.empty(plan.wanted_bytes, np.uint8)
-            _run_in_threads(work, min(CONNECTIONS, plan.n_requests), stop)
+            product = spool.product(plan.wanted_bytes) if spool else np.empty(plan.wanted_bytes, np.uint8)
+            if missing:
+                _run_in_threads(work, min(CONNECTIONS, len(missing)), stop)
         finally:
             meter.settle()
         return product

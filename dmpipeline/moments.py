@@ -204,6 +204,7 @@ def as_binary(block: NDArray[Any], *, first: int) -> NDArray[np.int8]:
 
 _PANEL_COLUMNS = 1024
 _EXACT_ROWS = 2**23
+_LEAST_INT8_SIDE = 16
 
 
 def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDArray[np.int8]:
@@ -256,7 +257,8 @@ def _mirror_upper(gram: NDArray[np.int32]) -> None:
 
 def _count_products(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.int32]:
     """Multiply two int8 matrices of zeros and ones exactly, by whichever exact product is faster on this machine."""
-    if _int8_products_pay():
+    # for a single row or column the int8 product answers with memory it never wrote (seen in torch 2.13 with VNNI)
+    if min(a.shape[0], b.shape[1]) >= _LEAST_INT8_SIDE and _int8_products_pay():
         return torch._int_mm(a, b).numpy()
     return _float_products(a, b)
 
