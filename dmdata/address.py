@@ -5,8 +5,11 @@ An `Address` travels between processes and holds no credentials; written out it 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import numpy.typing as npt
 
 from dmdata.errors import IntegrityError, SourceError
 
@@ -52,10 +55,24 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class ObjectState:
-    """Size and identity of an object at one moment; `etag` is None where the store has none."""
+    """Size and identity of an object at one moment.
+
+    Attributes
+    ----------
+    n_bytes : int
+    etag : str or None
+        None where the store has none.
+    charged : bool or None
+        Whether the store said that it charges the reader (``x-amz-request-charged``); None where it was not asked.
+    """
 
     n_bytes: int
     etag: str | None
+    charged: bool | None = None
+
+
+Put: TypeAlias = Callable[[npt.NDArray[np.uint8]], None]
+"""Takes the next bytes of a range; they are the callee's only until it returns."""
 
 
 class Source(Protocol):
@@ -69,34 +86,40 @@ class Source(Protocol):
         ObjectMissingError, AccessError, SourceError
         """
 
-    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
-        """Fill a buffer from byte `start` on, in one request; return the bytes placed, fewer only if `stopped`.
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
+        """Read a range in one request, handing over its bytes in order as they arrive; all of them, unless `stopped`.
 
         Raises
         ------
         IntegrityError
             If the object's etag is not the one given.
         SourceError
-            If the transfer broke: `n_received` bytes are in the buffer; `transient` tells whether to try again.
+            If the transfer broke; `transient` tells whether to try again.
+
+        Notes
+        -----
+        The fact `refused` of an error says that the store answered with an error instead of the object's bytes, so that
+        none of those can be billed; `whole` that it began to send the whole object.
         """
 
 
-def changed(address: Address) -> IntegrityError:
+def changed(address: Address, *, refused: bool = False) -> IntegrityError:
     """Say that an object is not the one that was read before."""
     return IntegrityError(
         f"{address} changed since it was first read, so what was read before does not belong to it; "
         "open it again and read anew",
         url=str(address),
+        refused=refused,
     )
 
 
-def ended_short(address: Address, at: int | None, *, transient: bool, n_received: int = 0) -> SourceError:
+def ended_short(address: Address, at: int | None, *, transient: bool) -> SourceError:
     """Say that an object has fewer bytes than were asked for; `at` is None where the range begins past its end."""
     where = "before" if at is None else f"at byte {at}, inside"
     return SourceError(
         f"{address} ended {where} the range that was asked for",
         url=str(address),
         transient=transient,
-        n_received=n_received,
         past_end=at is None,
+        refused=True,  # what was sent of it has arrived
     )

@@ -8,14 +8,14 @@ address, never with credentials, and its repr touches nothing.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
 from dmdata.errors import FormatError, IntegrityError
-from dmdata.fetch import MAX_RANGE_BYTES, Spool, Transport
+from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
 from dmdata.formats import Layout
 from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 _LOCAL_GAP_BYTES = 64 << 10
 
 
+Preference: TypeAlias = Literal["price", "speed"]
+"""What a read merges small gaps for: the fewest dollars, or the fewest seconds by the assumed link."""
+
+
 @dataclass(frozen=True, slots=True)
 class InObject:
     """Elements in one object, read by byte ranges; `etag` is that of the header's reading."""
 
     transport: Transport
     etag: str | None
+    prefer: Preference = "price"
 
     @property
     def url(self) -> str:
@@ -44,13 +49,13 @@ class InObject:
         return str(self.transport.address)
 
     def plan(self, layout: Layout, selection: Selection) -> ReadPlan:
-        """Plan a read: the cheapest way from a paid source, a quick one from a free source."""
+        """Plan a read as it will be carried out; from a free source always the quick way."""
         address = self.transport.address
-        if address.requester_pays:
-            gap = PRICES.break_even_gap_bytes(self.transport.destination)
-        else:
-            gap = _LOCAL_GAP_BYTES if address.is_local else LINK.break_even_gap_bytes
-        return plan_read(layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
+        if address.is_local:
+            return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
+        if self.prefer == "speed" or not address.requester_pays:
+            return fastest_plan(layout, selection, to=self.transport.destination)
+        return cheapest_plan(layout, selection, to=self.transport.destination)
 
     def read(
         self,
@@ -240,18 +245,27 @@ class LazyArray:
         n_bytes, n_requests = sum(plan.n_bytes for plan in plans), sum(plan.n_requests for plan in plans)
         return quote(n_bytes, n_requests, self.body.transport.destination).usd
 
-    def plan(self, key: Any = ..., *, to: str = Destination.INTERNET) -> ReadPlan:
-        """Plan the cheapest byte ranges of a selection, without reading anything.
+    def plan(self, key: Any = ..., *, to: str | None = None, prefer: Preference | None = None) -> ReadPlan:
+        """Plan the byte ranges of a selection as a read from a release would ask for them, without reading anything.
 
         Parameters
         ----------
         key : index
             As in ``[]``; several index arrays mean their product.
-        to : {"internet", "same-region", "cross-region"}
+        to : {"internet", "same-region", "cross-region"}, optional
+            Where the bytes go; by default where the array was opened for.
+        prefer : {"price", "speed"}, optional
+            By default what the array was opened with.
         """
         selection = select(key, self.shape, orthogonal=True)
-        gap = PRICES.break_even_gap_bytes(destination_of(to))
-        return plan_read(self.layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES)
+        destination = destination_of(to or self._destination)
+        if (prefer or (self.body.prefer if isinstance(self.body, InObject) else "price")) == "speed":
+            return fastest_plan(self.layout, selection, to=destination)
+        return cheapest_plan(self.layout, selection, to=destination)
+
+    @property
+    def _destination(self) -> Destination:
+        return self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
 
     def estimate(self, key: Any = ..., *, to: str | None = None) -> Estimate:
         """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
@@ -265,9 +279,8 @@ class LazyArray:
         to : {"internet", "same-region", "cross-region"}, optional
             Where the bytes go; by default where the array was opened for.
         """
-        default = self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
         selection = select(key, self.shape, orthogonal=True)
-        return estimate_read(self.layout, selection, to=destination_of(to or default))
+        return estimate_read(self.layout, selection, to=destination_of(to or self._destination))
 
     def mirror(
         self,
@@ -319,6 +332,34 @@ class OrthogonalIndex:
         return self.array.read(select(key, self.array.shape, orthogonal=True))
 
 
+def cheapest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
+    """Plan a read for the fewest dollars: gaps are fetched where that costs less than another request.
+
+    A short read is split for concurrency all the same, down to 4 MiB a range, for 0.1% of its price at most.
+    """
+    gap = PRICES.break_even_gap_bytes(to)
+    return _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=LEAST_RANGE_BYTES)
+
+
+def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
+    """Plan a read for the fewest seconds by the assumed link: gaps are fetched where a request would take longer."""
+    gap = int(LINK.break_even_gap_bytes)
+    merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
+    plans = (merged, cheapest_plan(layout, selection, to=to))
+    return min(plans, key=lambda plan: LINK.seconds(plan.n_bytes, plan.n_requests))
+
+
+def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_range_bytes: int) -> ReadPlan:
+    return plan_read(
+        layout,
+        selection,
+        max_gap_bytes=max_gap_bytes,
+        max_range_bytes=MAX_RANGE_BYTES,
+        n_at_once=CONNECTIONS,
+        least_range_bytes=least_range_bytes,
+    )
+
+
 def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
@@ -332,7 +373,6 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> E
     -------
     estimate : Estimate
     """
-    gaps = {PRICES.break_even_gap_bytes(to), LINK.break_even_gap_bytes}
-    plans = [plan_read(layout, selection, max_gap_bytes=gap, max_range_bytes=MAX_RANGE_BYTES) for gap in gaps]
-    quotes = [quote(plan.n_bytes, plan.n_requests, to) for plan in plans]
-    return Estimate(min(quotes, key=lambda q: (q.usd, q.seconds)), min(quotes, key=lambda q: (q.seconds, q.usd)), to)
+    plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to) for plan in plans)
+    return Estimate(cheapest, fastest, to)

@@ -1,24 +1,27 @@
 """Run a plan under a budget: reserve, fetch ranges concurrently into the destination, settle on what was received.
 
-Memory is bounded by the destination plus one range a connection. A broken transfer is tried again with backoff from
-the byte it broke at; a refusal or a missing object never is. Ctrl-C stops all connections at their next megabyte.
-Free sources are read the same way, without ledger or budget.
+Memory is bounded by the destination plus what each connection holds of a range, less than a mebibyte. A broken
+transfer is tried again with backoff from the byte it broke at; a refusal or a missing object never is. What may have
+been billed is in the ledger: bytes that arrived, and the rest of a range where its transfer broke or was cut off.
+Ctrl-C ends a read at once, whatever its connections wait for. Free sources are read the same way, without ledger or
+budget.
 """
 
 import itertools
+import queue
 import random
 import threading
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dmdata.address import Address, ObjectState, Source
-from dmdata.errors import SourceError
-from dmdata.ledger import Ledger, Reservation, home
+from dmdata.errors import DmdataError, SourceError
+from dmdata.ledger import Amount, Ledger, Reservation, home
 from dmdata.plan import ReadPlan, land
 from dmdata.prices import Destination, quote
 from dmdata.source import connect
@@ -26,12 +29,35 @@ from dmdata.source import connect
 MAX_RANGE_BYTES = 16 << 20
 """Longest request: a transport's time-out covers a whole body, and what breaks must not be large."""
 
-CONNECTIONS = 8
-_TRIES_WITHOUT_PROGRESS = 6
-_LONGEST_PAUSE_SECONDS = 8.0
+LEAST_RANGE_BYTES = 4 << 20
+"""Shortest range that a short read is split into for concurrency; splitting costs 0.1% of its price at most."""
 
-Progress = Callable[[int], object]
+CONNECTIONS = 32
+"""Most ranges in flight at a time. A read of short ranges begins with 8, and more where answers are slow to come."""
+
+_FIRST_CONNECTIONS = 8
+_LONG_RANGE_BYTES = 1 << 20
+# an answer that took longer than this was waited for, so that more at a time is faster
+_SLOW_ANSWER_SECONDS = 0.004
+_TRIES_WITHOUT_PROGRESS = 6
+_MOST_TRIES = 64
+_LONGEST_PAUSE_SECONDS = 8.0
+# what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
+_DRAW_BYTES = 64 << 20
+_DRAW_REQUESTS = 1024
+_MOST_RANGES_IN_HAND = 32
+_LISTED_AT_ONCE = 4096
+# how long others may take to notice that a read has failed, before it ends without them
+_GRACE_SECONDS = 0.25
+_INTERRUPTIBLE_SECONDS = 0.1
+# a server that sends the whole object instead of a range has sent at most what fits into both ends' buffers
+_MOST_BUFFERED_BYTES = 16 << 20
+
+Progress: TypeAlias = Callable[[int], object]
 """Called with the number of bytes that arrived since the last call, from any thread."""
+
+# a range of a plan: its number, its bytes in the object, and its wanted bytes in the product
+_Range: TypeAlias = tuple[int, int, int, int, int]
 
 
 class Spool(Protocol):
@@ -58,11 +84,14 @@ class Transport:
         Name in the books.
     destination : Destination
         Decides the price of a byte.
+    charged : bool or None
+        What the source said of charging its reader when the object was opened, for the books.
     """
 
     address: Address
     artifact: str
     destination: Destination = Destination.INTERNET
+    charged: bool | None = None
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         """Read up to `n_bytes` from the start, and learn the object's size and etag.
@@ -72,10 +101,19 @@ class Transport:
         BudgetError, AccessError, ObjectMissingError, SourceError
         """
         source, meter = connect(self.address), self._meter(n_bytes, 1)
+        tally = meter.tally()
         try:
-            head, state = _patiently(lambda: source.start(n_bytes), meter, threading.Event())
-            meter.received(len(head))
-            return head, state
+            while True:
+                tally.sending(n_bytes)
+                try:
+                    head, state = source.start(n_bytes)
+                except DmdataError as error:
+                    _patience(error, tally, meter, threading.Event())
+                    continue
+                tally.arrived(len(head))
+                tally.in_flight = 0
+                meter.charged = state.charged
+                return head, state
         finally:
             meter.settle()
 
@@ -87,12 +125,20 @@ class Transport:
         BudgetError, IntegrityError, AccessError, ObjectMissingError, SourceError
         """
         source, meter = connect(self.address), self._meter(stop - start, 1)
+        parts: list[bytes] = []
+        stopping = threading.Event()
+
+        def work() -> None:
+            tally = meter.tally()
+            _read_range(
+                source, start, stop, etag, lambda _, chunk: parts.append(chunk.tobytes()), tally, meter, stopping
+            )
+
         try:
-            buffer = bytearray(stop - start)
-            _fill(source, memoryview(buffer), start, etag, meter, threading.Event())
+            _Crew(work, stopping).run(1)
         finally:
             meter.settle()
-        return bytes(buffer)
+        return b"".join(parts)
 
     def fetch(
         self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None, spool: Spool | None = None
@@ -120,28 +166,40 @@ class Transport:
         IntegrityError
             If the object changed meanwhile.
         AccessError, ObjectMissingError, SourceError
-            If it cannot be read; what arrived until then is in the ledger.
+            If it cannot be read; what may have been billed until then is in the ledger.
         """
         if not plan.n_requests:
             return np.empty(0, np.uint8)
-        missing = [nth for nth in range(plan.n_requests) if spool is None or not spool.has(nth)]
-        n_bytes = int((plan.range_stops - plan.range_starts)[missing].sum())
-        source, meter = connect(self.address), self._meter(n_bytes, len(missing), progress)
-        stop = threading.Event()
-        next_range = itertools.count()
+        n_bytes, n_requests = _missing(plan, spool)
+        if not n_requests:
+            return _product(plan, spool)
+        source, meter = connect(self.address), self._meter(n_bytes, n_requests, progress)
+        meter.object_bytes = plan.layout.stop
+        stopping = threading.Event()
+        ranges = _Queue(plan, spool, n_requests)
 
         def work() -> None:
-            while not stop.is_set() and (position := next(next_range)) < len(missing):
-                nth = missing[position]
-                _fetch_range(source, plan, nth, product, etag, meter, stop)
-                if spool is not None and not stop.is_set():
-                    first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
-                    spool.landed(nth, int(plan.landing[first]), int(plan.landing[last]))
+            tally = meter.tally()
+            while not stopping.is_set() and (in_hand := ranges.take()):
+                meter.draw(in_hand)
+                for nth, start, stop, at, end in in_hand:
+                    if stopping.is_set():
+                        return
+                    began = time.perf_counter()
+                    lander = _Lander(plan, product, at, whole=end - at == stop - start, start=start)
+                    _read_range(source, start, stop, etag, lander.put, tally, meter, stopping)
+                    if spool is not None and not stopping.is_set():
+                        spool.landed(nth, at, end)
+                    if time.perf_counter() - began > _SLOW_ANSWER_SECONDS:
+                        crew.add(most=n_most)
 
+        n_most = min(CONNECTIONS, n_requests)
+        # short ranges from a near server are worked for, not waited for, and more threads would be in each other's way
+        n_first = n_most if n_bytes >= _LONG_RANGE_BYTES * n_requests else min(_FIRST_CONNECTIONS, n_most)
         try:
-            product = spool.product(plan.wanted_bytes) if spool else np.empty(plan.wanted_bytes, np.uint8)
-            if missing:
-                _run_in_threads(work, min(CONNECTIONS, len(missing)), stop)
+            product = _product(plan, spool)
+            crew = _Crew(work, stopping)
+            crew.run(n_first)
         finally:
             meter.settle()
         return product
@@ -158,119 +216,278 @@ class Transport:
             Ledger(home()).check(usd=price.usd, artifact=self.artifact)
 
     def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> "_Meter":
-        reservation = None
+        meter = _Meter(self.destination, n_bytes, n_requests, progress, self.charged)
         if self.address.requester_pays:
-            price = quote(n_bytes, n_requests, self.destination)
-            reservation = Ledger(home()).reserve(
-                usd=price.usd,
+            meter.reservation = Ledger(home()).reserve(
+                usd=quote(n_bytes, n_requests, self.destination).usd,
                 n_bytes=n_bytes,
                 n_requests=n_requests,
                 artifact=self.artifact,
                 destination=self.destination,
+                drawn=meter.next_draw(0, 0),
             )
-        return _Meter(self.destination, reservation, n_requests, progress)
+        return meter
 
 
-def _fetch_range(
+def _missing(plan: ReadPlan, spool: Spool | None) -> tuple[int, int]:
+    """Count the bytes and requests of the ranges that a spool has not."""
+    if spool is None:
+        return plan.n_bytes, plan.n_requests
+    n_bytes = n_requests = nth = 0
+    for ranges in plan.batches():
+        for start, stop in ranges.tolist():
+            if not spool.has(nth):
+                n_bytes, n_requests = n_bytes + stop - start, n_requests + 1
+            nth += 1
+    return n_bytes, n_requests
+
+
+def _product(plan: ReadPlan, spool: Spool | None) -> npt.NDArray[np.uint8]:
+    return np.empty(plan.wanted_bytes, np.uint8) if spool is None else spool.product(plan.wanted_bytes)
+
+
+class _Queue:
+    """Hands the ranges of a plan to the threads: one at a time where they are long, several where they are short."""
+
+    def __init__(self, plan: ReadPlan, spool: Spool | None, n_missing: int) -> None:
+        self._ranges = self._walk(plan, spool)
+        self._left = n_missing
+        self._most = max(min(_MOST_RANGES_IN_HAND, _LONG_RANGE_BYTES * plan.n_requests // plan.n_bytes), 1)
+        self._lock = threading.Lock()
+
+    def take(self) -> list[_Range]:
+        """Take the next ranges; none are left where the list is empty."""
+        with self._lock:
+            n = max(min(self._most, self._left // (2 * CONNECTIONS)), 1)
+            taken = list(itertools.islice(self._ranges, n))
+            self._left -= len(taken)
+        return taken
+
+    @staticmethod
+    def _walk(plan: ReadPlan, spool: Spool | None) -> Iterator[_Range]:
+        nth = 0
+        for batch in plan.batches():
+            for first in range(0, len(batch), _LISTED_AT_ONCE):
+                ranges = batch[first : first + _LISTED_AT_ONCE]
+                landings = plan.wanted.landing(ranges.ravel()).reshape(-1, 2)
+                for (start, stop), (at, end) in zip(ranges.tolist(), landings.tolist(), strict=True):
+                    if spool is None or not spool.has(nth):
+                        yield nth, start, stop, at, end
+                    nth += 1
+
+
+class _Lander:
+    """Puts the bytes of one range into the product as they arrive."""
+
+    __slots__ = ("_at", "_plan", "_product", "_start", "_whole")
+
+    def __init__(self, plan: ReadPlan, product: npt.NDArray[np.uint8], at: int, *, whole: bool, start: int) -> None:
+        self._plan, self._product, self._at, self._whole, self._start = plan, product, at, whole, start
+
+    def put(self, position: int, chunk: npt.NDArray[np.uint8]) -> None:
+        if self._whole:
+            at = self._at + position - self._start
+            self._product[at : at + len(chunk)] = chunk
+        else:
+            self._at += land(self._plan.wanted, position, chunk, self._product, self._at)
+
+
+def _read_range(
     source: Source,
-    plan: ReadPlan,
-    nth: int,
-    product: npt.NDArray[np.uint8],
+    start: int,
+    stop: int,
     etag: str | None,
+    put: Callable[[int, npt.NDArray[np.uint8]], object],
+    tally: "_Tally",
     meter: "_Meter",
-    stop: threading.Event,
+    stopping: threading.Event,
 ) -> None:
-    first, last = plan.first_piece[nth], plan.first_piece[nth + 1]
-    start, n_bytes = int(plan.range_starts[nth]), int(plan.range_stops[nth] - plan.range_starts[nth])
-    target = product[plan.landing[first] : plan.landing[last]]
-    if len(target) == n_bytes:
-        _fill(source, target.data, start, etag, meter, stop)
-        return
-    received = np.empty(n_bytes, np.uint8)
-    _fill(source, received.data, start, etag, meter, stop)
-    if not stop.is_set():
-        land(plan, nth, received, product)
+    """Read a range, going on after each broken transfer from the byte it broke at; less only if stopped."""
+    position = start
 
+    def accept(chunk: npt.NDArray[np.uint8]) -> None:
+        nonlocal position
+        chunk = chunk[: stop - position]
+        put(position, chunk)
+        position += len(chunk)
+        tally.arrived(len(chunk))
 
-def _fill(
-    source: Source, buffer: memoryview, start: int, etag: str | None, meter: "_Meter", stop: threading.Event
-) -> None:
-    """Fill a buffer, going on after each broken transfer from where it broke; less only if stopped."""
-    done = 0
-
-    def attempt() -> None:
-        nonlocal done
-        n_received = 0
+    fruitless = 0
+    for n_tries in itertools.count(1):
+        began = position
+        tally.sending(stop - position)
         try:
-            n_received = source.read_into(buffer[done:], start + done, etag=etag, stopped=stop.is_set)
-        except SourceError as error:
-            n_received = error.facts.get("n_received", 0)
-            raise
-        finally:
-            meter.received(n_received)
-            done += n_received
+            source.read(position, stop, etag=etag, put=accept, stopped=stopping.is_set)
+            return
+        except DmdataError as error:
+            fruitless = 0 if position > began else fruitless + 1
+            _patience(error, tally, meter, stopping, fruitless=fruitless, n_tries=n_tries)
 
-    _patiently(attempt, meter, stop)
+
+def _patience(
+    error: DmdataError,
+    tally: "_Tally",
+    meter: "_Meter",
+    stopping: threading.Event,
+    *,
+    fruitless: int | None = None,
+    n_tries: int | None = None,
+) -> None:
+    """Account for a failed try; then wait a while if another one may go well, else raise what it failed for."""
+    n_tries = tally.n_requests if n_tries is None else n_tries
+    fruitless = n_tries if fruitless is None else fruitless
+    may_be_billed = tally.break_off(error, meter.object_bytes)
+    if not (isinstance(error, SourceError) and error.facts.get("transient")) or stopping.is_set():
+        raise error
+    if fruitless >= _TRIES_WITHOUT_PROGRESS or n_tries >= _MOST_TRIES:
+        what = f"{fruitless} tries in a row without a byte" if fruitless > 1 else f"{n_tries} tries"
+        raise SourceError(
+            f"{error}; given up after {what}: try again later", **error.facts | {"n_tries": n_tries}
+        ) from error
+    meter.extend(may_be_billed)
+    pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
+    stopping.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one thread sent and received: an upper bound of what may be billed for it."""
+
+    progress: Progress | None
+    n_requests: int = 0
+    n_bytes: int = 0
+    in_flight: int = 0
+
+    def sending(self, n_bytes: int) -> None:
+        self.n_requests += 1
+        self.in_flight = n_bytes
+
+    def arrived(self, n_bytes: int) -> None:
+        self.n_bytes += n_bytes
+        self.in_flight -= n_bytes
+        if self.progress and n_bytes:
+            self.progress(n_bytes)
+
+    def break_off(self, error: DmdataError, object_bytes: int) -> int:
+        """Count what is still in flight as billed, unless the source refused to send it; return how much."""
+        n_bytes = 0 if error.facts.get("refused") else self.in_flight
+        if error.facts.get("whole"):
+            n_bytes = max(n_bytes, min(object_bytes, _MOST_BUFFERED_BYTES))
+        self.n_bytes += n_bytes
+        self.in_flight = 0
+        return n_bytes
 
 
 @dataclass(slots=True)
 class _Meter:
-    """Counts what one read sends and receives, in any thread, and settles its reservation by it."""
+    """Counts what one read sends and receives, draws on its reservation, and settles it."""
 
     destination: Destination
-    reservation: Reservation | None
-    n_reserved: int
+    n_bytes: int
+    n_requests: int
     progress: Progress | None
-    n_bytes: int = 0
-    n_requests: int = 0
+    charged: bool | None
+    reservation: Reservation | None = None
+    object_bytes: int = 0
+    tallies: list[_Tally] = field(default_factory=list)
+    taken: tuple[int, int] = (0, 0)
+    drawn: tuple[int, int] = (0, 0)
+    is_settled: bool = False
     lock: Any = field(default_factory=threading.Lock)
 
-    def sending(self) -> None:
+    def tally(self) -> _Tally:
+        tally = _Tally(self.progress)
         with self.lock:
-            self.n_requests += 1
-            beyond = self.n_requests > self.n_reserved
-        if beyond and self.reservation:
-            self.reservation.extend(usd=quote(0, 1, self.destination).usd)
+            self.tallies.append(tally)
+        return tally
 
-    def received(self, n_bytes: int) -> None:
+    def next_draw(self, n_bytes: int, n_requests: int) -> Amount:
+        """Draw what is about to be sent and some more, up to all that was reserved."""
+        drawn_bytes, drawn_requests = self.drawn
+        now_bytes = max(min(drawn_bytes + _DRAW_BYTES, self.n_bytes), n_bytes)
+        now_requests = max(min(drawn_requests + _DRAW_REQUESTS, self.n_requests), n_requests)
+        self.drawn = now_bytes, now_requests
+        more_bytes, more_requests = now_bytes - drawn_bytes, now_requests - drawn_requests
+        return Amount(quote(more_bytes, more_requests, self.destination).usd, more_bytes, more_requests)
+
+    def draw(self, ranges: Sequence[_Range]) -> None:
+        """Make sure that what is about to be sent is drawn."""
+        if not self.reservation:
+            return
         with self.lock:
-            self.n_bytes += n_bytes
-        if self.progress and n_bytes:
-            self.progress(n_bytes)
+            n_bytes, n_requests = self.taken
+            n_bytes += sum(stop - start for _, start, stop, _, _ in ranges)
+            n_requests += len(ranges)
+            self.taken = n_bytes, n_requests
+            if not self.is_settled and (n_bytes > self.drawn[0] or n_requests > self.drawn[1]):
+                self.reservation.draw(self.next_draw(n_bytes, n_requests))
+
+    def extend(self, n_bytes: int) -> None:
+        """Set aside one more request, and bytes that must be fetched again although they may be billed already."""
+        with self.lock:
+            if self.reservation and not self.is_settled:
+                self.reservation.extend(Amount(quote(n_bytes, 1, self.destination).usd, n_bytes, 1))
 
     def settle(self) -> None:
-        if self.reservation:
-            price = quote(self.n_bytes, self.n_requests, self.destination)
-            self.reservation.settle(usd=price.usd, n_bytes=self.n_bytes, n_requests=self.n_requests)
+        """Write the receipt; what is in flight, in a thread that could not be waited for, counts as billed."""
+        with self.lock:
+            self.is_settled = True
+            if not self.reservation:
+                return
+            n_bytes = sum(tally.n_bytes + tally.in_flight for tally in self.tallies)
+            n_requests = sum(tally.n_requests for tally in self.tallies)
+            price = quote(n_bytes, n_requests, self.destination)
+            self.reservation.settle(usd=price.usd, n_bytes=n_bytes, n_requests=n_requests, charged=self.charged)
 
 
-def _patiently(attempt: Callable[[], Any], meter: _Meter, stop: threading.Event) -> Any:
-    """Make an attempt again and again while it fails for a passing reason, with growing random pauses."""
-    fruitless = 0
-    while True:
-        meter.sending()
+class _Crew:
+    """Threads at the same work; the first error, or Ctrl-C, stops them all and is raised.
+
+    They are daemons, because one may wait in the transport for a server that has fallen silent: who is interrupted does
+    not wait with it.
+    """
+
+    def __init__(self, work: Callable[[], None], stopping: threading.Event) -> None:
+        self._work = work
+        self._stopping = stopping
+        self._outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def run(self, n_first: int) -> None:
+        """Start some threads and wait until these and all that were added have ended."""
+        n_ended = 0
         try:
-            return attempt()
-        except SourceError as error:
-            if not error.facts.get("transient", False) or stop.is_set():
-                raise
-            fruitless = 0 if error.facts.get("n_received", 0) else fruitless + 1
-            if fruitless >= _TRIES_WITHOUT_PROGRESS:
-                raise SourceError(
-                    f"{error}; given up after {fruitless} tries in a row without a byte: try again later",
-                    **error.facts | {"n_tries": meter.n_requests},
-                ) from error
-            pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
-            stop.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
+            for _ in range(n_first):
+                self.add(most=n_first)
+            while n_ended < len(self._threads):
+                try:
+                    # an interrupt that reaches another thread is noticed only between two waits
+                    outcome = self._outcomes.get(timeout=_INTERRUPTIBLE_SECONDS)
+                except queue.Empty:
+                    continue
+                n_ended += 1
+                if outcome is not None:
+                    raise outcome
+        except BaseException:
+            self._stopping.set()
+            deadline = time.monotonic() + _GRACE_SECONDS
+            for thread in self._threads:
+                thread.join(max(deadline - time.monotonic(), 0))
+            raise
 
+    def add(self, *, most: int) -> None:
+        """Start one more thread, unless there are `most`."""
+        with self._lock:
+            if len(self._threads) < most and not self._stopping.is_set():
+                thread = threading.Thread(target=self._run, name="dmdata-fetch", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
-def _run_in_threads(work: Callable[[], None], n_threads: int, stop: threading.Event) -> None:
-    """Run the same work in several threads; the first error, or Ctrl-C, stops them all and is raised."""
-    with ThreadPoolExecutor(n_threads, thread_name_prefix="dmdata-fetch") as pool:
-        futures = [pool.submit(work) for _ in range(n_threads)]
+    def _run(self) -> None:
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-    for future in futures:
-        future.result()
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, and raised there
+            self._outcomes.put(error)
+        else:
+            self._outcomes.put(None)

@@ -83,7 +83,7 @@ def _recall(address: Address) -> Header | None:
             name: Layout(tuple(shape), np.dtype(dtype), offset, tuple(strides))
             for name, (shape, dtype, offset, strides) in facts["layouts"].items()
         }
-        return Header(ObjectState(facts["n_bytes"], facts["etag"]), layouts)
+        return Header(ObjectState(facts["n_bytes"], facts["etag"], facts.get("charged")), layouts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not there, or damaged: the object's own header is read
 
@@ -94,7 +94,9 @@ def _remember(address: Address, header: Header) -> None:
     layouts = {
         name: (layout.shape, layout.dtype.str, layout.offset, layout.strides) for name, layout in header.layouts.items()
     }
-    facts = {"url": str(address), "n_bytes": header.state.n_bytes, "etag": header.state.etag, "layouts": layouts}
+    state = header.state
+    facts = {"url": str(address), "n_bytes": state.n_bytes, "etag": state.etag, "charged": state.charged}
+    facts["layouts"] = layouts
     path = _path(address)
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # a convenience: where nothing can be written, the header is read each time

@@ -6,11 +6,15 @@ that share the file can pass a budget together, by however little.
 
 Three budgets hold, the tightest decides: dollars a calendar month (``DMDATA_MAX_COST``); dollars of one command with
 all its workers (``--max-cost``); dollars of one ``with dmdata.budget(usd=...)`` block, with the processes started in
-it. With none set, one dollar a process. What a killed process had reserved is counted as spent, since nobody can know
-what was billed for it: its reads show as ``lost``, an upper bound.
+it. With none set, one dollar a process.
+
+A long read draws on its reservation as it goes, before it sends the next requests. When a process is killed, what it
+had drawn stays counted, since nobody can know what of it was billed: its reads show as ``lost``, an upper bound. The
+rest of the reservation expires and is free again.
 """
 
 import contextlib
+import json
 import math
 import os
 import socket
@@ -18,7 +22,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +35,7 @@ from dmdata.prices import readable_usd
 
 DEFAULT_PROCESS_USD = 1.0
 
-Grouping: TypeAlias = Literal["day", "artifact", "destination", "state"]
+Grouping: TypeAlias = Literal["day", "month", "artifact", "destination", "state", "charged"]
 
 _PICO = 10**12
 # the one list of blocks in force: child processes inherit it
@@ -46,22 +50,33 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_ONE_IN_SQLITE.release,
         after_in_child=_ONE_IN_SQLITE.release,
     )
+# a process of another host that has not drawn for so long is taken for dead
 _LEASE_SECONDS = 24 * 3600.0
 
+_SCHEMA_VERSION = 2
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS budget (scope TEXT PRIMARY KEY, committed_pico INTEGER NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS read (id TEXT PRIMARY KEY, "
-    "state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'lost')), at REAL NOT NULL, process TEXT NOT NULL, "
-    "artifact TEXT NOT NULL, destination TEXT NOT NULL, pico INTEGER NOT NULL, n_bytes INTEGER NOT NULL, "
-    "n_requests INTEGER NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS open_read ON read (state) WHERE state = 'reserved'",
+    "CREATE TABLE IF NOT EXISTS reading (id TEXT PRIMARY KEY, "
+    "state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'lost', 'expired')), at REAL NOT NULL, "
+    "process TEXT NOT NULL, artifact TEXT NOT NULL, destination TEXT NOT NULL, pico INTEGER NOT NULL, "
+    "n_bytes INTEGER NOT NULL, n_requests INTEGER NOT NULL, scopes TEXT NOT NULL, drawn_pico INTEGER NOT NULL, "
+    "drawn_bytes INTEGER NOT NULL, drawn_requests INTEGER NOT NULL, charged INTEGER)",
+    "CREATE INDEX IF NOT EXISTS open_reading ON reading (state) WHERE state = 'reserved'",
+)
+# the first form of the ledger knew no draws: all that was reserved counts as drawn
+_FROM_FIRST_FORM = (
+    "INSERT INTO reading SELECT id, state, at, process, artifact, destination, pico, n_bytes, n_requests, '[]', "
+    "pico, n_bytes, n_requests, NULL FROM read",
+    "DROP TABLE read",
 )
 _GROUPS: dict[Grouping | None, str] = {
     None: "'total'",
     "day": "date(at, 'unixepoch')",
+    "month": "strftime('%Y-%m', at, 'unixepoch')",
     "artifact": "artifact",
     "destination": "destination",
     "state": "state",
+    "charged": "CASE charged WHEN 1 THEN 'confirmed' WHEN 0 THEN 'not charged' ELSE 'unknown' END",
 }
 
 
@@ -72,14 +87,14 @@ def home() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What went through a ledger.
+    """What went through a ledger: an upper bound of the bill, exact where no transfer broke.
 
     Attributes
     ----------
     usd : float
-        Dollars at list price, upper bound.
+        Dollars at list price.
     n_requests, n_bytes : int
-        Sent and received; for reads of killed processes, reserved.
+        Sent and received; where a transfer broke, asked for; for reads of killed processes, drawn.
     n_reads : int
         Reads behind these figures.
     """
@@ -91,6 +106,15 @@ class Spending:
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """Dollars, bytes and requests of a part of a read."""
+
+    usd: float
+    n_bytes: int
+    n_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """Money set aside for one read; settled once, by what was received."""
 
@@ -99,31 +123,53 @@ class Reservation:
     scopes: dict[str, int]
     artifact: str
 
-    def extend(self, *, usd: float) -> None:
-        """Set more aside, for a request that must be sent again.
+    def draw(self, amount: Amount) -> None:
+        """Note what will be sent next of what was reserved: what would stay counted if this process were killed."""
+        with self.ledger.transaction() as connection:
+            self._draw(connection, amount)
+
+    def extend(self, amount: Amount) -> None:
+        """Set more aside, and draw it, for a request that must be sent again.
 
         Raises
         ------
         BudgetError
             If a budget would be passed; what was reserved stays reserved.
         """
-        pico = _to_pico(usd)
+        pico = _to_pico(amount.usd)
         with self.ledger.transaction() as connection:
             _commit(connection, self.scopes, pico, artifact=self.artifact)
-            connection.execute("UPDATE read SET pico = pico + ? WHERE id = ?", (pico, self.id))
+            connection.execute("UPDATE reading SET pico = pico + ? WHERE id = ?", (pico, self.id))
+            self._draw(connection, amount)
 
-    def settle(self, *, usd: float, n_bytes: int, n_requests: int) -> None:
-        """Replace the reservation by its receipt."""
+    def settle(self, *, usd: float, n_bytes: int, n_requests: int, charged: bool | None = None) -> None:
+        """Replace the reservation by its receipt.
+
+        Parameters
+        ----------
+        usd : float
+        n_bytes, n_requests : int
+        charged : bool or None
+            Whether the source says that it charges its reader (``x-amz-request-charged``); None where it was not asked.
+        """
         pico = _to_pico(usd)
         with self.ledger.transaction() as connection:
-            row = connection.execute("SELECT pico FROM read WHERE id = ?", (self.id,)).fetchone()
+            row = connection.execute("SELECT pico FROM reading WHERE id = ?", (self.id,)).fetchone()
             if row is None:
                 raise DmdataError(f"{self.ledger.path} has lost reservation {self.id}; was it removed meanwhile?")
             _release(connection, self.scopes, row[0] - pico)
             connection.execute(
-                "UPDATE read SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ? WHERE id = ?",
-                (time.time(), pico, n_bytes, n_requests, self.id),
+                "UPDATE reading SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ?, charged = ? "
+                "WHERE id = ?",
+                (time.time(), pico, n_bytes, n_requests, charged, self.id),
             )
+
+    def _draw(self, connection: sqlite3.Connection, amount: Amount) -> None:
+        connection.execute(
+            "UPDATE reading SET at = ?, drawn_pico = drawn_pico + ?, drawn_bytes = drawn_bytes + ?, "
+            "drawn_requests = drawn_requests + ? WHERE id = ?",
+            (time.time(), _to_pico(amount.usd), amount.n_bytes, amount.n_requests, self.id),
+        )
 
 
 class Ledger:
@@ -137,7 +183,16 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "ledger.sqlite"
 
-    def reserve(self, *, usd: float, n_bytes: int, n_requests: int, artifact: str, destination: str) -> Reservation:
+    def reserve(
+        self,
+        *,
+        usd: float,
+        n_bytes: int,
+        n_requests: int,
+        artifact: str,
+        destination: str,
+        drawn: Amount | None = None,
+    ) -> Reservation:
         """Set money aside under every budget that holds here.
 
         Parameters
@@ -146,6 +201,8 @@ class Ledger:
             Upper bound of the read's price.
         n_bytes, n_requests : int
             As planned.
+        drawn : Amount, optional
+            What will be sent first, see `Reservation.draw`; by default all of it.
         artifact, destination : str
             For the books.
 
@@ -157,11 +214,12 @@ class Ledger:
         reservation = Reservation(self, uuid.uuid4().hex, _active_scopes(), artifact)
         pico = _to_pico(usd)
         with self.transaction() as connection:
-            _count_killed_as_lost(connection)
+            _expire_killed(connection)
             _commit(connection, reservation.scopes, pico, artifact=artifact)
+            row = (reservation.id, time.time(), _process(), artifact, destination, pico, n_bytes, n_requests)
             connection.execute(
-                "INSERT INTO read VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?)",
-                (reservation.id, time.time(), _process(), artifact, destination, pico, n_bytes, n_requests),
+                "INSERT INTO reading VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (*row, json.dumps(list(reservation.scopes)), *_picos(drawn or Amount(usd, n_bytes, n_requests))),
             )
         return reservation
 
@@ -174,17 +232,25 @@ class Ledger:
             If it does not.
         """
         with self.transaction() as connection:
+            _expire_killed(connection)
             _check(connection, _active_scopes(), _to_pico(usd), artifact=artifact)
 
     def spent(self, *, by: Grouping | None = None) -> dict[str, Spending]:
-        """Add up receipts and open reservations, by day (UTC), artifact, destination or state, or in one "total"."""
+        """Add up receipts and open reservations.
+
+        Parameters
+        ----------
+        by : {"day", "month", "artifact", "destination", "state", "charged"}, optional
+            How to group them (days and months in UTC); by default all in one, named "total". "charged" tells what the
+            sources themselves confirmed to charge (``x-amz-request-charged``).
+        """
         if not self.path.exists():
             return {}
         with self.transaction() as connection:
-            _count_killed_as_lost(connection)
+            _expire_killed(connection)
             rows = connection.execute(
                 f"SELECT {_GROUPS[by]}, SUM(pico), SUM(n_requests), SUM(n_bytes), COUNT(*) "  # noqa: S608 - from a dict
-                "FROM read GROUP BY 1 ORDER BY 1"
+                "FROM reading WHERE state != 'expired' GROUP BY 1 ORDER BY 1"
             ).fetchall()
         return {key: Spending(pico / _PICO, requests, size, count) for key, pico, requests, size, count in rows}
 
@@ -205,8 +271,7 @@ class Ledger:
             # a connection each time: none is shared between threads, carried over a fork, or left open
             with _ONE_IN_SQLITE, contextlib.closing(self._connect()) as connection:
                 connection.execute("BEGIN IMMEDIATE")
-                for statement in _SCHEMA:
-                    connection.execute(statement)
+                _prepare(connection)
                 yield connection
                 connection.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
@@ -299,7 +364,7 @@ def _check(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *,
             raise _over_budget(scope, pico=pico, limit=limit, committed=committed, artifact=artifact)
 
 
-def _release(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> None:
+def _release(connection: sqlite3.Connection, scopes: Iterable[str], pico: int) -> None:
     connection.executemany(
         "UPDATE budget SET committed_pico = committed_pico - ? WHERE scope = ?", [(pico, scope) for scope in scopes]
     )
@@ -326,11 +391,35 @@ def _over_budget(scope: str, *, pico: int, limit: int, committed: int, artifact:
     )
 
 
-def _count_killed_as_lost(connection: sqlite3.Connection) -> None:
-    """Close the reservations of processes that are gone; their amounts stay counted."""
-    rows = connection.execute("SELECT id, process, at FROM read WHERE state = 'reserved'").fetchall()
-    gone = [(read,) for read, process, at in rows if not _is_alive(process, at)]
-    connection.executemany("UPDATE read SET state = 'lost' WHERE id = ?", gone)
+def _expire_killed(connection: sqlite3.Connection) -> None:
+    """Close the reservations of processes that are gone: what they had drawn stays counted, the rest is free again."""
+    rows = connection.execute(
+        "SELECT id, process, at, scopes, pico, drawn_pico FROM reading WHERE state = 'reserved'"
+    ).fetchall()
+    for reading, process, at, scopes, pico, drawn_pico in rows:
+        if _is_alive(process, at):
+            continue
+        _release(connection, json.loads(scopes), pico - drawn_pico)
+        connection.execute(
+            "UPDATE reading SET state = CASE WHEN drawn_pico > 0 THEN 'lost' ELSE 'expired' END, pico = drawn_pico, "
+            "n_bytes = drawn_bytes, n_requests = drawn_requests WHERE id = ?",
+            (reading,),
+        )
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the tables where there are none, and bring those of an earlier form along."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == _SCHEMA_VERSION:
+        return
+    if version > _SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"it has form {version}, made by a newer dmdata; upgrade this one")
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'read'").fetchone():
+        for statement in _FROM_FIRST_FORM:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
 
 def _process(pid: int | None = None) -> str:
@@ -359,3 +448,7 @@ def _is_alive(process: str, reserved_at: float) -> bool:
 
 def _to_pico(usd: float) -> int:
     return math.ceil(usd * _PICO)
+
+
+def _picos(amount: Amount) -> tuple[int, int, int]:
+    return _to_pico(amount.usd), amount.n_bytes, amount.n_requests

@@ -1,12 +1,14 @@
 """Which byte ranges a selection needs, and where each byte lands. Pure: no network, no clock, no prices.
 
-A plan is arrays, not objects, so that a column of a million rows is planned in a blink. Wanted bytes are cut into
-*pieces* in the order they lie in the object; pieces a small gap apart share a *range*, which is one request. The
-pieces, one after the other, form the *product*: the selection in storage order, each wanted byte once. Each range is
-at most `max_range_bytes` long, and every wanted byte is covered by exactly one range.
+The wanted bytes are a *pattern* of segments repeated at the offsets of the slower axes, so that a column of a million
+rows, or every second number of a terabyte, is planned in arrays of bounded size. Segments a small gap apart share a
+*range*, which is one request. Wanted bytes in the order they lie in the object are the *product*: the selection in
+storage order, each byte once; where a byte of the object lands in it is arithmetic, not a table. Each range is at most
+`max_range_bytes` long, begins and ends with a wanted byte, and every wanted byte is covered by exactly one range.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,57 +21,160 @@ from dmdata.selection import AxisRequest, Selection
 
 Offsets: TypeAlias = npt.NDArray[np.int64]
 
+# segments held as arrays at one time, and requests remembered by a plan: 16 bytes each
+_MOST_AT_ONCE = 1 << 20
+_MOST_REMEMBERED = 1 << 22
+_MOST_RANGES_LISTED = 100_000_000
+# pieces at least so long are copied one by one, shorter ones by an index array
+_LONG_PIECE_BYTES = 512
 
-# each piece takes about 100 bytes while it is planned
-_MOST_PIECES = 10_000_000
+
+@dataclass(frozen=True, slots=True)
+class WantedBytes:
+    """The bytes of an object that a selection wants: a pattern of segments, repeated along the slower axes.
+
+    Attributes
+    ----------
+    offset : int
+        Of the array in the object.
+    outer : tuple of (indices, stride)
+        Slower axes, the slowest first: the pattern stands at ``offset + sum of index * stride`` for their product.
+    starts, stops : int64 arrays, shape (n_segments,)
+        The pattern: half-open segments, ascending; they touch nowhere.
+    """
+
+    offset: int
+    outer: tuple[tuple[AxisRequest, int], ...]
+    starts: Offsets
+    stops: Offsets
+    # wanted bytes of the pattern before each segment, and all of them
+    before: Offsets
+
+    @property
+    def n_repeats(self) -> int:
+        """How often the pattern stands in the object."""
+        return math.prod(len(indices) for indices, _ in self.outer)
+
+    @property
+    def n_bytes(self) -> int:
+        """All wanted bytes."""
+        return self.n_repeats * int(self.before[-1])
+
+    def segments(self, max_gap_bytes: float = 0) -> Iterator[tuple[Offsets, Offsets]]:
+        """Walk through the segments in ascending order, some at a time, small gaps inside the pattern filled."""
+        if not self.n_bytes:
+            return
+        starts, stops = _joined(self.starts, self.stops, max_gap_bytes)
+        step = max(_MOST_AT_ONCE // len(starts), 1)
+        for first in range(0, self.n_repeats, step):
+            offsets = self._offsets(first, min(first + step, self.n_repeats))[:, None]
+            yield (offsets + starts).ravel(), (offsets + stops).ravel()
+
+    def landing(self, positions: Offsets) -> Offsets:
+        """Count the wanted bytes before each position of the object."""
+        rest = positions - self.offset
+        repeats = np.zeros(len(positions), np.int64)
+        inside = rest >= 0
+        for indices, stride in self.outer:
+            index = rest // stride
+            nth = _position_of(indices, index)
+            # behind the last wanted index before it: all of that one's bytes come before
+            exact = inside & (nth >= 0) & (_index_at(indices, np.maximum(nth, 0)) == index)
+            repeats = repeats * len(indices) + np.where(inside, nth + ~exact, 0)
+            inside = exact
+            rest = rest - index * stride
+        nth = np.searchsorted(self.stops, rest, side="right")
+        partial = self.before[nth] + np.maximum(rest - np.append(self.starts, rest.max(initial=0))[nth], 0)
+        counted: Offsets = repeats * self.before[-1] + np.where(inside, partial, 0)
+        return counted
+
+    def pieces(self, start: int, stop: int) -> tuple[Offsets, Offsets]:
+        """List the wanted pieces between two positions of the object, the first and last cut at them."""
+        first, last = (int(n) // int(self.before[-1]) for n in self.landing(np.array([start, stop])))
+        offsets = self._offsets(first, min(last + 1, self.n_repeats))[:, None]
+        starts, stops = (offsets + self.starts).ravel(), (offsets + self.stops).ravel()
+        low, high = np.searchsorted(stops, start, side="right"), np.searchsorted(starts, stop, side="left")
+        return np.maximum(starts[low:high], start), np.minimum(stops[low:high], stop)
+
+    def trimmed(self, ranges: Offsets) -> Offsets:
+        """Cut unwanted bytes from both ends of ranges, shape (n, 2), and drop those that have no others."""
+        landings = self.landing(ranges.ravel()).reshape(-1, 2)
+        landings = landings[landings[:, 0] < landings[:, 1]]
+        return np.stack([self._positions(landings[:, 0]), self._positions(landings[:, 1] - 1) + 1], axis=1)
+
+    def _positions(self, nth: Offsets) -> Offsets:
+        """Find where in the object the nth wanted bytes are."""
+        repeats, rest = np.divmod(nth, self.before[-1])
+        segment = np.searchsorted(self.before, rest, side="right") - 1
+        return self._offsets_at(repeats) + self.starts[segment] + rest - self.before[segment]
+
+    def _offsets(self, first: int, last: int) -> Offsets:
+        """Find where the pattern stands for the repeats `first` to `last`."""
+        return self._offsets_at(np.arange(first, last))
+
+    def _offsets_at(self, repeats: Offsets) -> Offsets:
+        offsets = np.full(len(repeats), self.offset, np.int64)
+        for indices, stride in reversed(self.outer):
+            repeats, digit = np.divmod(repeats, len(indices))
+            offsets += _index_at(indices, digit) * stride
+        return offsets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadPlan:
-    """Byte ranges to request, and the wanted pieces inside them.
+    """Byte ranges to request, and the wanted bytes inside them.
 
     Attributes
     ----------
     layout : Layout
     selection : Selection
-    range_starts, range_stops : int64 arrays, shape (n_requests,)
-        Half-open byte ranges in the object, ascending, without overlap.
-    piece_starts, piece_stops : int64 arrays, shape (n_pieces,)
-        Half-open wanted byte ranges, ascending; each lies in one request.
-    first_piece : int64 array, shape (n_requests + 1,)
-        Range ``i`` holds the pieces ``first_piece[i]:first_piece[i + 1]``.
-    landing : int64 array, shape (n_pieces + 1,)
-        Byte of the product at which each piece begins, and the product's size.
+    wanted : WantedBytes
+    max_gap_bytes : float
+    max_range_bytes : int
+        As planned with; a whole number of elements.
+    n_requests, n_bytes : int
+        Requests, and their bytes, gaps included.
     """
 
     layout: Layout
     selection: Selection
-    range_starts: Offsets
-    range_stops: Offsets
-    piece_starts: Offsets
-    piece_stops: Offsets
-    first_piece: Offsets
-    landing: Offsets
+    wanted: WantedBytes
+    max_gap_bytes: float
+    max_range_bytes: int
+    n_requests: int
+    n_bytes: int
+    # all of them, unless there are too many to keep
+    remembered: Offsets | None
 
     @property
     def ranges(self) -> Offsets:
-        """Byte ranges to request, shape (n_requests, 2)."""
-        return np.stack([self.range_starts, self.range_stops], axis=1)
+        """Byte ranges to request, half-open, ascending, without overlap, shape (n_requests, 2).
 
-    @property
-    def n_requests(self) -> int:
-        """Number of requests."""
-        return len(self.range_starts)
+        Raises
+        ------
+        SelectionError
+            If they are too many for one array; walk through `batches`.
+        """
+        if self.n_requests > _MOST_RANGES_LISTED:
+            raise SelectionError(
+                f"the plan has {self.n_requests:,} ranges, too many for one array; read blocks of rows, or walk "
+                "through plan.batches()",
+                shape=self.layout.shape,
+            )
+        return np.concatenate([*self.batches(), np.zeros((0, 2), np.int64)])
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes requested, gaps included."""
-        return int((self.range_stops - self.range_starts).sum())
+    def batches(self) -> Iterator[Offsets]:
+        """Walk through the ranges in order, some at a time, each shape (n, 2)."""
+        if self.remembered is not None:
+            for first in range(0, len(self.remembered), _MOST_AT_ONCE):
+                yield self.remembered[first : first + _MOST_AT_ONCE]
+        else:
+            yield from _ranges(self.wanted, self.max_gap_bytes, self.max_range_bytes)
 
     @property
     def wanted_bytes(self) -> int:
         """Bytes of the product: each wanted byte once, however often the selection repeats it."""
-        return int(self.landing[-1])
+        return self.wanted.n_bytes
 
     @property
     def amplification(self) -> float:
@@ -83,7 +188,15 @@ class ReadPlan:
         )
 
 
-def plan_read(layout: Layout, selection: Selection, *, max_gap_bytes: float, max_range_bytes: int) -> ReadPlan:
+def plan_read(
+    layout: Layout,
+    selection: Selection,
+    *,
+    max_gap_bytes: float,
+    max_range_bytes: int,
+    n_at_once: int = 1,
+    least_range_bytes: int = 1,
+) -> ReadPlan:
     """Plan the requests of a selection.
 
     Parameters
@@ -95,35 +208,22 @@ def plan_read(layout: Layout, selection: Selection, *, max_gap_bytes: float, max
         Unwanted bytes that may be fetched to save a request: 0 merges only what touches, infinity merges everything.
     max_range_bytes : int
         Longest request; at least one element.
+    n_at_once : int
+        Connections to keep busy: fewer ranges than these are split, so that a short read is not one slow stream.
+    least_range_bytes : int
+        Ranges are not split for that into shorter ones.
 
     Returns
     -------
     plan : ReadPlan
-
-    Raises
-    ------
-    SelectionError
-        If it would be more than ten million separate pieces.
     """
-    starts, stops = _wanted_segments(layout, selection)
-    if not len(starts):
-        none = np.zeros(0, np.int64)
-        zero = np.zeros(1, np.int64)
-        return ReadPlan(layout, selection, none, none, none, none, zero, zero)
-    window = max(max_range_bytes // layout.dtype.itemsize, 1) * layout.dtype.itemsize
-    merged = np.concatenate([[True], starts[1:] - stops[:-1] > max_gap_bytes])
-    group_start = starts[merged][np.cumsum(merged) - 1]
-    starts, stops, group_start = _cut_at_windows(starts, stops, group_start, window)
-    # a range is the wanted pieces of one group that lie in one window, from the first byte to the last
-    new_range = np.ones(len(starts), bool)
-    same_group = group_start[1:] == group_start[:-1]
-    same_window = (starts - group_start)[1:] // window == (starts - group_start)[:-1] // window
-    new_range[1:] = ~(same_group & same_window)
-    first = np.flatnonzero(new_range)
-    first_piece = np.append(first, len(starts)).astype(np.int64)
-    landing = np.zeros(len(starts) + 1, np.int64)
-    np.cumsum(stops - starts, out=landing[1:])
-    return ReadPlan(layout, selection, starts[first], stops[first_piece[1:] - 1], starts, stops, first_piece, landing)
+    wanted = _wanted(layout, selection)
+    plan = _planned(layout, selection, wanted, max_gap_bytes, max_range_bytes)
+    if 0 < plan.n_requests < n_at_once:
+        window = max(-(-plan.n_bytes // n_at_once), min(least_range_bytes, max_range_bytes))
+        if window < max_range_bytes:
+            plan = _planned(layout, selection, wanted, max_gap_bytes, window)
+    return plan
 
 
 def product_array(plan: ReadPlan, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
@@ -145,25 +245,47 @@ def product_array(plan: ReadPlan, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[
     return plan.selection.answer(stored.transpose(np.argsort(by_stride)))
 
 
-def land(plan: ReadPlan, nth: int, received: npt.NDArray[np.uint8], buffer: npt.NDArray[np.uint8]) -> None:
-    """Put the wanted pieces of the nth range into the product buffer.
+def land(
+    wanted: WantedBytes, position: int, received: npt.NDArray[np.uint8], product: npt.NDArray[np.uint8], at: int
+) -> int:
+    """Put the wanted among received bytes into the product; return how many they are.
 
     Parameters
     ----------
-    plan : ReadPlan
-    nth : int
+    wanted : WantedBytes
+    position : int
+        Of the first received byte in the object.
     received : uint8 array
-        All bytes of the range.
-    buffer : uint8 array, shape (plan.wanted_bytes,)
+    product : uint8 array, shape (plan.wanted_bytes,)
+    at : int
+        Where in the product the first wanted of them belongs.
     """
-    pieces = slice(plan.first_piece[nth], plan.first_piece[nth + 1])
-    itemsize = plan.layout.dtype.itemsize
-    starts = (plan.piece_starts[pieces] - plan.range_starts[nth]) // itemsize
-    counts = (plan.piece_stops[pieces] - plan.piece_starts[pieces]) // itemsize
-    before = np.cumsum(counts) - counts
-    elements = np.repeat(starts - before, counts) + np.arange(counts.sum())
-    wanted = received.view(plan.layout.dtype)[elements]
-    buffer[plan.landing[pieces.start] : plan.landing[pieces.stop]] = wanted.view(np.uint8)
+    starts, stops = wanted.pieces(position, position + len(received))
+    lengths = stops - starts
+    n_wanted = int(lengths.sum())
+    if n_wanted >= _LONG_PIECE_BYTES * len(starts):
+        for start, stop in zip((starts - position).tolist(), (stops - position).tolist(), strict=True):
+            product[at : at + stop - start] = received[start:stop]
+            at += stop - start
+    else:
+        before = np.cumsum(lengths) - lengths
+        indices = np.repeat(starts - position - before, lengths) + np.arange(n_wanted)
+        np.take(received, indices, out=product[at : at + n_wanted], mode="clip")  # others are slower
+    return n_wanted
+
+
+def _planned(
+    layout: Layout, selection: Selection, wanted: WantedBytes, max_gap_bytes: float, max_range_bytes: int
+) -> ReadPlan:
+    window = max(max_range_bytes // layout.dtype.itemsize, 1) * layout.dtype.itemsize
+    n_requests = n_bytes = 0
+    kept: list[Offsets] | None = []
+    for ranges in _ranges(wanted, max_gap_bytes, window):
+        n_requests += len(ranges)
+        n_bytes += int((ranges[:, 1] - ranges[:, 0]).sum())
+        kept = [*kept, ranges] if kept is not None and n_requests <= _MOST_REMEMBERED else None
+    remembered = None if kept is None else np.concatenate([*kept, np.zeros((0, 2), np.int64)])
+    return ReadPlan(layout, selection, wanted, max_gap_bytes, window, n_requests, n_bytes, remembered)
 
 
 def _storage_order(layout: Layout) -> list[int]:
@@ -174,53 +296,96 @@ def _storage_order(layout: Layout) -> list[int]:
 def _runs(request: AxisRequest) -> tuple[Offsets, Offsets]:
     """Turn ascending indices into half-open runs of neighbours."""
     if isinstance(request, range):
-        if not len(request):
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         if request.step == 1 or len(request) == 1:
             return np.array([request[0]], np.int64), np.array([request[-1] + 1], np.int64)
         starts = np.arange(request.start, request.stop, request.step, dtype=np.int64)
         return starts, starts + 1
-    first = np.flatnonzero(np.concatenate([[True], np.diff(request) != 1])[: len(request)])
-    return request[first], request[np.append(first[1:], len(request)) - 1] + 1 if len(request) else request
+    first = np.flatnonzero(np.concatenate([[True], np.diff(request) != 1]))
+    return request[first], request[np.append(first[1:], len(request)) - 1] + 1
 
 
-def _wanted_segments(layout: Layout, selection: Selection) -> tuple[Offsets, Offsets]:
-    """List the wanted bytes as half-open ranges in ascending order, touching ones joined."""
+def _wanted(layout: Layout, selection: Selection) -> WantedBytes:
+    """Describe the wanted bytes: the faster axes as a pattern, the slower ones by their indices."""
     if math.prod(selection.product_shape) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        none = np.zeros(0, np.int64)
+        return WantedBytes(layout.offset, (), none, none, np.zeros(1, np.int64))
     starts, stops = np.zeros(1, np.int64), np.full(1, layout.dtype.itemsize, np.int64)
+    outer: list[tuple[AxisRequest, int]] = []
     wanted = selection.distinct
     for axis in reversed(_storage_order(layout)):
-        size, stride = layout.shape[axis], layout.strides[axis]
+        size, stride, indices = layout.shape[axis], layout.strides[axis], wanted[axis]
         if size == 1:
             continue
-        indices = wanted[axis]
-        if len(starts) == 1 and stops[0] - starts[0] == stride:
-            # what lies inside is wanted whole, so neighbours along this axis touch
+        # where all that lies inside is wanted, neighbours along this axis touch
+        whole = not outer and len(starts) == 1 and stops[0] - starts[0] == stride
+        if outer or (len(indices) * len(starts) > _MOST_AT_ONCE and not (whole and _is_run(indices))):
+            outer.insert(0, (indices, stride))
+        elif whole:
             first, last = _runs(indices)
             starts, stops = first * stride + starts[0], (last - 1) * stride + stops[0]
         else:
-            if len(indices) * len(starts) > _MOST_PIECES:
-                raise SelectionError(
-                    f"the selection {selection.shape} of {layout.shape} is {len(indices) * len(starts):,} separate "
-                    f"pieces, more than the {_MOST_PIECES:,} that are planned at once; read blocks of rows, or "
-                    "neighbouring columns",
-                    shape=layout.shape,
-                )
             base = np.asarray(indices, np.int64) * stride
-            starts, stops = (base[:, None] + starts).ravel(), (base[:, None] + stops).ravel()
-    return starts + layout.offset, stops + layout.offset
+            starts, stops = _joined((base[:, None] + starts).ravel(), (base[:, None] + stops).ravel(), 0)
+    before = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(stops - starts, out=before[1:])
+    return WantedBytes(layout.offset, tuple(outer), starts, stops, before)
 
 
-def _cut_at_windows(
-    starts: Offsets, stops: Offsets, group_start: Offsets, window: int
-) -> tuple[Offsets, Offsets, Offsets]:
+def _joined(starts: Offsets, stops: Offsets, max_gap_bytes: float) -> tuple[Offsets, Offsets]:
+    """Join segments at most a gap apart."""
+    apart = starts[1:] - stops[:-1] > max_gap_bytes
+    return starts[np.concatenate([[True], apart])], stops[np.concatenate([apart, [True]])]
+
+
+def _is_run(indices: AxisRequest) -> bool:
+    return isinstance(indices, range) and indices.step == 1
+
+
+def _index_at(indices: AxisRequest, nth: Offsets) -> Offsets:
+    return indices.start + nth * indices.step if isinstance(indices, range) else indices[nth]
+
+
+def _position_of(indices: AxisRequest, index: Offsets) -> Offsets:
+    """Find the last of ascending indices that is at most `index`; -1 where there is none."""
+    if isinstance(indices, range):
+        return np.clip((index - indices.start) // indices.step, -1, len(indices) - 1)
+    return np.searchsorted(indices, index, side="right") - 1
+
+
+def _ranges(wanted: WantedBytes, max_gap_bytes: float, window: int) -> Iterator[Offsets]:
+    """Merge segments across small gaps into groups, cut groups at multiples of `window` from their start."""
+    if not wanted.n_bytes:
+        return
+    # a cut that falls into a gap would leave a range that begins or ends with unwanted bytes
+    gaps_inside = len(_joined(wanted.starts, wanted.stops, max_gap_bytes)[0]) < len(wanted.starts)
+    # the last range so far may go on in the next segments: it is held back, with the start of its group
+    open_range, open_group = np.zeros((0, 2), np.int64), 0
+    for starts, stops in wanted.segments(max_gap_bytes):
+        starts, stops = np.append(open_range[:, 0], starts), np.append(open_range[:, 1], stops)
+        new_group = np.concatenate([[True], starts[1:] - stops[:-1] > max_gap_bytes])
+        group_starts = starts[new_group]
+        if len(open_range):
+            group_starts[0] = open_group
+        group = group_starts[np.cumsum(new_group) - 1]
+        starts, stops, group = _cut_at_windows(starts, stops, group, window)
+        nth_window = (starts - group) // window
+        new_range = np.concatenate([[True], (group[1:] != group[:-1]) | (nth_window[1:] != nth_window[:-1])])
+        first = np.flatnonzero(new_range)
+        ranges = np.stack([starts[first], stops[np.append(first[1:], len(stops)) - 1]], axis=1)
+        open_range, open_group = ranges[-1:], int(group[-1])
+        if len(ranges) > 1:
+            yield wanted.trimmed(ranges[:-1]) if gaps_inside else ranges[:-1]
+    if len(open_range):
+        yield wanted.trimmed(open_range) if gaps_inside else open_range
+
+
+def _cut_at_windows(starts: Offsets, stops: Offsets, group: Offsets, window: int) -> tuple[Offsets, Offsets, Offsets]:
     """Cut segments wherever they cross a multiple of `window` bytes from the start of their group."""
-    first = (starts - group_start) // window
-    n_cuts = (stops - 1 - group_start) // window - first
+    first = (starts - group) // window
+    n_cuts = (stops - 1 - group) // window - first
     if not n_cuts.any():
-        return starts, stops, group_start
+        return starts, stops, group
     source = np.repeat(np.arange(len(starts)), n_cuts + 1)
     nth = np.arange(len(source)) - np.repeat(np.cumsum(n_cuts + 1) - n_cuts - 1, n_cuts + 1)
-    edge = group_start[source] + (first[source] + nth) * window
-    return np.maximum(starts[source], edge), np.minimum(stops[source], edge + window), group_start[source]
+    edge = group[source] + (first[source] + nth) * window
+    return np.maximum(starts[source], edge), np.minimum(stops[source], edge + window), group[source]

@@ -9,8 +9,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,13 +19,13 @@ import zarr
 import zarr.errors
 
 from dmdata.address import Address
-from dmdata.array import InObject, InZarr, LazyArray, estimate_read
+from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
 from dmdata.download import bytes_complete, download
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
-from dmdata.headers import NPY, read_header
+from dmdata.headers import NPY, Header, read_header
 from dmdata.ledger import Ledger, home
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_blocks
 from dmdata.mirror import mirror as mirror_array
@@ -68,7 +69,11 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
 
 
 def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
-    name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str = Destination.INTERNET
+    name: str | os.PathLike[str],
+    *,
+    catalog: CatalogLike = None,
+    to: str = Destination.INTERNET,
+    prefer: Preference = "price",
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
 
@@ -81,6 +86,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         See `load_catalog`.
     to : {"internet", "same-region", "cross-region"}
         Where the bytes go: decides their price and how ranges are merged.
+    prefer : {"price", "speed"}
+        What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
 
     Raises
     ------
@@ -93,13 +100,15 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     """
     name = os.fspath(name)
     destination = destination_of(to)
+    if prefer not in get_args(Preference):
+        raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
     if _is_address(name):
-        return _open_address(name, destination)
+        return _open_address(name, destination, prefer)
     artifact = load_catalog(catalog).find(name)
     if artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
-    return _open_artifact(artifact, destination)
+    return _open_artifact(artifact, destination, prefer)
 
 
 def estimate(
@@ -378,7 +387,7 @@ def _is_address(name: str) -> bool:
     return "://" in name or name.startswith(("/", "./", "../", "~")) or bool(re.search(r"\.(npy|zarr|pt)(/|$)", name))
 
 
-def _open_address(name: str, destination: Destination) -> LazyArray:
+def _open_address(name: str, destination: Destination, prefer: Preference) -> LazyArray:
     inside_pt = re.fullmatch(r"(.*\.pt)/([^/]+)", name)
     url, member = inside_pt.groups() if inside_pt else (name, NPY)
     address = _address_of_url(url)
@@ -388,10 +397,14 @@ def _open_address(name: str, destination: Destination) -> LazyArray:
     transport = Transport(address, shown, destination)
     header = read_header(transport, kind="pt" if urlsplit(url).path.endswith(".pt") else "npy")
     layout = _layout_named(header.layouts, member, str(address))
-    return LazyArray(shown, _numbered_dims(len(layout.shape)), layout, InObject(transport, header.state.etag))
+    return LazyArray(shown, _numbered_dims(len(layout.shape)), layout, _in_object(transport, header, prefer))
 
 
-def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
+def _in_object(transport: Transport, header: Header, prefer: Preference) -> InObject:
+    return InObject(replace(transport, charged=header.state.charged), header.state.etag, prefer)
+
+
+def _open_artifact(artifact: Artifact, destination: Destination, prefer: Preference = "price") -> LazyArray:
     schema = artifact.schema
     if schema is None:
         raise CatalogError(f"{artifact.name} holds several arrays", name=artifact.name)
@@ -403,7 +416,7 @@ def _open_artifact(artifact: Artifact, destination: Destination) -> LazyArray:
         layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known
         dims = schema.dims if len(schema.dims) == len(layout.shape) else _numbered_dims(len(layout.shape))
-        array = LazyArray(artifact.name, dims, layout, InObject(transport, header.state.etag))
+        array = LazyArray(artifact.name, dims, layout, _in_object(transport, header, prefer))
     if array.shape != schema.shape or array.dtype != np.dtype(schema.dtype):
         warnings.warn(
             f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "

@@ -1,25 +1,28 @@
 """Objects in S3 and on the web: ranges through obstore, credentials and region by boto3, and every refusal in words.
 
-Clients are made once a process. A process forked from one that used obstore reads by boto3 instead: the Rust threads
-behind obstore do not come along, and a call to them would hang. What libraries say is translated here, once; their
-texts may quote keys, so they are neither quoted nor chained.
+The first bytes of an object in S3 are read by boto3, which shows whether the reader is charged; obstore, which reads
+the rest, shows no headers. Clients are made once a process. A process forked from one that used obstore reads all by
+boto3: the Rust threads behind obstore do not come along, and a call to them would hang. What libraries say is
+translated here, once; their texts may quote keys, so they are neither quoted nor chained.
 """
 
 import contextlib
+import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import obstore
 import obstore.exceptions
 
-from dmdata.address import Address, ObjectState, Source, changed, ended_short
+from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
 
 if TYPE_CHECKING:
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
     from mypy_boto3_s3 import S3Client
 
-# small, so that a broken transfer loses little of what arrived; obstore hands over more where it has more
-_STREAM_BYTES = 128 << 10
+# a shorter range is taken as one piece: fewer calls, and little to lose where it breaks
+_PIECE_BYTES = 256 << 10
+_BOTO_CHUNK_BYTES = 128 << 10
 _SILENCE_SECONDS = 20
-_LOCK = threading.Lock()
+# making a client asks for its terms, which are made once, too
+_LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 # by process, terms and environment; those of a parent process stay where they are, for dropping them would hang
@@ -41,9 +46,8 @@ _CLIENTS: dict[tuple[Any, ...], Any] = {}
 def s3_source(address: Address) -> Source:
     """Make the reader of an object in S3; see `dmdata.source.connect`."""
     bucket, key = _bucket_and_key(address)
-    if _runtime_was_lost():
-        return _ForkedS3Source(address, bucket, key)
-    return _StoreSource(address, _store(bucket, address), key)
+    _terms(bucket, address)  # what is wrong with them is said before anything is sent
+    return _S3Source(address, bucket, key)
 
 
 def web_source(address: Address) -> Source | None:
@@ -51,7 +55,7 @@ def web_source(address: Address) -> Source | None:
     parts = urlsplit(address.url)
     if _runtime_was_lost() or parts.query:
         return None
-    return _StoreSource(address, _web_store(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/"))
+    return _WebSource(address, _web_store(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/"))
 
 
 def upload(path: Path, url: str, *, acl: str | None) -> None:
@@ -115,8 +119,8 @@ def _write(url: str, action: Callable[["S3Client"], object]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _StoreSource:
-    """An object in S3 or on the web, by ranges through obstore. Retries are fetch's, so each request is counted."""
+class _WebSource:
+    """An object on the web, by ranges through obstore."""
 
     address: Address
     store: Any
@@ -124,7 +128,7 @@ class _StoreSource:
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         try:
-            result = self._get(0, n_bytes, etag=None)
+            result = _get(self.address, self.store, self.key, 0, n_bytes, etag=None)
             return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
         except obstore.exceptions.BaseError as error:
             raise _store_error(self.address, error) from None
@@ -133,64 +137,45 @@ class _StoreSource:
                 return b"", ObjectState(0, None)
             raise
 
-    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
-        done = 0
-        try:
-            result = self._get(start, start + len(buffer), etag=etag)
-            if etag is not None and result.meta["e_tag"] != etag:
-                raise changed(self.address)
-            for chunk in result.stream(min_chunk_size=_STREAM_BYTES):
-                n_fitting = min(len(chunk), len(buffer) - done)
-                buffer[done : done + n_fitting] = memoryview(chunk)[:n_fitting]
-                done += n_fitting
-                if stopped():
-                    return done
-        except obstore.exceptions.BaseError as error:
-            raise _store_error(self.address, error, n_received=done) from None
-        if done != len(buffer):
-            raise ended_short(self.address, start + done, transient=True, n_received=done)
-        return done
-
-    def _get(self, start: int, stop: int, *, etag: str | None) -> Any:
-        options: dict[str, Any] = {"range": (start, stop)}
-        if etag is not None:
-            options["if_match"] = etag
-        try:
-            return obstore.get(self.store, self.key, options=options)  # type: ignore[arg-type] # a TypedDict of stubs only
-        except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
-            raise _store_error(self.address, error) from None
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
+        _read_by_obstore(self.address, self.store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
 
 
 @dataclass(frozen=True, slots=True)
-class _ForkedS3Source:
-    """An object in S3 read by boto3, in a process forked from one that used obstore."""
+class _S3Source:
+    """An object in S3: its start by boto3, ranges through obstore; all by boto3 in a process that was forked."""
 
     address: Address
     bucket: str
     key: str
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
-        answer = self._get(0, n_bytes, etag=None)
-        with contextlib.closing(answer["Body"]) as body:
-            size = int(answer["ContentRange"].rpartition("/")[2])
-            return body.read(), ObjectState(size, answer["ETag"])
-
-    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
-        import botocore.exceptions
-        import urllib3.exceptions
-
-        done = 0
         try:
-            with contextlib.closing(self._get(start, start + len(buffer), etag=etag)["Body"]) as body:
-                while done < len(buffer) and not stopped():
-                    chunk = body.read(min(_STREAM_BYTES, len(buffer) - done))
-                    if not chunk:
-                        raise ended_short(self.address, start + done, transient=True, n_received=done)
-                    buffer[done : done + len(chunk)] = chunk
-                    done += len(chunk)
-        except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-            raise _s3_refusal(self.address, None, None, n_received=done) from error
-        return done
+            answer = self._get(0, n_bytes, etag=None)
+        except SourceError as error:
+            if error.facts.get("past_end"):
+                return b"", ObjectState(0, None)
+            raise
+        with contextlib.closing(answer["Body"]) as body, self._broken_in_words():
+            size = int(answer["ContentRange"].rpartition("/")[2])
+            charged = answer.get("RequestCharged") == "requester" if self.address.requester_pays else None
+            head = body.read(n_bytes)
+        if len(head) != min(n_bytes, size):
+            raise ended_short(self.address, len(head), transient=True)
+        return head, ObjectState(size, answer["ETag"], charged)
+
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
+        if not _runtime_was_lost():
+            store = _store(self.bucket, self.address)
+            _read_by_obstore(self.address, store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
+            return
+        with contextlib.closing(self._get(start, stop, etag=etag)["Body"]) as body, self._broken_in_words():
+            while start < stop and not stopped():
+                chunk = body.read(min(_BOTO_CHUNK_BYTES, stop - start))
+                if not chunk:
+                    raise ended_short(self.address, start, transient=True)
+                put(np.frombuffer(chunk, np.uint8))
+                start += len(chunk)
 
     def _get(self, start: int, stop: int, *, etag: str | None) -> Any:
         import botocore.exceptions
@@ -198,19 +183,78 @@ class _ForkedS3Source:
         conditions: dict[str, Any] = {"IfMatch": etag} if etag is not None else {}
         if self.address.requester_pays:
             conditions["RequestPayer"] = "requester"
+        client = _boto_client(self.bucket, self.address)
         try:
-            answer = _boto_client(self.bucket, self.address).get_object(
-                Bucket=self.bucket, Key=self.key, Range=f"bytes={start}-{stop - 1}", **conditions
-            )
+            with self._broken_in_words():
+                answer = client.get_object(
+                    Bucket=self.bucket, Key=self.key, Range=f"bytes={start}-{stop - 1}", **conditions
+                )
         except botocore.exceptions.ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise _s3_refusal(self.address, status, error.response["Error"]["Code"]) from None
-        except botocore.exceptions.BotoCoreError as error:
-            raise _s3_refusal(self.address, None, None) from error
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
             answer["Body"].close()
             raise _not_by_range(self.address)
+        if etag is not None and answer["ETag"] != etag:
+            answer["Body"].close()
+            raise changed(self.address)
         return answer
+
+    @contextlib.contextmanager
+    def _broken_in_words(self) -> Iterator[None]:
+        import botocore.exceptions
+        import urllib3.exceptions
+
+        try:
+            yield
+        except botocore.exceptions.ClientError:
+            raise
+        except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            raise _s3_refusal(self.address, None, None) from error
+
+
+def _get(address: Address, store: Any, key: str, start: int, stop: int, *, etag: str | None) -> Any:
+    options: dict[str, Any] = {"range": (start, stop)}
+    if etag is not None:
+        options["if_match"] = etag
+    try:
+        return obstore.get(store, key, options=options)  # type: ignore[arg-type] # a TypedDict of stubs only
+    except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
+        raise _store_error(address, error) from None
+
+
+def _read_by_obstore(
+    address: Address,
+    store: Any,
+    key: str,
+    start: int,
+    stop: int,
+    *,
+    etag: str | None,
+    put: Put,
+    stopped: Callable[[], bool],
+) -> None:
+    """Read a range through obstore. Retries are fetch's, so that each request is counted."""
+    try:
+        result = _get(address, store, key, start, stop, etag=etag)
+        # a server that knows no If-Match would go unnoticed
+        if etag is not None and result.meta["e_tag"] != etag:
+            raise changed(address)
+        if stop - start <= _PIECE_BYTES:
+            piece = np.frombuffer(result.bytes(), np.uint8)
+            put(piece)
+            start += len(piece)
+        else:
+            # every chunk as the connection gives it: where it breaks, nothing that arrived is lost
+            for chunk in result.stream(min_chunk_size=1):
+                put(np.frombuffer(chunk, np.uint8))
+                start += len(chunk)
+                if stopped():
+                    return
+    except obstore.exceptions.BaseError as error:
+        raise _store_error(address, error) from None
+    if start < stop:
+        raise ended_short(address, start, transient=True)
 
 
 def _bucket_and_key(address: Address) -> tuple[str, str]:
@@ -224,13 +268,17 @@ def _bucket_and_key(address: Address) -> tuple[str, str]:
 def _session() -> "boto3.Session":
     import boto3  # half a second, and only S3 needs it
 
+    # below INFO botocore writes signed headers out, a session's token among them
+    quiet = logging.getLogger("botocore")
+    if quiet.level == logging.NOTSET:
+        quiet.setLevel(logging.INFO)
     # boto3 itself reads AWS_DEFAULT_REGION alone
     return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
 
 
 def _runtime_was_lost() -> bool:
     """Tell whether this process was forked from one that used obstore: its threads stayed there, calls would hang."""
-    return any(pid != os.getpid() for pid, *_ in _CLIENTS)
+    return any(pid != os.getpid() and "obstore" in terms for pid, *terms in _CLIENTS)
 
 
 def _client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -244,25 +292,28 @@ def _client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
 
 
 def _store(bucket: str, address: Address) -> Any:
-    return _client_once((bucket, address.requester_pays, address.region), lambda: _new_store(bucket, address))
+    terms = (bucket, address.requester_pays, address.region, "obstore")
+    return _client_once(terms, lambda: _new_store(bucket, address))
 
 
 def _boto_client(bucket: str, address: Address) -> "S3Client":
     def make() -> "S3Client":
-        session, credentials, _, region = _terms(bucket, address)
-        return session.client("s3", region_name=region, config=_boto_config(signed=credentials is not None))
+        session, credentials, endpoint, region = _terms(bucket, address)
+        config = _boto_config(signed=credentials is not None, by_path=endpoint is not None)
+        return session.client("s3", region_name=region, config=config)
 
     client: S3Client = _client_once((bucket, address.requester_pays, address.region, "boto3"), make)
     return client
 
 
-def _boto_config(*, signed: bool) -> "Config":
+def _boto_config(*, signed: bool, by_path: bool = False) -> "Config":
     from botocore import UNSIGNED
     from botocore.config import Config
 
     retries: Any = {"total_max_attempts": 1}
     return Config(
         retries=retries,
+        s3={"addressing_style": "path"} if by_path else None,
         connect_timeout=_SILENCE_SECONDS,
         read_timeout=_SILENCE_SECONDS,
         signature_version=None if signed else UNSIGNED,
@@ -272,7 +323,9 @@ def _boto_config(*, signed: bool) -> "Config":
 def _web_store(base: str) -> Any:
     from obstore.store import HTTPStore
 
-    return _client_once((base,), lambda: HTTPStore.from_url(base, **_transport(allow_http=base.startswith("http://"))))
+    return _client_once(
+        (base, "obstore"), lambda: HTTPStore.from_url(base, **_transport(allow_http=base.startswith("http://")))
+    )
 
 
 def _new_store(bucket: str, address: Address) -> Any:
@@ -300,6 +353,14 @@ def _transport(*, allow_http: bool) -> dict[str, Any]:
 
 def _terms(bucket: str, address: Address) -> "tuple[boto3.Session, Credentials | None, str | None, str]":
     """Find out how to speak to a bucket: session, credentials, endpoint (None: AWS's own) and region."""
+    terms = (bucket, address.requester_pays, address.region, "terms")
+    known: tuple[boto3.Session, Credentials | None, str | None, str] = _client_once(
+        terms, lambda: _find_terms(bucket, address)
+    )
+    return known
+
+
+def _find_terms(bucket: str, address: Address) -> "tuple[boto3.Session, Credentials | None, str | None, str]":
     import botocore.exceptions
 
     try:
@@ -343,7 +404,7 @@ def _ask_region(session: "boto3.Session", bucket: str) -> str | None:
     return answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or session.region_name
 
 
-def _store_error(address: Address, error: Exception, *, n_received: int = 0) -> DmdataError:
+def _store_error(address: Address, error: Exception) -> DmdataError:
     """Say what a store refused, and why, in our own words: its texts may quote keys, so they are not chained either."""
     text = str(error)
     found = re.search(r"status code: (\d{3})", text)
@@ -360,17 +421,20 @@ def _store_error(address: Address, error: Exception, *, n_received: int = 0) -> 
         status = 403
     elif isinstance(error, ValueError) or "non-partial response" in text:
         return _not_by_range(address)
-    return _s3_refusal(address, status, code, n_received=n_received)
+    return _s3_refusal(address, status, code)
 
 
-def _s3_refusal(address: Address, status: int | None, code: str | None, *, n_received: int = 0) -> DmdataError:
+def _s3_refusal(address: Address, status: int | None, code: str | None) -> DmdataError:
     """Say in words what an answer means; without a status the connection itself failed."""
     if status == 404:
         return ObjectMissingError(
-            f"nothing is at {address} ({code or status}); check the name", url=str(address), transient=False
+            f"nothing is at {address} ({code or status}); check the name",
+            url=str(address),
+            transient=False,
+            refused=True,
         )
     if status == 412:
-        return changed(address)
+        return changed(address, refused=True)
     if status in (401, 403):
         return _refused(address, code)
     if status == 416:
@@ -381,11 +445,15 @@ def _s3_refusal(address: Address, status: int | None, code: str | None, *, n_rec
             "to the bucket's, or unset AWS_ENDPOINT_URL",
             url=str(address),
             transient=False,
+            refused=True,
         )
     what = f"{status} {code or ''}".strip() if status else "the connection broke, stalled or could not be made"
     transient = status is None or status >= 500 or status in (400, 408, 429)
     return SourceError(
-        f"{address} could not be read: {what}", url=str(address), transient=transient, n_received=n_received
+        f"{address} could not be read: {what}",
+        url=str(address),
+        transient=transient,
+        refused=status is not None,
     )
 
 
@@ -395,6 +463,7 @@ def _not_by_range(address: Address) -> SourceError:
         "is it an S3 endpoint?",
         url=str(address),
         transient=False,
+        whole=True,
     )
 
 
@@ -429,4 +498,4 @@ def _refused(address: Address, code: str | None) -> AccessError:
             "the key is catalogued and the offer to pay was sent, so these credentials' own policy is likely in the "
             "way: they need s3:GetObject on the bucket; see which ones are used with aws sts get-caller-identity"
         )  # fmt: skip
-    return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code)
+    return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code, refused=True)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 
-from dmdata.address import Address, ObjectState, Source, changed, ended_short
+from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, ObjectMissingError, SourceError
 from dmdata.s3 import s3_source, web_source
+
+_LOCAL_CHUNK_BYTES = 512 << 10
 
 
 def connect(address: Address) -> Source:
@@ -51,23 +54,24 @@ class _LocalSource:
         except OSError as error:
             raise _os_error(self.address, error) from error
 
-    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
-        done = 0
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
+        # small enough to stay in the processor's cache between the two copies
+        buffer = np.empty(min(stop - start, _LOCAL_CHUNK_BYTES), np.uint8)
         try:
             with _local_path(self.address.url).open("rb", buffering=0) as file:
                 if etag is not None and _state_of_file(file.fileno()).etag != etag:
                     raise changed(self.address)
                 file.seek(start)
-                while done < len(buffer) and not stopped():
-                    n_read = file.readinto(buffer[done:])
+                while start < stop and not stopped():
+                    n_read = file.readinto(buffer[: stop - start].data)
                     if not n_read:
-                        raise ended_short(self.address, start + done, transient=False)
-                    done += n_read
+                        raise ended_short(self.address, start, transient=False)
+                    put(buffer[:n_read])
+                    start += n_read
         except OSError as error:
             if isinstance(error, SourceError):
                 raise
             raise _os_error(self.address, error) from error
-        return done
 
 
 def _local_path(url: str) -> Path:
@@ -89,16 +93,15 @@ class _FsspecSource:
         state = self._state()
         return self._cat(0, min(n_bytes, state.n_bytes)), state
 
-    def read_into(self, buffer: memoryview, start: int, *, etag: str | None, stopped: Callable[[], bool]) -> int:
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
         if stopped():
-            return 0
+            return
         if etag is not None and self._state().etag != etag:
             raise changed(self.address)
-        data = self._cat(start, start + len(buffer))
-        buffer[: len(data)] = data[: len(buffer)]
-        if len(data) != len(buffer):
-            raise ended_short(self.address, start + len(data), transient=True, n_received=min(len(data), len(buffer)))
-        return len(buffer)
+        data = self._cat(start, stop)[: stop - start]
+        put(np.frombuffer(data, np.uint8))
+        if len(data) != stop - start:
+            raise ended_short(self.address, start + len(data), transient=True)
 
     def _state(self) -> ObjectState:
         filesystem, path = self._open()

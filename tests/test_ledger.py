@@ -21,7 +21,7 @@ from small_release import publish
 
 import dmdata
 from dmdata.errors import BudgetError, DmdataError
-from dmdata.ledger import Ledger, Reservation, Spending, home
+from dmdata.ledger import Amount, Ledger, Reservation, Spending, home
 
 RESERVE_UNTIL_REFUSED = """
 import sys
@@ -41,8 +41,12 @@ print(n)
 
 RESERVE_AND_WAIT = """
 import sys, time
-from dmdata.ledger import Ledger, home
+from dmdata.ledger import Amount, Ledger, home
 Ledger(home()).reserve(usd=0.25, n_bytes=700, n_requests=7, artifact="a", destination="internet")
+Ledger(home()).reserve(usd=0.04, n_bytes=80, n_requests=8, artifact="b", destination="internet", drawn=Amount(0, 0, 0))
+third = Ledger(home()).reserve(
+    usd=0.01, n_bytes=50, n_requests=5, artifact="c", destination="internet", drawn=Amount(0.001, 5, 1))
+third.draw(Amount(0.002, 10, 2))
 print("reserved", flush=True)
 time.sleep(600)
 """
@@ -110,19 +114,57 @@ def test_threads_racing_for_a_budget_never_pass_it() -> None:
     assert len(taken) == 35
 
 
-def test_what_a_killed_process_reserved_shows_as_lost_and_stays_counted() -> None:
+def test_of_a_killed_process_what_it_drew_stays_counted_and_the_rest_expires() -> None:
     with dmdata.budget(usd=0.30):
         with started(RESERVE_AND_WAIT) as process:
             assert hear(process) == "reserved"
             assert set(Ledger(home()).spent(by="state")) == {"reserved"}
             process.send_signal(signal.SIGKILL)
             process.wait()
-        assert Ledger(home()).spent(by="state") == {"lost": Spending(0.25, 7, 700, 1)}
+        assert Ledger(home()).spent(by="artifact") == {"a": Spending(0.25, 7, 700, 1), "c": Spending(0.003, 3, 15, 1)}
+        assert set(Ledger(home()).spent(by="state")) == {"lost"}
         with pytest.raises(BudgetError) as caught:
             reserve(0.06)
-        assert caught.value.remaining_usd == pytest.approx(0.05)
-        reserve(0.05)
-    assert dmdata.spend() == Spending(pytest.approx(0.30), 8, 800, 2)  # type: ignore[arg-type] # stands for a float
+        assert caught.value.remaining_usd == pytest.approx(0.047)
+        reserve(0.047)
+    assert dmdata.spend() == Spending(pytest.approx(0.30), 11, 815, 3)  # type: ignore[arg-type] # stands for a float
+
+
+def test_a_ledger_of_the_first_form_is_brought_along() -> None:
+    home().mkdir()
+    with sqlite3.connect(home() / "ledger.sqlite") as connection:
+        connection.execute("CREATE TABLE budget (scope TEXT PRIMARY KEY, committed_pico INTEGER NOT NULL)")
+        connection.execute(
+            "CREATE TABLE read (id TEXT PRIMARY KEY, state TEXT NOT NULL, at REAL NOT NULL, process TEXT NOT NULL, "
+            "artifact TEXT NOT NULL, destination TEXT NOT NULL, pico INTEGER NOT NULL, n_bytes INTEGER NOT NULL, "
+            "n_requests INTEGER NOT NULL)"
+        )
+        connection.execute(
+            "INSERT INTO read VALUES ('x', 'settled', 0, 'host:1:2', 'a', 'internet', ?, 700, 7)", (10**11,)
+        )
+    connection.close()
+    assert dmdata.spend() == Spending(0.1, 7, 700, 1)
+    reserve(0.2).settle(usd=0.1, n_bytes=1, n_requests=1)
+    assert dmdata.spend() == Spending(0.2, 8, 701, 2)
+
+
+def test_a_ledger_of_a_newer_dmdata_is_left_alone() -> None:
+    home().mkdir()
+    with sqlite3.connect(home() / "ledger.sqlite") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(DmdataError, match="newer dmdata"):
+        reserve(0.1)
+
+
+def test_what_the_source_says_of_charging_is_in_the_books() -> None:
+    for charged in (True, True, False, None):
+        reserve(0.1).settle(usd=0.1, n_bytes=1, n_requests=1, charged=charged)
+    assert {name: part.n_reads for name, part in Ledger(home()).spent(by="charged").items()} == {
+        "confirmed": 2,
+        "not charged": 1,
+        "unknown": 1,
+    }
 
 
 def test_a_budget_reaches_the_processes_started_in_it_and_no_others() -> None:
@@ -250,9 +292,9 @@ def test_settling_for_less_frees_the_rest() -> None:
 def test_a_reservation_grows_only_within_the_budget() -> None:
     with dmdata.budget(usd=0.10):
         reservation = reserve(0.06)
-        reservation.extend(usd=0.04)
+        reservation.extend(Amount(0.04, 1, 1))
         with pytest.raises(BudgetError):
-            reservation.extend(usd=1e-9)
+            reservation.extend(Amount(1e-9, 1, 1))
         reservation.settle(usd=0.08, n_bytes=1, n_requests=2)
         reserve(0.02)
     assert dmdata.spend().usd == pytest.approx(0.10)

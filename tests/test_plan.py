@@ -1,16 +1,18 @@
 """The planner against NumPy: every wanted byte covered once, nothing else but gaps, and the same answer."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import dmdata.plan
 from dmdata.errors import SelectionError
 from dmdata.formats import Layout, contiguous_strides
-from dmdata.plan import plan_read, product_array
+from dmdata.plan import land, plan_read, product_array
 from dmdata.selection import parse_selection, select
 
 
@@ -35,39 +37,57 @@ def index_arrays(size):
     return hnp.arrays(int, st.integers(0, 6) if size else 0, elements=st.integers(-size, max(size - 1, 0)))
 
 
-def carry_out(plan, blob):
+def carry_out(plan, blob, *, chunk_bytes=1 << 20):
     """Do what a fetch does, in the plainest way, and check the plan's promises on the way."""
     product = np.zeros(plan.wanted_bytes, np.uint8)
     covered = np.zeros(len(blob), int)
-    for i, (start, stop) in enumerate(plan.ranges):
+    ranges = plan.ranges
+    landings = plan.wanted.landing(ranges.ravel()).reshape(-1, 2)
+    for (start, stop), (at, end) in zip(ranges, landings, strict=True):
         assert start < stop
         covered[start:stop] += 1
-        for piece in range(plan.first_piece[i], plan.first_piece[i + 1]):
-            a, b = plan.piece_starts[piece], plan.piece_stops[piece]
-            assert start <= a < b <= stop
-            product[plan.landing[piece] : plan.landing[piece + 1]] = blob[a:b]
+        for position in range(start, stop, chunk_bytes):
+            chunk = blob[position : min(position + chunk_bytes, stop)]
+            at += land(plan.wanted, position, chunk, product, at)
+        assert at == end
     assert covered.max(initial=0) <= 1
     assert covered.sum() == plan.n_bytes
-    assert (plan.range_stops[:-1] <= plan.range_starts[1:]).all()
+    assert len(ranges) == plan.n_requests
+    for starts, stops in plan.wanted.segments():
+        for start, stop in zip(starts, stops, strict=True):
+            assert (covered[start:stop] == 1).all()
+    assert (ranges[:-1, 1] <= ranges[1:, 0]).all()
     return product_array(plan, product)
 
 
+@pytest.fixture(params=[1 << 20, 5, 1], ids=["at once", "five at once", "one at once"])
+def at_once(request, monkeypatch):
+    """Let the planner hold so many segments at a time; what it plans must not depend on it."""
+    monkeypatch.setattr(dmdata.plan, "_MOST_AT_ONCE", request.param)
+    monkeypatch.setattr(dmdata.plan, "_MOST_REMEMBERED", 4 * request.param)
+
+
+together = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@together
 @given(st.data())
-def test_basic_indexing_equals_numpy_and_covers_each_wanted_byte_once(data):
+def test_basic_indexing_equals_numpy_and_covers_each_wanted_byte_once(at_once, data):
     values, layout, blob = data.draw(arrays_in_objects())
     key = data.draw(hnp.basic_indices(values.shape))
     cap, gap = data.draw(st.integers(1, 64)), data.draw(st.integers(0, 40))
     plan = plan_read(layout, select(key, values.shape, orthogonal=False), max_gap_bytes=gap, max_range_bytes=cap)
     expected = values[key]
-    got = carry_out(plan, blob)
+    got = carry_out(plan, blob, chunk_bytes=data.draw(st.integers(1, 40)))
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(got, expected)
     assert plan.wanted_bytes == expected.nbytes
-    assert (plan.range_stops - plan.range_starts <= max(cap, values.itemsize)).all()
+    assert (np.diff(plan.ranges) <= max(cap, values.itemsize)).all()
 
 
+@together
 @given(st.data())
-def test_orthogonal_indexing_equals_numpys_ix(data):
+def test_orthogonal_indexing_equals_numpys_ix(at_once, data):
     values, layout, blob = data.draw(arrays_in_objects())
     key, picks = [], []
     for size in values.shape:
@@ -83,8 +103,9 @@ def test_orthogonal_indexing_equals_numpys_ix(data):
     np.testing.assert_array_equal(carry_out(plan, blob), values[np.ix_(*picks)])
 
 
+@together
 @given(st.data())
-def test_one_index_array_among_numbers_and_slices_equals_numpy(data):
+def test_one_index_array_among_numbers_and_slices_equals_numpy(at_once, data):
     values, layout, blob = data.draw(arrays_in_objects())
     where = data.draw(st.integers(0, values.ndim - 1))
     key = []
@@ -116,6 +137,40 @@ def test_a_column_of_a_million_rows_is_planned_as_arrays():
     )
     assert plan.n_requests == 1_510_000
     assert plan.n_bytes == plan.wanted_bytes == 3_020_000
+
+
+@given(st.data())
+def test_how_many_segments_are_held_at_once_changes_no_range(data):
+    values, layout, _ = data.draw(arrays_in_objects())
+    selection = select(data.draw(hnp.basic_indices(values.shape)), values.shape, orthogonal=False)
+    how = {"max_gap_bytes": data.draw(st.integers(0, 40)), "max_range_bytes": data.draw(st.integers(1, 64))}
+    whole = plan_read(layout, selection, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmdata.plan, "_MOST_AT_ONCE", data.draw(st.integers(1, 7)))
+        in_parts = plan_read(layout, selection, **how)
+        np.testing.assert_array_equal(in_parts.ranges, whole.ranges)
+    assert (in_parts.n_requests, in_parts.n_bytes) == (whole.n_requests, whole.n_bytes)
+
+
+def test_every_second_number_of_terabytes_is_planned_in_bounded_memory():
+    layout = Layout((1_510_000, 50_000, 10), np.dtype("float16"), 128, (1_000_000, 20, 2))
+    every_second = select(np.s_[:, ::2, 3], layout.shape, orthogonal=False)
+    tracemalloc.start()
+    plan = plan_read(layout, every_second, max_gap_bytes=4772, max_range_bytes=1 << 24)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # planning goes through the 37,750,000,000 pieces of one class of half of the examples
+    assert plan.wanted_bytes == 1_510_000 * 25_000 * 2
+    assert peak < 300e6
+
+
+def test_a_short_read_is_split_for_the_connections_there_are():
+    layout = Layout((1 << 24,), np.dtype("uint8"), 0, (1,))
+    whole = select(..., layout.shape, orthogonal=False)
+    how = {"max_gap_bytes": 0, "max_range_bytes": 1 << 24, "least_range_bytes": 1 << 21}
+    for n_at_once, n_requests in ((1, 1), (4, 4), (6, 6), (32, 8)):
+        plan = plan_read(layout, whole, n_at_once=n_at_once, **how)
+        assert (plan.n_requests, plan.n_bytes) == (n_requests, 1 << 24)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,13 +36,13 @@ from dmdata.errors import (
     SelectionError,
     SourceError,
 )
-from dmdata.ledger import home
+from dmdata.ledger import Ledger, home
 
 NAME = "toy/50pct/test_logits"
 VALUES = np.arange(40 * 30 * 4, dtype=np.float32).reshape(40, 30, 4)
 BIG = "toy/50pct/test_margins"
 WIDE = np.random.default_rng(0).integers(0, 255, (40, 1 << 20), np.uint8)
-"""40 MiB: a read of all of it takes three requests."""
+"""40 MiB: a read of all of it takes ten requests of 4 MiB."""
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_opening_and_reading_cost_what_the_estimate_by_the_catalog_says(server: 
 
 def test_a_read_longer_than_one_range_is_cut_and_joined(server: LoopbackS3, wide: dmdata.LazyArray) -> None:
     np.testing.assert_array_equal(wide[...], WIDE)
-    assert server.n_requests == 3
+    assert server.n_requests == 10
     assert server.n_bytes == WIDE.nbytes
     np.testing.assert_array_equal(wide[::7, 5], WIDE[::7, 5])
     np.testing.assert_array_equal(wide[:, [999_999, 3]], WIDE[:, [999_999, 3]])
@@ -225,9 +228,9 @@ def test_what_is_local_needs_no_budget(tmp_path: Path) -> None:
         Fault(status=400, code="RequestTimeout"),
         Fault(drop=True),
         Fault(reset_after=0),
-        Fault(reset_after=7 << 20),
-        Fault(end_after=7 << 20),
-        Fault(shorten_to=3 << 20),
+        Fault(reset_after=3 << 20),
+        Fault(end_after=3 << 20),
+        Fault(shorten_to=1 << 20),
         Fault(stall_seconds=0.3, stall_after=1 << 20),
     ],
     ids=repr,
@@ -235,29 +238,26 @@ def test_what_is_local_needs_no_budget(tmp_path: Path) -> None:
 def test_a_transfer_that_breaks_is_gone_on_with(server: LoopbackS3, wide: dmdata.LazyArray, fault: Fault) -> None:
     server.inject(fault, times=2, after=1)
     n_bytes, n_requests, usd = spent_by(lambda: np.testing.assert_array_equal(wide[...], WIDE))
-    # the client may have received less than was handed to the kernel before a reset; it cannot have received more
-    assert WIDE.nbytes <= n_bytes <= server.n_object_bytes
+    # the ledger is an upper bound: of a transfer that broke, all that was asked for may be billed
+    assert WIDE.nbytes <= server.n_object_bytes <= n_bytes <= WIDE.nbytes + 2 * (4 << 20)
     assert n_requests == server.n_requests
     assert usd == pytest.approx(n_bytes * 0.09 / 2**30 + n_requests * 0.0004 / 1000)
 
 
 def test_after_a_break_only_what_is_missing_is_asked_for(server: LoopbackS3, wide: dmdata.LazyArray) -> None:
-    server.inject(Fault(end_after=10 << 20))
-    np.testing.assert_array_equal(wide[:16], WIDE[:16])
+    server.inject(Fault(end_after=3 << 20))
+    np.testing.assert_array_equal(wide[:4], WIDE[:4])
     first, second = (request.range for request in server.log)
-    assert first == f"bytes=128-{(16 << 20) + 127}"
-    assert second is not None
-    start, stop = second.removeprefix("bytes=").split("-")
-    assert int(stop) == (16 << 20) + 127
-    assert (9 << 20) + 128 <= int(start) <= (10 << 20) + 128, "what was delivered in whole megabytes is kept"
+    assert first == f"bytes=128-{(4 << 20) + 127}"
+    assert second == f"bytes={(3 << 20) + 128}-{(4 << 20) + 127}", "every byte that arrived is kept"
 
 
 @pytest.mark.slow
 def test_a_transfer_that_stalls_is_broken_off_and_gone_on_with(server: LoopbackS3, wide: dmdata.LazyArray) -> None:
-    server.inject(Fault(stall_seconds=60, stall_after=5 << 20))
-    np.testing.assert_array_equal(wide[:16], WIDE[:16])
+    server.inject(Fault(stall_seconds=60, stall_after=3 << 20))
+    np.testing.assert_array_equal(wide[:4], WIDE[:4])
     assert server.n_requests == 2
-    assert dmdata.spend().n_bytes <= server.n_object_bytes + 128
+    assert server.n_object_bytes <= dmdata.spend().n_bytes <= (4 << 20) + (1 << 20) + 128
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -285,16 +285,58 @@ def test_tries_are_paid_for_and_never_pass_the_budget(server: LoopbackS3, array:
     assert server.n_requests == 3
 
 
-def test_the_first_error_stops_the_other_connections_and_the_ledger_stays_honest(
+def test_the_first_error_stops_the_other_connections_and_the_ledger_stays_an_upper_bound(
     server: LoopbackS3, wide: dmdata.LazyArray
 ) -> None:
-    server.bytes_per_second = 8e6
-    server.inject(Fault(status=403, stall_seconds=0.4), when=lambda request: "16777344" in (request.range or ""))
+    server.bytes_per_second = 4e6
+    server.inject(Fault(status=403, stall_seconds=0.2), when=lambda request: f"={(4 << 20) + 128}-" in request.range)
     with pytest.raises(AccessError):
         wide[...]
-    assert dmdata.spend().n_bytes <= server.n_object_bytes + 128, "no more than was served"
-    assert dmdata.spend().n_bytes < WIDE.nbytes / 2
-    assert server.n_requests == 3
+    spent = dmdata.spend()
+    assert server.n_object_bytes <= spent.n_bytes
+    assert spent.n_bytes <= 9 * (4 << 20) + 128
+    assert server.n_object_bytes < WIDE.nbytes / 2
+
+
+@pytest.mark.parametrize("stalled", [False, True], ids=["while bytes arrive", "while the server is silent"])
+def test_ctrl_c_ends_a_read_at_once(server: LoopbackS3, wide: dmdata.LazyArray, stalled: bool) -> None:
+    if stalled:
+        server.inject(Fault(stall_seconds=15, stall_after=1 << 20), times=math.inf)
+    else:
+        server.bytes_per_second = 4e5
+    # the signal comes to another thread, as it may
+    interrupt = threading.Timer(0.7, signal.raise_signal, [signal.SIGINT])
+    interrupted_by = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            wide[...]
+        assert time.monotonic() - began < 2
+    finally:
+        signal.signal(signal.SIGINT, interrupted_by)
+        interrupt.join()
+    assert dmdata.spend().n_bytes >= server.n_object_bytes
+    assert server.n_object_bytes < WIDE.nbytes / 2
+
+
+def test_every_read_asks_for_the_object_first_seen(server: LoopbackS3, array: dmdata.LazyArray) -> None:
+    array[::3, 5]
+    array[...]
+    etag = server.etag("toy/data/test_logits_50pct.npy")
+    assert server.log
+    assert {request.if_match for request in server.log} == {etag}
+
+
+def test_the_ledger_says_that_the_source_confirmed_to_charge(
+    server: LoopbackS3, array: dmdata.LazyArray, catalog: str
+) -> None:
+    array[3]
+    (state,) = Ledger(home()).spent(by="charged").items()
+    assert state[0] == "confirmed"
+    assert state[1].n_requests == server.n_requests + 1
+    dmdata.open(array.name, catalog=catalog)[3]
+    assert list(Ledger(home()).spent(by="charged")) == ["confirmed"], "the header's memory knows it, too"
 
 
 def test_a_whole_object_where_a_range_is_due_never_gives_wrong_bytes(
@@ -539,7 +581,23 @@ def test_a_secret_in_an_address_is_never_shown(s3: LoopbackS3, dmdata_home: Path
     assert "SIG1" not in shown
 
 
-def test_a_selection_of_too_many_pieces_is_refused_before_it_takes_all_memory() -> None:
-    catalog = dmdata.load_catalog()
-    with pytest.raises(SelectionError, match="pieces"):
-        dmdata.estimate("cifar/50pct/test_margins", select=":,::2", catalog=catalog)
+def test_a_selection_of_billions_of_pieces_is_priced() -> None:
+    price = dmdata.estimate("cifar/50pct/test_margins", select=":,::2", catalog=dmdata.load_catalog())
+    assert price.n_bytes == pytest.approx(310_000 * 10_000 * 2, rel=1e-3), "gaps are smaller than a request is worth"
+
+
+def test_a_read_is_planned_for_speed_where_that_is_asked_for(server: LoopbackS3, catalog: str) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (200, 20_000), np.uint8)
+    server.put("x.npy", npy(values))
+    quick = dmdata.open(f"s3://{BUCKET}/x.npy", prefer="speed")
+    price = quick.estimate(np.s_[:, 7])
+    assert (price.cheapest.n_bytes, price.cheapest.n_requests) == (200, 200)
+    n_merged = price.fastest.n_bytes
+    assert 198 * 20_000 - 40_000 < n_merged <= 199 * 20_000 + 1
+    assert price.fastest.n_requests == 3
+    assert price.fastest.seconds < price.cheapest.seconds / 3
+    server.reset_log()
+    n_bytes, n_requests, _ = spent_by(lambda: np.testing.assert_array_equal(quick[:, 7], values[:, 7]))
+    assert (n_bytes, n_requests) == (server.n_bytes, server.n_requests) == (n_merged, 3)
+    with pytest.raises(SelectionError, match="price or speed"):
+        dmdata.open(BIG, catalog=catalog, prefer="luck")  # type: ignore[arg-type] # on purpose

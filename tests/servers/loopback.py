@@ -56,6 +56,7 @@ class Request:
     n_bytes: int  # body bytes handed to the kernel, headers not counted, error documents counted
     charged: bool  # answered x-amz-request-charged: requester
     connection: int  # the client's port: equal for requests on one connection
+    if_match: str | None = None  # the If-Match header as sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +177,13 @@ class LoopbackS3:
             stored = _Source(bytes(content))
         with self._lock:
             self._objects[key] = stored
+        with _opened(stored) as source:
+            return source.etag
+
+    def etag(self, key: str) -> str:
+        """Return the ETag of what is stored under a key, quotes included; `KeyError` where nothing is."""
+        with self._lock:
+            stored = self._objects[key]
         with _opened(stored) as source:
             return source.etag
 
@@ -333,7 +341,8 @@ class _Handler(BaseHTTPRequestHandler):
         s3 = self.server.s3
         self._body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # also where it is refused
         bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
-        request = Request(self.command, bucket, key, self.headers.get("Range"), 0, 0, False, self.client_address[1])
+        sent, port = self.headers, self.client_address[1]
+        request = Request(self.command, bucket, key, sent.get("Range"), 0, 0, False, port, sent.get("If-Match"))
         fault = s3.fault_for(request) or Fault()
         s3.stopping.wait(s3.latency_seconds + (fault.stall_seconds if fault.stall_after is None else 0.0))
         if fault.replace is not None:
