@@ -38,7 +38,7 @@ CONNECTIONS = 32
 _FIRST_CONNECTIONS = 8
 _LONG_RANGE_BYTES = 1 << 20
 # an answer that took longer than this was waited for, so that more at a time is faster
-_SLOW_ANSWER_SECONDS = 0.004
+_SLOW_ANSWER_SECONDS = 0.01
 _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0

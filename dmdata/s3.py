@@ -46,8 +46,7 @@ _CLIENTS: dict[tuple[Any, ...], Any] = {}
 def s3_source(address: Address) -> Source:
     """Make the reader of an object in S3; see `dmdata.source.connect`."""
     bucket, key = _bucket_and_key(address)
-    _terms(bucket, address)  # what is wrong with them is said before anything is sent
-    return _S3Source(address, bucket, key)
+    return _S3Source(address, bucket, key, None if _runtime_was_lost() else _store(bucket, address))
 
 
 def web_source(address: Address) -> Source | None:
@@ -148,6 +147,7 @@ class _S3Source:
     address: Address
     bucket: str
     key: str
+    store: Any | None
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         try:
@@ -165,9 +165,8 @@ class _S3Source:
         return head, ObjectState(size, answer["ETag"], charged)
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
-        if not _runtime_was_lost():
-            store = _store(self.bucket, self.address)
-            _read_by_obstore(self.address, store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
+        if self.store is not None:
+            _read_by_obstore(self.address, self.store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
             return
         with contextlib.closing(self._get(start, stop, etag=etag)["Body"]) as body, self._broken_in_words():
             while start < stop and not stopped():
