@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 256 << 10
 _BOTO_CHUNK_BYTES = 128 << 10
 _SILENCE_SECONDS = 20
+# at DEBUG these write out requests and what is signed of them, a session's token among it
+_LOGGERS_OF_HEADERS = tuple(f"botocore.{name}" for name in ("auth", "awsrequest", "endpoint", "hooks", "httpsession"))
 # making a client asks for its terms, which are made once, too
 _LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
@@ -267,12 +269,14 @@ def _bucket_and_key(address: Address) -> tuple[str, str]:
 def _session() -> "boto3.Session":
     import boto3  # half a second, and only S3 needs it
 
-    # below INFO botocore writes signed headers out, a session's token among them
-    quiet = logging.getLogger("botocore")
-    if quiet.level == logging.NOTSET:
-        quiet.setLevel(logging.INFO)
+    for name in _LOGGERS_OF_HEADERS:
+        logging.getLogger(name).addFilter(_is_no_debug)
     # boto3 itself reads AWS_DEFAULT_REGION alone
     return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
+
+
+def _is_no_debug(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
 
 
 def _runtime_was_lost() -> bool:
