@@ -12,8 +12,9 @@ from rich.progress import DownloadColumn, ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
-from dmdata import ledger, release
+from dmdata import ledger, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
+from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import Talk, ask_consent, run, talk_options
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.prices import GIB, PRICES, Destination, Estimate, readable_bytes, readable_usd
@@ -60,8 +61,12 @@ def _options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
     return _option_to(_option_catalog(command))
 
 
+for _command in (completion_command("dmdata"), upkeep_commands.doctor, upkeep_commands.cache, upkeep_commands.catalog):
+    commands.add_command(_command)
+
+
 @commands.command("ls")
-@click.argument("patterns", nargs=-1)
+@click.argument("patterns", nargs=-1, shell_complete=complete_artifacts)
 @_option_catalog
 @talk_options
 def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -> None:
@@ -84,7 +89,7 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
 
 @commands.command("info")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_artifacts)
 @_option_catalog
 @talk_options
 def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
@@ -125,7 +130,7 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 
 
 @commands.command("estimate")
-@click.argument("patterns", nargs=-1, required=True)
+@click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
 @_option_to

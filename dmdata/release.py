@@ -313,7 +313,7 @@ def get(
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(_address_of(artifact), artifact.object_name, destination_of(to))
+    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to))
     download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
     return path
 
@@ -373,7 +373,8 @@ def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Layout:
     return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize))
 
 
-def _address_of(artifact: Artifact) -> Address:
+def address_of(artifact: Artifact) -> Address:
+    """Say where an artifact's object is, and on what terms."""
     source = artifact.source
     return Address(artifact.url, source.requester_pays, source.region, listed=True)
 
@@ -411,7 +412,7 @@ def _open_artifact(artifact: Artifact, destination: Destination, prefer: Prefere
     if artifact.stored.format == "zarr":
         array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
-        transport = Transport(_address_of(artifact), artifact.name, destination)
+        transport = Transport(address_of(artifact), artifact.name, destination)
         header = read_header(transport, kind=artifact.stored.format)
         layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known

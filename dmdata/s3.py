@@ -62,6 +62,41 @@ def web_source(address: Address) -> Source | None:
     return _WebSource(address, _web_store(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/"))
 
 
+@dataclass(frozen=True, slots=True)
+class AccessTerms:
+    """How a bucket would be spoken to; holds no credentials.
+
+    Attributes
+    ----------
+    credentials : str or None
+        Where they come from, as botocore calls it ("env", "sso", "iam-role"); None where there are none.
+    profile : str
+    endpoint : str or None
+        None for AWS's own.
+    region : str
+        Of the bucket, as it says itself.
+    """
+
+    credentials: str | None
+    profile: str
+    endpoint: str | None
+    region: str
+
+
+def access_terms(address: Address) -> AccessTerms:
+    """Find out how an object would be read, and where its bucket is. Costs nothing.
+
+    Raises
+    ------
+    AccessError
+        If credentials are needed and there are none, or the AWS configuration cannot be used.
+    SourceError
+        If the bucket cannot be asked for its region.
+    """
+    session, credentials, endpoint, region = _terms(_bucket_and_key(address)[0], address)
+    return AccessTerms(credentials.method if credentials else None, session.profile_name, endpoint, region)
+
+
 def upload(path: Path, url: str, *, acl: str | None) -> None:
     """Put a local file under an S3 address, in parts where it is large.
 

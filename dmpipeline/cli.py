@@ -12,6 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from dmdata.completion import completion_command
 from dmdata.console import Talk, run, talk_options
 from dmdata.prices import readable_bytes
 from dmpipeline.errors import VerificationError, explain_missing_extra
@@ -42,6 +43,9 @@ class _Commands(click.Group):
 @click.version_option(package_name="dmdata")
 def commands() -> None:
     """Train models on random subsets, fit datamodels to them, and ask which examples made a prediction."""
+
+
+commands.add_command(completion_command("dmpipeline"))
 
 
 @commands.command("demo")
