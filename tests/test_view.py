@@ -82,21 +82,14 @@ class PublishedValues:
         return {"server": None, "table": self.table}
 
 
-class Writable:
+class Writable(View):
     """A view for tests that fill a store by its own `set` before they look: what is set is published instead."""
 
     def __init__(self, view: View) -> None:
-        self.view = view
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.view, name)
+        super().__init__(view.values)
 
     async def set(self, key: str, value: Buffer) -> None:
-        self.view.values.publish(key, value.to_bytes())
-
-    async def _set_many(self, values: Any) -> None:
-        for key, value in values:
-            await self.set(key, value)
+        self.values.publish(key, value.to_bytes())
 
 
 REFUSED = "store was opened in read-only mode and does not support writing"
