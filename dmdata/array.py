@@ -6,7 +6,7 @@ address, never with credentials, and its repr touches nothing.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -23,6 +23,7 @@ from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
 from dmdata.prices import LINK, PRICES, Destination, Estimate, destination_of, quote, readable_bytes
 from dmdata.selection import Selection, select
+from dmdata.view import ArrayValues, Form, View
 
 if TYPE_CHECKING:
     import dask.array
@@ -312,6 +313,47 @@ class LazyArray:
         key = (rows, columns)[: self.ndim] if self.ndim > 1 else (rows,)
         selection = select(key, self.shape, orthogonal=True)
         return mirror(self, Path(destination), selection=selection, memory_bytes=memory_bytes, progress=progress)
+
+    def slabs(self, n_bytes: int) -> "LazyArray":
+        """Show the stored bytes of the elements, in storage order, as slabs of so many.
+
+        Returns
+        -------
+        slabs : LazyArray of uint8, shape (self.nbytes // n_bytes, n_bytes)
+            Read from the same object under the same budget.
+        """
+        layout = Layout((self.nbytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
+        return replace(self, dims=("slab", "byte"), layout=layout)
+
+    def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:
+        """Show the array to whoever only speaks Zarr, without copying anything.
+
+        Reads of the answer, by zarr or whatever is built on it, are requests under the budget.
+
+        Parameters
+        ----------
+        form : {"blocks", "rows"}
+            "blocks": chunks of whole rows, each read whole, in one request. "rows": shards of single rows, so that
+            only the rows that are needed are read; rows under 4 KiB in groups of about that, since a request costs
+            as much. For an array in Fortran order, columns.
+        block_rows : int, optional
+            Rows of a chunk, or of a shard; by default about 16 MiB, or 1 MiB.
+
+        Returns
+        -------
+        array : zarr.Array
+            Read-only, Zarr v3. For an array of a Zarr store, that array itself.
+
+        Raises
+        ------
+        FormatError
+            If Zarr v3 has no such data type.
+        DmdataError
+            If there is no such form, or a block would have no rows.
+        """
+        if isinstance(self.body, InZarr):
+            return self.body.open()
+        return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
 
     def to_dask(self, chunks: Any = None) -> "dask.array.Array":
         """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""

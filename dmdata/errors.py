@@ -87,7 +87,10 @@ class BudgetError(DmdataError):
 
 
 class AccessError(DmdataError, PermissionError):
-    """The source refused; `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied."""
+    """The source refused.
+
+    `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied, read_only.
+    """
 
     exit_code = 4
 

@@ -111,6 +111,38 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     return _open_artifact(artifact, destination, prefer)
 
 
+def open_object(name: str, *, catalog: CatalogLike = None, to: str = Destination.INTERNET) -> LazyArray:
+    """Open an object of a catalog as the bytes it is, header included. Reads its header, once.
+
+    Parameters
+    ----------
+    name : str
+        Of a ``.npy`` or a whole ``.pt``.
+    catalog, to
+        As in `open`.
+
+    Returns
+    -------
+    octets : LazyArray of uint8, shape (size of the object,)
+
+    Raises
+    ------
+    CatalogError
+        If the name is unknown, or is of a part of an object or of an array in a Zarr store.
+    FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
+        As in `open`.
+    """
+    artifact = load_catalog(catalog).find(name)
+    if artifact.stored.format == "zarr":
+        raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
+    if artifact.member:
+        raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
+    transport = Transport(address_of(artifact), artifact.name, destination_of(to))
+    state = read_header(transport, kind=artifact.stored.format).state
+    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return LazyArray(artifact.name, ("byte",), layout, InObject(transport, state.etag))
+
+
 def estimate(
     patterns: str | Sequence[str],
     *,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
         errors catalog formats selection prices plan ledger address s3 source fetch locks headers mirror download
-        interop array release console cache doctor completion upkeep_commands cli
+        interop view array release filesystem xarray_engine console cache doctor completion upkeep_commands cli
     """,
     "dmpipeline": """
         errors spec masks datasets recipes outputs train store cluster verify moments lasso datamodels evaluate
