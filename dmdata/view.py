@@ -338,7 +338,7 @@ class View(Store):
     async def get_ranges(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **_own_plan: Any
     ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
-        """Read ranges of one value in one planned read (zarr 3.2 and newer ask so for the rows of a shard).
+        """Read ranges of one value in one planned read (newer zarr asks so for the rows of a shard).
 
         The limits by which zarr would merge ranges are not heeded: gaps are merged by price, as everywhere.
         """

@@ -164,7 +164,7 @@ class TestViewAsStore(StoreTests[View, CpuBuffer]):
     async def test_list_dir(self, store: View) -> None:
         await super().test_list_dir(Writable(store))
 
-    if hasattr(StoreTests, "test_get_sync_byte_range_parity"):  # zarr 3.2 and newer
+    if hasattr(StoreTests, "test_get_sync_byte_range_parity"):  # newer zarr
         ranges = StoreTests.test_get_sync_byte_range_parity.pytestmark[0]
 
         @pytest.mark.parametrize(*ranges.args, **ranges.kwargs)
