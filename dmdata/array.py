@@ -21,7 +21,17 @@ from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
-from dmdata.prices import LINK, PRICES, Destination, Estimate, destination_of, quote, readable_bytes
+from dmdata.prices import (
+    Destination,
+    Estimate,
+    Usage,
+    assumed_link,
+    destination_of,
+    price_table,
+    quote,
+    readable_bytes,
+    usage_of,
+)
 from dmdata.selection import Selection, select
 from dmdata.view import ArrayValues, Form, View
 
@@ -268,7 +278,14 @@ class LazyArray:
     def _destination(self) -> Destination:
         return self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
 
-    def estimate(self, key: Any = ..., *, to: str | None = None) -> Estimate:
+    def estimate(
+        self,
+        key: Any = ...,
+        *,
+        to: str | None = None,
+        used_gib: float | None = None,
+        free_tier: bool | None = None,
+    ) -> Estimate:
         """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
 
         For a free source this is what the same read would cost from a release in a requester-pays bucket.
@@ -279,9 +296,14 @@ class LazyArray:
             As in ``[]``; several index arrays mean their product.
         to : {"internet", "same-region", "cross-region"}, optional
             Where the bytes go; by default where the array was opened for.
+        used_gib : float, optional
+            GB that the account sent to the internet this month; by default as set, else 0.
+        free_tier : bool, optional
+            Whether the month's free GB are left but for these; by default as set, else not counted on.
         """
         selection = select(key, self.shape, orthogonal=True)
-        return estimate_read(self.layout, selection, to=destination_of(to or self._destination))
+        destination = destination_of(to or self._destination)
+        return estimate_read(self.layout, selection, to=destination, usage=usage_of(used_gib, free_tier))
 
     def mirror(
         self,
@@ -379,16 +401,17 @@ def cheapest_plan(layout: Layout, selection: Selection, *, to: Destination) -> R
 
     A short read is split for concurrency all the same, down to 4 MiB a range, for 0.1% of its price at most.
     """
-    gap = PRICES.break_even_gap_bytes(to)
+    gap = price_table().break_even_gap_bytes(to)
     return _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=LEAST_RANGE_BYTES)
 
 
 def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
     """Plan a read for the fewest seconds by the assumed link: gaps are fetched where a request would take longer."""
-    gap = int(LINK.break_even_gap_bytes)
+    link = assumed_link()
+    gap = int(link.break_even_gap_bytes)
     merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
     plans = (merged, cheapest_plan(layout, selection, to=to))
-    return min(plans, key=lambda plan: LINK.seconds(plan.n_bytes, plan.n_requests))
+    return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
 
 
 def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_range_bytes: int) -> ReadPlan:
@@ -402,7 +425,7 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> Estimate:
+def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -410,11 +433,12 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> E
     layout : Layout
     selection : Selection
     to : Destination
+    usage : Usage
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to) for plan in plans)
-    return Estimate(cheapest, fastest, to)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
+    return Estimate(cheapest, fastest, to, price_table().date)

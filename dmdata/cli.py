@@ -12,12 +12,23 @@ from rich.progress import DownloadColumn, ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
-from dmdata import ledger, release, upkeep_commands
+from dmdata import ledger, money_commands, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
 from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import Talk, ask_consent, run, talk_options
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
-from dmdata.prices import GIB, PRICES, Destination, Estimate, readable_bytes, readable_usd
+from dmdata.prices import (
+    GIB,
+    Destination,
+    Estimate,
+    Quote,
+    assumed_link,
+    price_table,
+    readable_bytes,
+    readable_usd,
+    usage_of,
+)
+from dmdata.settings import settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,8 +54,8 @@ def _option_to(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--to",
         type=click.Choice([str(destination) for destination in Destination]),
-        default=str(Destination.INTERNET),
-        show_default=True,
+        default=lambda: settings().to,
+        show_default="internet, or as set",
         help="Where the bytes go: decides the price of a byte.",
     )(command)
 
@@ -61,7 +72,15 @@ def _options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
     return _option_to(_option_catalog(command))
 
 
-for _command in (completion_command("dmdata"), upkeep_commands.doctor, upkeep_commands.cache, upkeep_commands.catalog):
+for _command in (
+    money_commands.spend,
+    money_commands.prices,
+    money_commands.config,
+    upkeep_commands.doctor,
+    upkeep_commands.cache,
+    upkeep_commands.catalog,
+    completion_command("dmdata"),
+):
     commands.add_command(_command)
 
 
@@ -133,17 +152,28 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 @click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
+@click.option("--used-gib", type=click.FloatRange(min=0), metavar="GB", help="Sent to the internet this month already.")
+@click.option("--free-tier/--no-free-tier", default=None, help="Whether the month's free GB are left but for these.")
 @_option_to
 @_option_catalog
 @talk_options
 def estimate(
-    talk: Talk, patterns: tuple[str, ...], exclude: tuple[str, ...], select: str | None, to: str, catalog: str | None
+    talk: Talk,
+    patterns: tuple[str, ...],
+    exclude: tuple[str, ...],
+    select: str | None,
+    used_gib: float | None,
+    free_tier: bool | None,
+    to: str,
+    catalog: str | None,
 ) -> None:
-    """Price artifacts before a byte moves, by the catalog alone: no network, no credentials."""
-    known = release.load_catalog(catalog)
-    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to)
-    total = release.total_of([price for _, price in priced], to=to)
-    _print_estimate(talk, priced, total)
+    """Price artifacts before a byte moves, by the catalog alone: no network, no credentials.
+
+    Both ends are shown: the cheapest way, which reads take, and the fastest by the assumed link.
+    """
+    known, usage = release.load_catalog(catalog), usage_of(used_gib, free_tier)
+    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to, usage=usage)
+    _print_estimate(talk, priced, release.total_of([price for _, price in priced], to=to, usage=usage))
 
 
 @commands.command("get")
@@ -224,32 +254,6 @@ def mirror(
     talk.print_data({"destination": destination, "artifacts": names}, _lines(destination, f"{len(names)} artifacts"))
 
 
-@commands.command("spend")
-@click.option("--by", type=click.Choice(["day", "artifact", "destination", "state"]), help="Group by.")
-@talk_options
-def spend(talk: Talk, by: ledger.Grouping | None) -> None:
-    """Show what was spent through this machine's ledger: list prices, upper bound."""
-    books = ledger.Ledger(ledger.home())
-    total = books.spent().get("total", ledger.Spending(0.0, 0, 0, 0))
-    data: dict[str, Any] = _spending_facts(total)
-    table = Table(by or "", "dollars", "bytes", "requests", "reads", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    groups = books.spent(by=by) if by else {}
-    for name, part in (groups | {"total": total}).items():
-        table.add_row(
-            name, readable_usd(part.usd), readable_bytes(part.n_bytes), f"{part.n_requests:,}", f"{part.n_reads:,}"
-        )
-    if by:
-        data[f"by_{by}"] = {name: _spending_facts(part) for name, part in groups.items()}
-    talk.print_data(data, table)
-    talk.remark(f"ledger: {books.path}")
-
-
-def _spending_facts(part: ledger.Spending) -> dict[str, float]:
-    return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
-
-
 @contextlib.contextmanager
 def _paid_for(
     talk: Talk,
@@ -283,32 +287,41 @@ def _paid_for(
 
 
 def _print_estimate(talk: Talk, priced: list[tuple[Artifact, Estimate]], total: Estimate) -> None:
-    def facts(price: Estimate) -> dict[str, Any]:
-        best = {"bytes": price.n_bytes, "requests": price.n_requests, "usd": price.usd, "usd_low": price.usd_low}
-        return best | {"usd_high": price.usd_high, "seconds": price.seconds}
+    def facts(way: Quote) -> dict[str, Any]:
+        return {
+            "bytes": way.n_bytes,
+            "requests": way.n_requests,
+            "usd": way.usd,
+            "usd_low": way.usd_low,
+            "usd_high": way.usd_high,
+            "seconds": way.seconds,
+        }
 
-    data = facts(total) | {
+    def both(price: Estimate) -> dict[str, Any]:
+        return facts(price.cheapest) | {"fastest": facts(price.fastest)}
+
+    data = both(total) | {
         "to": str(total.destination),
         "price_date": total.price_date,
-        "artifacts": [{"name": artifact.name} | facts(price) for artifact, price in priced],
+        "artifacts": [{"name": artifact.name} | both(price) for artifact, price in priced],
     }
-    data["fastest"] = {name: getattr(total.fastest, f"n_{name}") for name in ("bytes", "requests")}
-    data["fastest"] |= {"usd": total.fastest.usd, "seconds": total.fastest.seconds}
-    table = Table(
-        "artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold", show_footer=False
-    )
+    table = Table("artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for artifact, price in priced:
         table.add_row(artifact.name, *_quote_cells(price.cheapest))
+        if price.fastest != price.cheapest:
+            table.add_row("  fastest", *_quote_cells(price.fastest))
     table.add_section()
     table.add_row("total, cheapest", *_quote_cells(total.cheapest), style="bold")
     if total.fastest != total.cheapest:
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
+    link = assumed_link()
     talk.remark(
-        f"between {readable_usd(total.usd_low)} (an untouched free tier) and {readable_usd(total.usd_high)}, at list "
-        f"prices of {PRICES.date} to {total.destination}; seconds assume 16 connections of 50 MB/s"
+        f"between {readable_usd(total.usd_low)} (with what may be left of the free tier) and "
+        f"{readable_usd(total.usd_high)}, at list prices of {total.price_date} to {total.destination}; seconds assume "
+        f"{link.n_connections} connections of {link.bytes_per_second / 1e6:.0f} MB/s"
     )
 
 
@@ -391,7 +404,7 @@ class _Dollars(ProgressColumn):
 
     def __init__(self, artifact: Artifact, to: str) -> None:
         super().__init__()
-        self._usd_per_byte = PRICES.usd_per_byte(Destination(to)) if artifact.source.requester_pays else 0.0
+        self._usd_per_byte = price_table().usd_per_byte(Destination(to)) if artifact.source.requester_pays else 0.0
 
     def render(self, task: Task) -> Text:
         """Write the dollars of the bytes that are complete."""

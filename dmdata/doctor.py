@@ -18,8 +18,9 @@ from dmdata.address import Address
 from dmdata.errors import AccessError, DmdataError
 from dmdata.fetch import Transport
 from dmdata.ledger import DEFAULT_PROCESS_USD, Ledger, Spending, home
-from dmdata.prices import PRICES, Destination, readable_bytes, readable_usd
+from dmdata.prices import Destination, price_table, readable_bytes, readable_usd
 from dmdata.s3 import access_terms
+from dmdata.settings import settings
 
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
@@ -141,8 +142,9 @@ def _disk(destination: Path, n_bytes: int) -> Finding:
 
 
 def _money(address: Address) -> Iterator[Finding]:
-    age = (datetime.now(UTC).date() - date.fromisoformat(PRICES.date)).days
-    about = f"list prices of {PRICES.date}; to the internet {readable_usd(PRICES.internet_tiers[0][1])} a GB"
+    prices = price_table()
+    age = (datetime.now(UTC).date() - date.fromisoformat(prices.date)).days
+    about = f"list prices of {prices.date}; to the internet {readable_usd(prices.internet_tiers[0][1])} a GB"
     if age > _OLD_PRICES_DAYS:
         yield Finding("prices", "warn", f"{about}: {age} days old", "dmdata prices show, and override what changed")
     else:
@@ -153,7 +155,7 @@ def _money(address: Address) -> Iterator[Finding]:
     except DmdataError as error:
         yield Finding("ledger", "fail", str(error))
         return
-    limit = os.environ.get("DMDATA_MAX_COST")
+    limit = settings().max_cost
     words = f"{readable_usd(spent.usd)} in {month}; "
     words += (
         f"at most ${limit} a month" if limit else f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
@@ -167,7 +169,7 @@ def _access(address: Address) -> Iterator[Finding]:
     if address.is_local:
         yield Finding("source", "ok", f"{address} is on this machine: reading it is free")
         return
-    if os.environ.get("DMDATA_OFFLINE", "0") not in ("", "0"):
+    if settings().offline:
         yield Finding("source", "fail", "DMDATA_OFFLINE is set, so nothing remote is read", "unset DMDATA_OFFLINE")
         return
     if not address.is_s3:

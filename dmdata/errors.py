@@ -5,6 +5,7 @@
     DmdataError
     ├── CatalogError (ValueError)          choose another name: the catalog does not know this one
     ├── SelectionError (ValueError)        choose another selection
+    ├── SettingsError (ValueError)         mend a variable or the config file
     ├── FormatError (ValueError)           the object is not what it says it is
     ├── BudgetError                        raise the budget or read less
     ├── AccessError (PermissionError)      mend credentials, permissions or requester pays
@@ -72,6 +73,12 @@ class CatalogError(DmdataError, ValueError):
 
 class SelectionError(DmdataError, ValueError):
     """A selection that does not fit the array; `shape` is the array's."""
+
+    exit_code = 2
+
+
+class SettingsError(DmdataError, ValueError):
+    """A setting that is unknown or has no sensible value; `origin` is the variable or file it comes from."""
 
     exit_code = 2
 

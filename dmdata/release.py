@@ -29,8 +29,9 @@ from dmdata.headers import NPY, Header, read_header
 from dmdata.ledger import Ledger, home
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_blocks
 from dmdata.mirror import mirror as mirror_array
-from dmdata.prices import Destination, Estimate, destination_of, quote
+from dmdata.prices import Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
 from dmdata.selection import Selection, parse_selection, select
+from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
 
@@ -47,7 +48,7 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     Parameters
     ----------
     catalog : Catalog, path or URL, optional
-        By default ``DMDATA_CATALOG``, else the published release's, which comes with the package.
+        By default ``DMDATA_CATALOG``, else the config file's, else the published release's, which is in the package.
 
     Raises
     ------
@@ -56,7 +57,7 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     """
     if isinstance(catalog, Catalog):
         return catalog
-    where = os.fspath(catalog) if catalog is not None else os.environ.get("DMDATA_CATALOG")
+    where = os.fspath(catalog) if catalog is not None else settings().catalog
     if not where:
         return bundled()
     if "://" not in where:
@@ -72,7 +73,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     name: str | os.PathLike[str],
     *,
     catalog: CatalogLike = None,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     prefer: Preference = "price",
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
@@ -84,8 +85,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         array inside a ``.pt`` ("x.pt/weight"), or of a Zarr array.
     catalog : Catalog, path or URL, optional
         See `load_catalog`.
-    to : {"internet", "same-region", "cross-region"}
-        Where the bytes go: decides their price and how ranges are merged.
+    to : {"internet", "same-region", "cross-region"}, optional
+        Where the bytes go: decides their price and how ranges are merged. By default as set, else the internet.
     prefer : {"price", "speed"}
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
 
@@ -111,7 +112,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     return _open_artifact(artifact, destination, prefer)
 
 
-def open_object(name: str, *, catalog: CatalogLike = None, to: str = Destination.INTERNET) -> LazyArray:
+def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
     """Open an object of a catalog as the bytes it is, header included. Reads its header, once.
 
     Parameters
@@ -148,8 +149,10 @@ def estimate(
     *,
     select: Any = None,
     exclude: Sequence[str] = (),
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
+    used_gib: float | None = None,
+    free_tier: bool | None = None,
 ) -> Estimate:
     """Price artifacts by the catalog alone: no network, no credentials.
 
@@ -163,34 +166,43 @@ def estimate(
         Names or globs to leave out.
     to : {"internet", "same-region", "cross-region"}
     catalog : Catalog, path or URL, optional
+    used_gib : float, optional
+        GB that the account sent to the internet this month; by default as set, else 0.
+    free_tier : bool, optional
+        Whether the month's free GB are left but for these; by default as set, else not counted on.
 
     Returns
     -------
     total : Estimate
         Of all together; the price of a gigabyte falls and the free tier is met only once.
     """
-    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to)
-    return total_of([price for _, price in priced], to=to)
+    usage = usage_of(used_gib, free_tier)
+    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to, usage=usage)
+    return total_of([price for _, price in priced], to=to, usage=usage)
 
 
-def price_artifacts(artifacts: Sequence[Artifact], *, key: Any = None, to: str) -> list[tuple[Artifact, Estimate]]:
+def price_artifacts(
+    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage | None = None
+) -> list[tuple[Artifact, Estimate]]:
     """Price a selection of each artifact, or all of it, by what its catalog claims, header included."""
     priced = []
     for artifact in artifacts:
         if key is None:
             n_requests = -(-artifact.n_bytes // MAX_RANGE_BYTES) + 1
-            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to)))
+            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
             continue
         if artifact.schema is None:
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
         layout = _claimed_layout(artifact)
-        data = estimate_read(layout, _parsed(key, layout.shape), to=destination_of(to))
-        priced.append((artifact, _totalled([data], to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
+        selection = _parsed(key, layout.shape)
+        data = estimate_read(layout, selection, to=destination_of(to), usage=usage or usage_of())
+        total = _totalled([data], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
+        priced.append((artifact, total))
     return priced
 
 
 def price_mirror(
-    artifacts: Sequence[Artifact], destination: Path, *, key: Any, to: str, memory_bytes: int, alone: bool
+    artifacts: Sequence[Artifact], destination: Path, *, key: Any, to: str | None, memory_bytes: int, alone: bool
 ) -> list[tuple[Artifact, Estimate]]:
     """Price what a mirror still lacks, by what the catalog claims and what is complete at its destination."""
     priced = []
@@ -205,12 +217,12 @@ def price_mirror(
             axis=slowest,
             memory_bytes=memory_bytes,
         )
-        data = [estimate_read(layout, block.selection, to=destination_of(to)) for block in blocks]
+        data = [estimate_read(layout, block.selection, to=destination_of(to), usage=usage_of()) for block in blocks]
         priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
     return priced
 
 
-def price_download(artifact: Artifact, path: Path, *, to: str) -> list[tuple[Artifact, Estimate]]:
+def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
     return [(artifact, _same_both_ways(n_missing + 1, -(-n_missing // MAX_RANGE_BYTES) + 1, to=to))]
@@ -229,9 +241,9 @@ def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]
     ]
 
 
-def total_of(estimates: Sequence[Estimate], *, to: str) -> Estimate:
+def total_of(estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage | None = None) -> Estimate:
     """Price several reads together."""
-    return _totalled(estimates, to=to)
+    return _totalled(estimates, to=to, usage=usage)
 
 
 def mirror(
@@ -242,7 +254,7 @@ def mirror(
     columns: Any = slice(None),
     key: Any = None,
     exclude: Sequence[str] = (),
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: Callable[[str, Progress], object] | None = None,
@@ -312,7 +324,7 @@ def get(
     name: str,
     destination: str | os.PathLike[str] | None = None,
     *,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Path:
@@ -380,18 +392,26 @@ def _require_budget(work: Sequence[tuple[LazyArray, Path, Selection]], memory_by
         Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
 
 
-def _same_both_ways(n_bytes: int, n_requests: int, *, to: str) -> Estimate:
-    way = quote(n_bytes, n_requests, destination_of(to))
-    return Estimate(way, way, destination_of(to))
+def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage | None = None) -> Estimate:
+    way = quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
+    return Estimate(way, way, destination_of(to), price_table().date)
 
 
-def _totalled(estimates: Sequence[Estimate], *, to: str, extra_bytes: int = 0, extra_requests: int = 0) -> Estimate:
+def _totalled(
+    estimates: Sequence[Estimate],
+    *,
+    to: str | None,
+    usage: Usage | None = None,
+    extra_bytes: int = 0,
+    extra_requests: int = 0,
+) -> Estimate:
     def together(way: str) -> Any:
         quotes = [getattr(estimate, way) for estimate in estimates]
         n_bytes = sum(q.n_bytes for q in quotes) + extra_bytes
-        return quote(n_bytes, sum(q.n_requests for q in quotes) + extra_requests, destination_of(to))
+        n_requests = sum(q.n_requests for q in quotes) + extra_requests
+        return quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
 
-    return Estimate(together("cheapest"), together("fastest"), destination_of(to))
+    return Estimate(together("cheapest"), together("fastest"), destination_of(to), price_table().date)
 
 
 def _claimed_layout(artifact: Artifact) -> Layout:

@@ -16,6 +16,7 @@ import numpy as np
 from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, ObjectMissingError, SourceError
 from dmdata.s3 import s3_source, web_source
+from dmdata.settings import settings
 
 _LOCAL_CHUNK_BYTES = 512 << 10
 
@@ -32,9 +33,11 @@ def connect(address: Address) -> Source:
     """
     if address.is_local:
         return _LocalSource(address)
-    if os.environ.get("DMDATA_OFFLINE", "0") not in ("", "0"):
+    if settings().offline:
         raise SourceError(
-            f"{address} is remote and DMDATA_OFFLINE is set; unset it to read", url=str(address), transient=False
+            f"{address} is remote and DMDATA_OFFLINE is set, or offline in the config file; unset it to read",
+            url=str(address),
+            transient=False,
         )
     if address.is_s3:
         return s3_source(address)

@@ -15,7 +15,7 @@ from dmdata.console import Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
 from dmdata.errors import CatalogError
 from dmdata.ledger import Ledger, home
-from dmdata.prices import Destination, Estimate, quote, readable_bytes
+from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes
 
 _MARKS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
 
@@ -62,7 +62,8 @@ def _probed(talk: Talk, address: Address, name: str, *, agreed: bool) -> Finding
     if address.requester_pays:
         price = quote(1, 1, Destination.INTERNET)
         Ledger(home()).check(usd=price.usd, artifact=name)
-        ask_consent(talk, Estimate(price, price, Destination.INTERNET), what=f"probing {name}", agreed=agreed)
+        estimate = Estimate(price, price, Destination.INTERNET, price_table().date)
+        ask_consent(talk, estimate, what=f"probing {name}", agreed=agreed)
     return probe(address, artifact=name)
 
 
