@@ -136,12 +136,9 @@ def plan(talk: Talk, target: str, seconds_per_model: float | None, gpus: int, gp
         column.justify = "right"
     size = readable_bytes(download.n_bytes)
     for name, job in jobs.items():
-        days = f"{job.seconds / 86400:,.2f}"
-        table.add_row(
-            f"train {name}", f"{job.n_models:,}", f"{job.device_hours:,.2f}", days, readable_usd(job.usd), size
-        )
-    days = f"{download.seconds / 86400:,.2f}"
-    table.add_row("download", "", "", days, readable_usd(download.usd), size)
+        taken = (f"{job.device_hours:,.2f}", readable_seconds(job.seconds), readable_usd(job.usd))
+        table.add_row(f"train {name}", f"{job.n_models:,}", *taken, size)
+    table.add_row("download", "", "", readable_seconds(download.seconds), readable_usd(download.usd), size)
     parts = {
         name: {
             "models": job.n_models,
