@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import Talk, run, talk_options
-from dmdata.prices import Estimate, readable_bytes, readable_usd
+from dmdata.prices import Estimate, readable_bytes, readable_seconds, readable_usd
 from dmdata.release import estimate, load_catalog
 from dmpipeline.errors import VerificationError, explain_missing_extra
 from dmpipeline.regeneration import (
