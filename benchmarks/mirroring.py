@@ -1,6 +1,5 @@
 """Mirroring masks and margins into Zarr: how fast, how small on disk, and in how much memory."""
 
-import json
 import math
 import os
 import shutil
@@ -91,16 +90,19 @@ def memory(bench: Bench, server: Nginx, *, small: bool) -> None:
 def peak_of_mirror(n_rows: int) -> float:
     """Mirror so many rows in a process of its own; returns its peak resident memory in MB."""
     program = (
-        "import sys, json, resource, dmdata\n"
+        "import sys, dmdata\n"
+        "sys.path.insert(0, sys.argv[4])\n"
+        "from reading import peak_memory\n"
         "with dmdata.budget(usd=10000):\n"
         "    dmdata.open(sys.argv[1]).mirror(sys.argv[2], rows=slice(int(sys.argv[3])), memory_bytes=256 << 20)\n"
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))\n"
+        "print(peak_memory() / 1e6)\n"
     )
     destination = Path(os.environ["DMDATA_HOME"]) / "memory.zarr"
     command = [sys.executable, "-c", program, f"s3://{BUCKET}/masks.npy", str(destination), str(n_rows)]
+    command.append(str(Path(__file__).parent))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     shutil.rmtree(destination)
-    return float(json.loads(done.stdout))
+    return float(done.stdout)
 
 
 def write_masks(path: Path, n_models: int, alpha: float) -> None:
