@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -195,7 +194,7 @@ def mirror(
     artifacts = release.arrays_of(known.match(patterns, exclude=exclude), known)
     priced = release.price_mirror(
         artifacts,
-        Path(destination),
+        destination,
         key=select,
         to=spending["to"],
         memory_bytes=memory << 20,

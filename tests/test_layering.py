@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors catalog formats selection prices plan ledger address s3 source fetch locks headers mirror download
+        errors catalog formats selection prices plan ledger address s3 source fetch locks headers place spool journal cluster mirror download
         interop array release console cli
     """,
     "dmpipeline": """
