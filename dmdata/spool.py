@@ -1,7 +1,8 @@
 """What a read has received, kept in a file until it is written for good: whoever is killed does not pay it again.
 
-Each range is written to the file as it lands, then a record of it with a checksum. Whoever begins the same read again
-finds the ranges whose records and bytes are whole. Records are bound to the read that they belong to: another object,
+The memory that a read lands in is the file itself, mapped: the system keeps what is in it, whatever becomes of the
+process, and nothing is copied. A record with a checksum follows each range. Whoever begins the same read again finds
+the ranges whose records and bytes are whole. Records are bound to the read that they belong to: another object,
 selection or plan begins anew.
 """
 
@@ -9,9 +10,11 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -23,6 +26,7 @@ from dmdata.plan import ReadPlan
 # range, first and last byte in the product, checksums of these bytes and of the record itself
 _RECORD = struct.Struct("<QQQII")
 _PIECE_BYTES = 256 << 10
+_NOT_OFFERED = (errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.ENOLCK)
 
 
 def read_key(identity: str, plan: ReadPlan) -> str:
@@ -48,13 +52,15 @@ class Landing:
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
-        self._file: _SpoolFile | None = None
+        self._records: _Records | None = None
+        # the file behind the memory
+        self._path: Path | None = None
 
     def attach(self, path: Path, key: str, n_bytes: int) -> None:
         """Keep what the next read receives in files that begin with `path`, and take what is there of the same read.
 
         Room for all of it is taken at once, so that a full disk is met before anything is paid for. Where another
-        process has the files, nothing is kept.
+        process has the files, or the file system maps none, nothing is kept.
 
         Parameters
         ----------
@@ -69,136 +75,152 @@ class Landing:
         OSError
             If the files cannot be written.
         """
-        self.detach()
-        self._file = _SpoolFile.open(path, key, self.product(n_bytes))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = _Records.open(path.with_name(f"{path.name}.ranges"), key)
+        if records is None:
+            self._forget_file()
+            return
+        try:
+            self._map(path.with_name(f"{path.name}.bytes"), n_bytes)
+            records.recall(self._memory[:n_bytes])
+        except OSError as error:
+            records.close()
+            self._forget_file()
+            if error.errno not in _NOT_OFFERED:
+                raise
+            return
+        self._records = records
 
     def detach(self) -> None:
         """Let go of the files; what was received stays in them."""
-        if self._file:
-            self._file.close()
-        self._file = None
+        if self._records:
+            self._records.close()
+            self._forget_file()
 
     def discard(self) -> None:
-        """Remove the files: what was received is written for good."""
-        if self._file:
-            self._file.remove()
-        self.detach()
+        """Remove the record of what was received, because it is written for good; the file is used again."""
+        if self._records:
+            self._records.remove()
+        self._records = None
 
     def product(self, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Give the memory; see `dmdata.fetch.Spool`."""
         if len(self._memory) < n_bytes:
+            self._forget_file()
             self._memory = np.empty(n_bytes, np.uint8)
         return self._memory[:n_bytes]
 
     def has(self, nth: int) -> bool:
         """Tell whether a range is in memory already."""
-        return self._file is not None and nth in self._file.landed
+        return self._records is not None and nth in self._records.landed
 
     def landed(self, nth: int, start: int, stop: int) -> None:
         """Keep a range that is in memory now."""
-        if self._file:
-            self._file.keep(nth, start, stop, self._memory[start:stop])
+        if self._records:
+            self._records.keep(nth, start, stop, self._memory[start:stop])
+
+    def _map(self, path: Path, n_bytes: int) -> None:
+        """Make a file the memory: the one that is there, else the last one under its new name, else a new one."""
+        if self._path and len(self._memory) >= n_bytes and not path.exists():
+            self._path.rename(path)
+            self._path = path
+            return
+        self._forget_file()
+        with _opened(path) as descriptor:
+            size = max(n_bytes, os.fstat(descriptor).st_size)
+            _take_room(descriptor, size)
+            mapped = mmap.mmap(descriptor, size)
+        self._memory = np.frombuffer(mapped, np.uint8)
+        self._path = path
+
+    def _forget_file(self) -> None:
+        self._records = None
+        if self._path:
+            self._memory = np.empty(0, np.uint8)
+        self._path = None
 
 
-class _SpoolFile:
-    """The bytes of one read as far as they have landed, and beside them the records of which these are."""
+class _Records:
+    """Which ranges of a read are in its file. One process has it; the system lets go of it when the process dies."""
 
-    def __init__(self, path: Path, bytes_file: int, records_file: int) -> None:
-        self._paths = _paths(path)
-        self._bytes_file, self._records_file = bytes_file, records_file
+    def __init__(self, path: Path, descriptor: int, head: bytes) -> None:
+        self._path, self._descriptor, self._head = path, descriptor, head
+        self._end = len(head)
         self._lock = threading.Lock()
-        self._is_open = True
-        self._end = 0
         self.landed: set[int] = set()
 
     @classmethod
-    def open(cls, path: Path, key: str, memory: npt.NDArray[np.uint8]) -> "_SpoolFile | None":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            files = []
-            for name in _paths(path):
-                files.append(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-                stack.callback(os.close, files[-1])
-            if not _is_ours_alone(files[1]):
-                return None
-            _take_room(files[0], len(memory))
-            file = cls(path, *files)
-            file._recall(key.encode(), memory)
-            stack.pop_all()
-        return file
+    def open(cls, path: Path, key: str) -> "_Records | None":
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return None
+                raise
+        return cls(path, descriptor, hashlib.sha256(key.encode()).digest())
+
+    def recall(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Find out what is whole of the same read; write on behind it, over anything else."""
+        stored = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        if stored[: self._end] != self._head:
+            stored = self._head
+            os.ftruncate(self._descriptor, 0)
+            _write_all(self._descriptor, self._head, 0)
+        while record := stored[self._end : self._end + _RECORD.size]:
+            if len(record) < _RECORD.size:
+                break
+            nth, start, stop, checksum, own_checksum = _RECORD.unpack(record)
+            if google_crc32c.value(record[:-4]) != own_checksum or not start <= stop <= len(memory):
+                break
+            self._end += len(record)
+            if _checksum(memory[start:stop]) == checksum:
+                self.landed.add(nth)
 
     def keep(self, nth: int, start: int, stop: int, received: npt.NDArray[np.uint8]) -> None:
-        checksum = _checksum(received)
+        """Enter a range whose bytes are in the file."""
+        record = _RECORD.pack(nth, start, stop, _checksum(received), 0)[:-4]
+        record += google_crc32c.value(record).to_bytes(4, "little")
         with self._lock:
             # a thread that could not be waited for may come when the read has long ended
-            if not self._is_open:
-                return
-            _write_all(self._bytes_file, received.data, start)
-            record = _RECORD.pack(nth, start, stop, checksum, 0)[:-4]
-            record += google_crc32c.value(record).to_bytes(4, "little")
-            _write_all(self._records_file, memoryview(record), self._end)
-            self._end += len(record)
-            self.landed.add(nth)
+            if self._descriptor >= 0:
+                _write_all(self._descriptor, record, self._end)
+                self._end += len(record)
+                self.landed.add(nth)
 
     def close(self) -> None:
         with self._lock:
-            if self._is_open:
-                os.close(self._bytes_file)
-                os.close(self._records_file)
-            self._is_open = False
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
 
     def remove(self) -> None:
-        for path in reversed(self._paths):
-            path.unlink(missing_ok=True)
-
-    def _recall(self, key: bytes, memory: npt.NDArray[np.uint8]) -> None:
-        """Take into memory what is whole of the same read; write on behind it, over anything else."""
-        head = hashlib.sha256(key).digest()
-        stored = os.pread(self._records_file, os.fstat(self._records_file).st_size, 0)
-        whole = len(head)
-        if stored[:whole] != head:
-            stored = head
-            os.ftruncate(self._records_file, 0)
-            _write_all(self._records_file, memoryview(head), 0)
-        for at in range(whole, len(stored) - _RECORD.size + 1, _RECORD.size):
-            record = stored[at : at + _RECORD.size]
-            nth, start, stop, checksum, own_checksum = _RECORD.unpack(record)
-            if google_crc32c.value(record[:-4]) != own_checksum or stop > len(memory) or start > stop:
-                break
-            whole = at + _RECORD.size
-            n_read = os.preadv(self._bytes_file, [memory[start:stop].data], start)
-            if n_read == stop - start and _checksum(memory[start:stop]) == checksum:
-                self.landed.add(nth)
-        self._end = whole
+        self._path.unlink(missing_ok=True)
+        self.close()
 
 
-def _paths(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f"{path.name}.bytes"), path.with_name(f"{path.name}.ranges")
-
-
-def _is_ours_alone(descriptor: int) -> bool:
-    """Lock a file until it is closed; the system lets go of it when the process dies."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    return True
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _take_room(descriptor: int, n_bytes: int) -> None:
+    """Have the disk's blocks at hand: without, a full disk would end the process that writes to the memory."""
     os.ftruncate(descriptor, n_bytes)
     try:
-        if n_bytes:
-            os.posix_fallocate(descriptor, 0, n_bytes)
+        os.posix_fallocate(descriptor, 0, n_bytes)
     except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _NOT_OFFERED:
             raise
 
 
-def _write_all(descriptor: int, data: memoryview, at: int) -> None:
+def _write_all(descriptor: int, data: bytes, at: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], at + done)
