@@ -10,12 +10,14 @@ from dmdata.catalog import Artifact, Catalog
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
 from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004
+from dmdata.verify import Comparison, verify
 
 __all__ = [
     "Artifact",
     "Catalog",
     "CatalogLike",
     "CatalogMismatchWarning",
+    "Comparison",
     "Estimate",
     "LazyArray",
     "Spending",
@@ -26,6 +28,7 @@ __all__ = [
     "mirror",
     "open",
     "spend",
+    "verify",
 ]
 
 

@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec
 from zarr.core.array import Array
 
 from dmdata.errors import DmdataError, FormatError, IntegrityError
+from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.place import LEASE, SPOOL, Place
 from dmdata.prices import readable_bytes
 from dmdata.selection import AxisRequest, Selection
@@ -243,6 +244,14 @@ class Journal:
                 url=place.url,
             ) from error
         return cls(place, original, blocks, digests)
+
+    def claimed_layout(self) -> Layout:
+        """Lay the source out as the mirror says it was, in an object of its own: what reading it is priced by."""
+        shape, dtype = self.original.shape, np.dtype(self.original.dtype)
+        strides = contiguous_strides(shape, dtype.itemsize)
+        if self.blocks.axis:
+            strides = contiguous_strides(shape[::-1], dtype.itemsize)[::-1]
+        return Layout(shape, dtype, NPY_PREFIX_BYTES, strides)
 
     @property
     def is_complete(self) -> bool:

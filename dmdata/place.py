@@ -157,9 +157,8 @@ class Place:
             raise self._failed(what, str(error) or type(error).__name__) from error
 
     def _failed(self, what: str, reason: str) -> DmdataError:
-        return DmdataError(
-            f"{self} cannot be {what}: {reason}; what is complete stays, run the same again to go on", path=self.url
-        )
+        remedy = "what is complete stays, run the same again to go on" if what == "written" else "check its path"
+        return DmdataError(f"{self} cannot be {what}: {reason}; {remedy}", path=self.url)
 
 
 class _Lease:

@@ -204,9 +204,15 @@ def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]
     ]
 
 
-def total_of(estimates: Sequence[Estimate], *, to: str) -> Estimate:
-    """Price several reads together."""
-    return _totalled([(estimate, 1) for estimate in estimates], to=to)
+def total_of(estimates: Sequence[Estimate], *, to: str, with_headers: int = 0) -> Estimate:
+    """Price several reads together, and the headers of so many objects."""
+    parts = [(estimate, 1) for estimate in estimates]
+    return _totalled(parts, to=to, extra_bytes=with_headers * NPY_PREFIX_BYTES, extra_requests=with_headers)
+
+
+def reader_pays(name: str, catalog: Catalog) -> bool:
+    """Tell whether whoever reads an artifact, or an array at an address, pays for it; asks nothing of it."""
+    return _address_of_url(name).requester_pays if _is_address(name) else catalog.find(name).source.requester_pays
 
 
 def mirror(

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors catalog formats selection prices plan ledger address s3 source fetch locks headers place spool journal cluster mirror download
-        interop array release console cli
+        errors catalog formats selection prices plan ledger address s3 source fetch locks headers place spool journal
+        cluster mirror download interop array release verify console copy_commands cli
     """,
     "dmpipeline": """
         errors spec masks datasets recipes outputs train store cluster verify moments lasso datamodels evaluate
