@@ -30,7 +30,7 @@ from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.plan import ReadPlan
 from dmdata.selection import Selection
-from dmdata.spool import Landing, read_key
+from dmdata.spool import Landing, read_key, sweep
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "JOURNAL", "Progress", "Readable", "block_digest", "mirror", "missing_reads"]
 
@@ -150,6 +150,7 @@ def mirror(
         if usd:
             Ledger(home()).check(usd=usd, artifact=source.name)
 
+        sweep(place.spool_directory())
         n_rows = journal.n_rows_complete
 
         def report(nth: int) -> None:
@@ -313,6 +314,8 @@ class _Writer:
         self._is_abandoned = seconds is not None
         self._received.put(None)
         self._thread.join(seconds)
+        while not self._vacant.empty():
+            self._vacant.get().detach()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -328,9 +331,10 @@ class _Writer:
                         self._array[self._journal.blocks.region(block.start, block.stop)] = data
                         self._journal.record(block.nth, digest.result())
                         landing.discard()
+                    else:
+                        landing.detach()
                 except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
                     self._failure = error
-                finally:
                     landing.detach()
                 del item, data
                 self._vacant.put(landing)

@@ -84,6 +84,9 @@ class Landing:
             self._map(path.with_name(f"{path.name}.bytes"), n_bytes)
             records.recall(self._memory[:n_bytes])
         except OSError as error:
+            if records.is_empty:
+                records.remove()
+                path.with_name(f"{path.name}.bytes").unlink(missing_ok=True)
             records.close()
             self._forget_file()
             if error.errno not in _NOT_OFFERED:
@@ -92,10 +95,12 @@ class Landing:
         self._records = records
 
     def detach(self) -> None:
-        """Let go of the files; what was received stays in them."""
+        """Let go of the files; what was received and is not written for good stays in them."""
         if self._records:
             self._records.close()
-            self._forget_file()
+        elif self._path:
+            self._path.unlink(missing_ok=True)
+        self._forget_file()
 
     def discard(self) -> None:
         """Remove the record of what was received, because it is written for good; the file is used again."""
@@ -140,6 +145,13 @@ class Landing:
         self._path = None
 
 
+def sweep(directory: Path) -> None:
+    """Remove files of which nothing is on record: a killed process may leave one for each read under way."""
+    for path in directory.glob("*.bytes"):
+        if not path.with_suffix(".ranges").exists():
+            path.unlink(missing_ok=True)
+
+
 class _Records:
     """Which ranges of a read are in its file. One process has it; the system lets go of it when the process dies."""
 
@@ -161,6 +173,11 @@ class _Records:
                     return None
                 raise
         return cls(path, descriptor, hashlib.sha256(key.encode()).digest())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever entered, of this read or another."""
+        return os.fstat(self._descriptor).st_size <= len(self._head)
 
     def recall(self, memory: npt.NDArray[np.uint8]) -> None:
         """Find out what is whole of the same read; write on behind it, over anything else."""
