@@ -7,6 +7,7 @@ share the caller's ``DMDATA_HOME`` refuses work that is paid for.
 
 import contextlib
 import importlib
+import itertools
 import os
 import threading
 import uuid
@@ -107,30 +108,24 @@ def run_on_cluster(scheduler: str, work: Callable[..., Any], tasks: Iterable[tup
     except ImportError as error:
         raise DmdataError("--scheduler needs Dask; pip install 'dmdata[dask]'") from error
     try:
-        client = distributed.Client(scheduler, set_as_default=False, timeout="30s")
+        client = distributed.Client(scheduler, set_as_default=False, timeout="10s")
     except (OSError, ValueError, TypeError) as error:
         raise DmdataError(f"no Dask scheduler answers at {scheduler} ({error}); check its address") from error
     with client:
         left = iter(tasks)
         n_threads = sum(client.nthreads().values()) or 1
-        futures = distributed.as_completed(with_results=False)
-        pending = set()
-
-        def submit() -> None:
-            for arguments in left:
-                future = client.submit(work, *arguments, pure=False)
-                pending.add(future)
-                futures.add(future)
-                return
-
-        for _ in range(_TASKS_A_THREAD * n_threads):
-            submit()
+        first = itertools.islice(left, _TASKS_A_THREAD * n_threads)
+        pending = {client.submit(work, *arguments, pure=False) for arguments in first}
+        with client.as_current():
+            futures = distributed.as_completed(pending)
         try:
-            while pending:
-                future = next(futures)
+            for future in futures:
                 pending.discard(future)
                 result = _result(future, scheduler)
-                submit()
+                for arguments in itertools.islice(left, 1):
+                    following = client.submit(work, *arguments, pure=False)
+                    pending.add(following)
+                    futures.add(following)
                 yield result
         finally:
             client.cancel(list(pending))
