@@ -230,7 +230,7 @@ class Journal:
             )
             axes = tuple(_indices(place, axis) for axis in facts["axes"])
             selection = Selection(original.shape, axes, tuple(range(len(axes))))
-            blocks = Blocks(selection, int(facts["axis"]), int(facts["block_rows"]))
+            blocks = Blocks(selection, *_numbers([facts["axis"], facts["block_rows"]]))
             fits = blocks.rows >= 1 and (0 <= blocks.axis < max(len(axes), 1)) and _within(axes, original.shape)
             if not fits or selection.digest != facts["selection"] or selection.product_shape != array.shape:
                 raise ValueError("its parts do not fit together")
