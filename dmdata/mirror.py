@@ -192,11 +192,11 @@ def missing_reads(
     """
     place = Place.of(destination)
     try:
-        if has_mirror(place):
-            journal = Journal.load(place)
-            if journal.original.artifact == name and journal.blocks.selection.digest == selection.digest:
-                return _distinct(journal.blocks, journal.missing())
-    except (DmdataError, OSError):
+        with place.explain_errors("read"):
+            journal = Journal.load(place) if has_mirror(place) else None
+        if journal and journal.original.artifact == name and journal.blocks.selection.digest == selection.digest:
+            return _distinct(journal.blocks, journal.missing())
+    except DmdataError:
         pass  # something else, which the copy itself will refuse
     blocks = Blocks.cut(selection, axis=axis, itemsize=itemsize, memory_bytes=memory_bytes)
     return _distinct(blocks, (blocks[nth] for nth in range(len(blocks))))

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -23,7 +24,7 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
-from dmdata.errors import DmdataError
+from dmdata.errors import AccessError, DmdataError
 from dmdata.ledger import home
 from dmdata.locks import only_process_at
 from dmdata.s3 import writable_store
@@ -150,11 +151,23 @@ class Place:
         except DmdataError:
             raise
         except obstore.exceptions.BaseError as error:
-            # its text may quote keys, so neither is it quoted nor chained
-            reason = type(error).__name__.removesuffix("Error")
-            raise self._failed(what, f"the store answers {reason}; check the bucket's name and your rights") from None
+            raise self._refused(what, error) from None
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
             raise self._failed(what, str(error) or type(error).__name__) from error
+
+    def _refused(self, what: str, error: Exception) -> DmdataError:
+        """Say what a bucket's store refused; its text may quote keys, so neither is it quoted nor chained."""
+        found = re.search(r"status code: (\d{3})", str(error)), re.search(r"<Code>(\w+)</Code>", str(error))
+        answer = " ".join(match[1] for match in found if match)
+        if "403" not in answer:
+            kind = type(error).__name__.removesuffix("Error")
+            return self._failed(what, f"the store answers {answer or kind}; check the bucket's name and the endpoint")
+        return AccessError(
+            f"{self} may not be {what} ({answer}); these credentials need s3:ListBucket, s3:GetObject, "
+            "s3:PutObject and s3:DeleteObject there",
+            url=self.url,
+            cause="denied",
+        )
 
     def _failed(self, what: str, reason: str) -> DmdataError:
         remedy = "what is complete stays, run the same again to go on" if what == "written" else "check its path"
