@@ -35,6 +35,15 @@ SPOOL = "spool"
 LEASE = "lease.json"
 """Object, inside a copy under way in a bucket, that says who is writing it."""
 
+_FOREIGN_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    zarr.errors.BaseZarrError,
+)
 _LEASE_SECONDS = 900.0
 _RENEWAL_SECONDS = 60.0
 
@@ -152,7 +161,15 @@ class Place:
             raise
         except obstore.exceptions.BaseError as error:
             raise self._refused(what, error) from None
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            RuntimeError,
+            zarr.errors.BaseZarrError,
+        ) as error:
             raise self._failed(what, str(error) or type(error).__name__) from error
 
     def _refused(self, what: str, error: Exception) -> DmdataError:

@@ -232,7 +232,7 @@ def run_checks(
 def _mirrors(place: Place, names: Sequence[str]) -> Iterator[Place]:
     try:
         node = zarr.open(place.store(read_only=True), mode="r")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise DmdataError(f"no mirror is at {place} ({error}); make one with dmdata mirror") from error
     if isinstance(node, zarr.Array):
         own = Journal.load(place).original.artifact
@@ -358,7 +358,13 @@ def _stored(copy: zarr.Array[Any], region: tuple[slice, ...]) -> npt.NDArray[Any
     """Read a part of the mirror; None where it cannot be decoded."""
     try:
         return np.asarray(copy[region] if region else copy[...])
-    except (ValueError, RuntimeError, OSError):  # what zarr and its codecs raise on chunks cut short or scrambled
+    except (
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        OSError,
+    ):  # what zarr and its codecs raise on chunks cut short or scrambled
         return None
 
 
