@@ -37,8 +37,15 @@ docs: install
 	$(BIN)/pytest -q --doctest-modules dmdata dmpipeline
 	$(BIN)/pdoc --docformat numpy --output-directory site dmdata dmpipeline
 
-bench: install
-	$(BIN)/python benchmarks/run.py
+bench: install .venv-peers
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+# s3fs, in an environment of its own: it pins a botocore that is not ours
+.venv-peers: pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-peers/bin/pip install --quiet --group peers
+	touch .venv-peers
 
 clean:
-	rm -rf $(VENV) demo site dist
+	rm -rf $(VENV) .venv-peers .venv-newest demo site dist

@@ -5,8 +5,11 @@
 2128
 """
 
+import fsspec
+
 from dmdata.array import LazyArray
 from dmdata.catalog import Artifact, Catalog
+from dmdata.interop import torch_dataset
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
 from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004
@@ -28,8 +31,12 @@ __all__ = [
     "mirror",
     "open",
     "spend",
+    "torch_dataset",
     "verify",
 ]
+
+# an installed dmdata is found by its entry point; this serves a checkout that is only on the path
+fsspec.register_implementation("dmdata", "dmdata.filesystem.DmdataFileSystem", clobber=True)
 
 
 def spend() -> Spending:

@@ -6,7 +6,7 @@ address, never with credentials, and its repr touches nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,8 +21,19 @@ from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
-from dmdata.prices import LINK, PRICES, Destination, Estimate, destination_of, quote, readable_bytes
+from dmdata.prices import (
+    Destination,
+    Estimate,
+    Usage,
+    assumed_link,
+    destination_of,
+    price_table,
+    quote,
+    readable_bytes,
+    usage_of,
+)
 from dmdata.selection import Selection, select
+from dmdata.view import ArrayValues, Form, View
 
 if TYPE_CHECKING:
     import dask.array
@@ -274,7 +285,14 @@ class LazyArray:
     def _destination(self) -> Destination:
         return self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
 
-    def estimate(self, key: Any = ..., *, to: str | None = None) -> Estimate:
+    def estimate(
+        self,
+        key: Any = ...,
+        *,
+        to: str | None = None,
+        used_gib: float | None = None,
+        free_tier: bool | None = None,
+    ) -> Estimate:
         """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
 
         For a free source this is what the same read would cost from a release in a requester-pays bucket.
@@ -285,9 +303,14 @@ class LazyArray:
             As in ``[]``; several index arrays mean their product.
         to : {"internet", "same-region", "cross-region"}, optional
             Where the bytes go; by default where the array was opened for.
+        used_gib : float, optional
+            GB that the account sent to the internet this month; by default as set, else 0.
+        free_tier : bool, optional
+            Whether the month's free GB are left but for these; by default as set, else not counted on.
         """
         selection = select(key, self.shape, orthogonal=True)
-        return estimate_read(self.layout, selection, to=destination_of(to or self._destination))
+        destination = destination_of(to or self._destination)
+        return estimate_read(self.layout, selection, to=destination, usage=usage_of(used_gib, free_tier))
 
     def mirror(
         self,
@@ -330,6 +353,47 @@ class LazyArray:
             progress=progress,
         )
 
+    def slabs(self, n_bytes: int) -> "LazyArray":
+        """Show the stored bytes of the elements, in storage order, as slabs of so many.
+
+        Returns
+        -------
+        slabs : LazyArray of uint8, shape (self.nbytes // n_bytes, n_bytes)
+            Read from the same object under the same budget.
+        """
+        layout = Layout((self.nbytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
+        return replace(self, dims=("slab", "byte"), layout=layout)
+
+    def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:
+        """Show the array to whoever only speaks Zarr, without copying anything.
+
+        Reads of the answer, by zarr or whatever is built on it, are requests under the budget.
+
+        Parameters
+        ----------
+        form : {"blocks", "rows"}
+            "blocks": chunks of whole rows, each read whole, in one request. "rows": shards of single rows, so that
+            only the rows that are needed are read; rows under 4 KiB in groups of about that, since a request costs
+            as much. For an array in Fortran order, columns.
+        block_rows : int, optional
+            Rows of a chunk, or of a shard; by default about 16 MiB, or 1 MiB.
+
+        Returns
+        -------
+        array : zarr.Array
+            Read-only, Zarr v3. For an array of a Zarr store, that array itself.
+
+        Raises
+        ------
+        FormatError
+            If Zarr v3 has no such data type.
+        DmdataError
+            If there is no such form, or a block would have no rows.
+        """
+        if isinstance(self.body, InZarr):
+            return self.body.open()
+        return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
+
     def to_dask(self, chunks: Any = None) -> "dask.array.Array":
         """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""
         return to_dask(self, chunks)
@@ -354,16 +418,17 @@ def cheapest_plan(layout: Layout, selection: Selection, *, to: Destination) -> R
 
     A short read is split for concurrency all the same, down to 4 MiB a range, for 0.1% of its price at most.
     """
-    gap = PRICES.break_even_gap_bytes(to)
+    gap = price_table().break_even_gap_bytes(to)
     return _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=LEAST_RANGE_BYTES)
 
 
 def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
     """Plan a read for the fewest seconds by the assumed link: gaps are fetched where a request would take longer."""
-    gap = int(LINK.break_even_gap_bytes)
+    link = assumed_link()
+    gap = int(link.break_even_gap_bytes)
     merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
     plans = (merged, cheapest_plan(layout, selection, to=to))
-    return min(plans, key=lambda plan: LINK.seconds(plan.n_bytes, plan.n_requests))
+    return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
 
 
 def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_range_bytes: int) -> ReadPlan:
@@ -377,7 +442,7 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> Estimate:
+def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage | None = None) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -385,11 +450,13 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination) -> E
     layout : Layout
     selection : Selection
     to : Destination
+    usage : Usage, optional
+        What is known of the month; by default what is set.
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to) for plan in plans)
-    return Estimate(cheapest, fastest, to)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage or usage_of()) for plan in plans)
+    return Estimate(cheapest, fastest, to, price_table().date)

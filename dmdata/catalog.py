@@ -202,6 +202,8 @@ class Artifact:
         The object that holds it; several members of a ``.pt`` share one.
     schema : ArraySchema or None
         Claimed shape, dtype and dims; None for a whole ``.pt``.
+    alpha : float
+        Share of the training examples in a subset.
     basis : dict of str to Basis
         How each fact is known.
     """
@@ -209,6 +211,7 @@ class Artifact:
     name: str
     dataset: str
     alpha_name: str
+    alpha: float
     member: str | None
     stored: StoredArray
     schema: ArraySchema | None
@@ -300,6 +303,7 @@ class Catalog(_Record):
             name=f"{dataset}/{alpha_name}/{array}",
             dataset=dataset,
             alpha_name=alpha_name,
+            alpha=alpha.alpha,
             member=None,
             stored=stored,
             schema=schema,
@@ -351,6 +355,10 @@ class Catalog(_Record):
             for artifact in everything
             if artifact.name in wanted and (artifact.member is None or artifact.object_name not in wanted)
         ]
+
+    def has(self, pattern: str) -> bool:
+        """Tell whether a name or glob matches anything."""
+        return any(_matches(artifact.name, pattern) for artifact in self.artifacts(members=True))
 
     def _unknown(self, name: str) -> CatalogError:
         for record in self.not_released:

@@ -6,11 +6,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from dmdata import ledger, release
+from dmdata import money_commands, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
+from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import Talk, run, talk_options
 from dmdata.copy_commands import Priced, compare, get, mirror, option_catalog, option_to, print_estimate
-from dmdata.prices import GIB, Destination, readable_bytes, readable_usd
+from dmdata.prices import GIB, Destination, readable_bytes, readable_usd, usage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,12 +25,23 @@ def commands() -> None:
     """Read a requester-pays release of datamodels: lazily, exactly, and with the price known first."""
 
 
-for _command in (get, mirror, compare):
+for _command in (
+    get,
+    mirror,
+    compare,
+    money_commands.spend,
+    money_commands.prices,
+    money_commands.config,
+    upkeep_commands.doctor,
+    upkeep_commands.cache,
+    upkeep_commands.catalog,
+    completion_command("dmdata"),
+):
     commands.add_command(_command)
 
 
 @commands.command("ls")
-@click.argument("patterns", nargs=-1)
+@click.argument("patterns", nargs=-1, shell_complete=complete_artifacts)
 @option_catalog
 @talk_options
 def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -> None:
@@ -52,7 +64,7 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
 
 @commands.command("info")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_artifacts)
 @option_catalog
 @talk_options
 def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
@@ -93,45 +105,31 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 
 
 @commands.command("estimate")
-@click.argument("patterns", nargs=-1, required=True)
+@click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
+@click.option("--used-gib", type=click.FloatRange(min=0), metavar="GB", help="Sent to the internet this month already.")
+@click.option("--free-tier/--no-free-tier", default=None, help="Whether the month's free GB are left but for these.")
 @option_to
 @option_catalog
 @talk_options
 def estimate(
-    talk: Talk, patterns: tuple[str, ...], exclude: tuple[str, ...], select: str | None, to: str, catalog: str | None
+    talk: Talk,
+    patterns: tuple[str, ...],
+    exclude: tuple[str, ...],
+    select: str | None,
+    used_gib: float | None,
+    free_tier: bool | None,
+    to: str,
+    catalog: str | None,
 ) -> None:
-    """Price artifacts before a byte moves, by the catalog alone: no network, no credentials."""
-    known = release.load_catalog(catalog)
-    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to)
-    print_estimate(talk, Priced.all_of(priced), to=to)
+    """Price artifacts before a byte moves, by the catalog alone: no network, no credentials.
 
-
-@commands.command("spend")
-@click.option("--by", type=click.Choice(["day", "artifact", "destination", "state"]), help="Group by.")
-@talk_options
-def spend(talk: Talk, by: ledger.Grouping | None) -> None:
-    """Show what was spent through this machine's ledger: list prices, upper bound."""
-    books = ledger.Ledger(ledger.home())
-    total = books.spent().get("total", ledger.Spending(0.0, 0, 0, 0))
-    data: dict[str, Any] = _spending_facts(total)
-    table = Table(by or "", "dollars", "bytes", "requests", "reads", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    groups = books.spent(by=by) if by else {}
-    for name, part in (groups | {"total": total}).items():
-        table.add_row(
-            name, readable_usd(part.usd), readable_bytes(part.n_bytes), f"{part.n_requests:,}", f"{part.n_reads:,}"
-        )
-    if by:
-        data[f"by_{by}"] = {name: _spending_facts(part) for name, part in groups.items()}
-    talk.print_data(data, table)
-    talk.remark(f"ledger: {books.path}")
-
-
-def _spending_facts(part: ledger.Spending) -> dict[str, float]:
-    return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
+    Both ends are shown: the cheapest way, which reads take, and the fastest by the assumed link.
+    """
+    known, usage = release.load_catalog(catalog), usage_of(used_gib, free_tier)
+    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to, usage=usage)
+    print_estimate(talk, Priced.all_of(priced), to=to, usage=usage)
 
 
 def _describe_release(talk: Talk, known: Catalog) -> None:

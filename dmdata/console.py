@@ -8,6 +8,7 @@ command line, 6 where consent is needed and there is no terminal to ask at, and 
 import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
+import click.shell_completion
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -158,6 +160,8 @@ def ask_consent(talk: Talk, price: Estimate, *, what: str, agreed: bool) -> None
 def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -> NoReturn:
     """Run a command and end the process as it should end."""
     warnings.showwarning = _show_warning
+    if instruction := os.environ.get(complete_variable(name)):
+        sys.exit(click.shell_completion.shell_complete(command, {}, name, complete_variable(name), instruction))
     context: click.Context | None = None
     try:
         with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
@@ -187,6 +191,11 @@ def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -
             f"{name}: {error}; nothing that was complete is lost, run the same again once it is mended", err=True
         )
         sys.exit(1)
+
+
+def complete_variable(name: str) -> str:
+    """Name the variable by which a shell asks a command for completions."""
+    return f"_{name.upper()}_COMPLETE"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

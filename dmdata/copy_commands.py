@@ -14,10 +14,12 @@ from rich.text import Text
 
 from dmdata import ledger, release
 from dmdata.catalog import Artifact
+from dmdata.completion import complete_artifacts
 from dmdata.console import Talk, ask_consent, talk_options
 from dmdata.errors import IntegrityError
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
-from dmdata.prices import PRICES, Destination, Estimate, readable_bytes, readable_usd
+from dmdata.prices import Destination, Estimate, Quote, Usage, assumed_link, readable_bytes, readable_usd
+from dmdata.settings import settings
 from dmdata.verify import Comparison, plan_checks, run_checks
 
 
@@ -35,8 +37,8 @@ def option_to(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--to",
         type=click.Choice([str(destination) for destination in Destination]),
-        default=str(Destination.INTERNET),
-        show_default=True,
+        default=lambda: settings().to,
+        show_default="internet, or as set",
         help="Where the bytes go: decides the price of a byte.",
     )(command)
 
@@ -99,41 +101,50 @@ def paid_for(
         yield True
 
 
-def print_estimate(talk: Talk, priced: list[Priced], *, to: str) -> None:
-    """Print what reads would cost, part by part and in all."""
+def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | None = None) -> None:
+    """Print what reads would cost, part by part and in all, the cheapest way and the fastest."""
 
-    def facts(price: Estimate) -> dict[str, Any]:
-        best = {"bytes": price.n_bytes, "requests": price.n_requests, "usd": price.usd, "usd_low": price.usd_low}
-        return best | {"usd_high": price.usd_high, "seconds": price.seconds}
+    def facts(way: Quote) -> dict[str, Any]:
+        return {
+            "bytes": way.n_bytes,
+            "requests": way.n_requests,
+            "usd": way.usd,
+            "usd_low": way.usd_low,
+            "usd_high": way.usd_high,
+            "seconds": way.seconds,
+        }
 
-    total = release.total_of([part.estimate for part in priced], to=to)
-    data = facts(total) | {
+    def both(price: Estimate) -> dict[str, Any]:
+        return facts(price.cheapest) | {"fastest": facts(price.fastest)}
+
+    total = release.total_of([part.estimate for part in priced], to=to, usage=usage)
+    data = both(total) | {
         "to": str(total.destination),
         "price_date": total.price_date,
-        "artifacts": [{"name": part.name} | facts(part.estimate) for part in priced],
+        "artifacts": [{"name": part.name} | both(part.estimate) for part in priced],
     }
-    data["fastest"] = {name: getattr(total.fastest, f"n_{name}") for name in ("bytes", "requests")}
-    data["fastest"] |= {"usd": total.fastest.usd, "seconds": total.fastest.seconds}
-    table = Table(
-        "artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold", show_footer=False
-    )
+    table = Table("artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for part in priced:
         table.add_row(part.name, *_quote_cells(part.estimate.cheapest))
+        if part.estimate.fastest != part.estimate.cheapest:
+            table.add_row("  fastest", *_quote_cells(part.estimate.fastest))
     table.add_section()
     table.add_row("total, cheapest", *_quote_cells(total.cheapest), style="bold")
     if total.fastest != total.cheapest:
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
+    link = assumed_link()
     talk.remark(
-        f"between {readable_usd(total.usd_low)} (an untouched free tier) and {readable_usd(total.usd_high)}, at list "
-        f"prices of {PRICES.date} to {total.destination}; seconds assume 16 connections of 50 MB/s"
+        f"between {readable_usd(total.usd_low)} (with what may be left of the free tier) and "
+        f"{readable_usd(total.usd_high)}, at list prices of {total.price_date} to {total.destination}; seconds assume "
+        f"{link.n_connections} connections of {link.bytes_per_second / 1e6:.0f} MB/s"
     )
 
 
 @click.command("get")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_artifacts)
 @click.option("-o", "--output", metavar="PATH", help="File or folder. [default: the object's own name]")
 @options_spending
 @talk_options
@@ -160,7 +171,7 @@ def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
 
 
 @click.command("mirror")
-@click.argument("patterns", nargs=-1, required=True)
+@click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
 @click.argument("destination")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')

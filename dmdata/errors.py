@@ -5,6 +5,7 @@
     DmdataError
     ├── CatalogError (ValueError)          choose another name: the catalog does not know this one
     ├── SelectionError (ValueError)        choose another selection
+    ├── SettingsError (ValueError)         mend a variable or the config file
     ├── FormatError (ValueError)           the object is not what it says it is
     ├── BudgetError                        raise the budget or read less
     ├── AccessError (PermissionError)      mend credentials, permissions or requester pays
@@ -76,6 +77,12 @@ class SelectionError(DmdataError, ValueError):
     exit_code = 2
 
 
+class SettingsError(DmdataError, ValueError):
+    """A setting that is unknown or has no sensible value; `origin` is the variable or file it comes from."""
+
+    exit_code = 2
+
+
 class FormatError(DmdataError, ValueError):
     """An object that is damaged, lies about itself, or holds what is not read for safety; `url` names it."""
 
@@ -87,7 +94,10 @@ class BudgetError(DmdataError):
 
 
 class AccessError(DmdataError, PermissionError):
-    """The source refused; `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied."""
+    """The source refused.
+
+    `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied, read_only.
+    """
 
     exit_code = 4
 

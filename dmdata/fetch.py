@@ -19,11 +19,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dmdata.address import Address, ObjectState, Source
+from dmdata.address import SHORT_RANGE_BYTES, Address, ObjectState, Source, ended_short
 from dmdata.errors import DmdataError, SourceError
+from dmdata.formats import Layout
 from dmdata.ledger import Amount, Ledger, Reservation, home
-from dmdata.plan import ReadPlan, land
+from dmdata.plan import ReadPlan, land, plan_read
 from dmdata.prices import Destination, quote
+from dmdata.selection import select
 from dmdata.source import connect
 
 MAX_RANGE_BYTES = 16 << 20
@@ -44,7 +46,7 @@ _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
 # what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
 _DRAW_BYTES = 64 << 20
-_DRAW_REQUESTS = 1024
+_DRAW_REQUESTS = 4096
 _MOST_RANGES_IN_HAND = 32
 _LISTED_AT_ONCE = 4096
 # how long others may take to notice that a read has failed, before it ends without them
@@ -124,21 +126,11 @@ class Transport:
         ------
         BudgetError, IntegrityError, AccessError, ObjectMissingError, SourceError
         """
-        source, meter = connect(self.address), self._meter(stop - start, 1)
-        parts: list[bytes] = []
-        stopping = threading.Event()
-
-        def work() -> None:
-            tally = meter.tally()
-            _read_range(
-                source, start, stop, etag, lambda _, chunk: parts.append(chunk.tobytes()), tally, meter, stopping
-            )
-
-        try:
-            _Crew(work, stopping).run(1)
-        finally:
-            meter.settle()
-        return b"".join(parts)
+        layout = Layout((stop - start,), np.dtype(np.uint8), start, (1,))
+        plan = plan_read(
+            layout, select(..., layout.shape, orthogonal=False), max_gap_bytes=0, max_range_bytes=stop - start
+        )
+        return self.fetch(plan, etag=etag).tobytes()
 
     def fetch(
         self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None, spool: Spool | None = None
@@ -186,8 +178,8 @@ class Transport:
                     if stopping.is_set():
                         return
                     began = time.perf_counter()
-                    lander = _Lander(plan, product, at, whole=end - at == stop - start, start=start)
-                    _read_range(source, start, stop, etag, lander.put, tally, meter, stopping)
+                    arrivals = _Arrivals(plan, product, tally, start, stop, at, end)
+                    _read_range(source, arrivals, stop, etag, tally, meter, stopping)
                     if spool is not None and not stopping.is_set():
                         spool.landed(nth, at, end)
                     if time.perf_counter() - began > _SLOW_ANSWER_SECONDS:
@@ -276,51 +268,57 @@ class _Queue:
                     nth += 1
 
 
-class _Lander:
-    """Puts the bytes of one range into the product as they arrive."""
+class _Arrivals:
+    """Takes the bytes of one range as they arrive: counts them and puts the wanted ones into the product."""
 
-    __slots__ = ("_at", "_plan", "_product", "_start", "_whole")
+    __slots__ = ("_at", "_is_whole", "_plan", "_product", "_stop", "_tally", "position")
 
-    def __init__(self, plan: ReadPlan, product: npt.NDArray[np.uint8], at: int, *, whole: bool, start: int) -> None:
-        self._plan, self._product, self._at, self._whole, self._start = plan, product, at, whole, start
+    def __init__(
+        self, plan: ReadPlan, product: npt.NDArray[np.uint8], tally: "_Tally", start: int, stop: int, at: int, end: int
+    ) -> None:
+        self._plan, self._product, self._tally = plan, product, tally
+        self.position, self._stop, self._at = start, stop, at
+        self._is_whole = end - at == stop - start
 
-    def put(self, position: int, chunk: npt.NDArray[np.uint8]) -> None:
-        if self._whole:
-            at = self._at + position - self._start
-            self._product[at : at + len(chunk)] = chunk
+    def put(self, chunk: npt.NDArray[np.uint8]) -> None:
+        n_bytes = len(chunk)
+        if n_bytes > self._stop - self.position:
+            chunk = chunk[: self._stop - self.position]
+            n_bytes = len(chunk)
+        if self._is_whole:
+            self._product[self._at : self._at + n_bytes] = chunk
+            self._at += n_bytes
         else:
-            self._at += land(self._plan.wanted, position, chunk, self._product, self._at)
+            self._at += land(self._plan.wanted, self.position, chunk, self._product, self._at)
+        self.position += n_bytes
+        self._tally.arrived(n_bytes)
 
 
 def _read_range(
     source: Source,
-    start: int,
+    arrivals: _Arrivals,
     stop: int,
     etag: str | None,
-    put: Callable[[int, npt.NDArray[np.uint8]], object],
     tally: "_Tally",
     meter: "_Meter",
     stopping: threading.Event,
 ) -> None:
     """Read a range, going on after each broken transfer from the byte it broke at; less only if stopped."""
-    position = start
-
-    def accept(chunk: npt.NDArray[np.uint8]) -> None:
-        nonlocal position
-        chunk = chunk[: stop - position]
-        put(position, chunk)
-        position += len(chunk)
-        tally.arrived(len(chunk))
-
-    fruitless = 0
-    for n_tries in itertools.count(1):
-        began = position
-        tally.sending(stop - position)
+    n_tries = fruitless = 0
+    while True:
+        began = arrivals.position
+        n_tries += 1
+        tally.sending(stop - began)
         try:
-            source.read(position, stop, etag=etag, put=accept, stopped=stopping.is_set)
-            return
+            if stop - began > SHORT_RANGE_BYTES:
+                source.read(began, stop, etag=etag, put=arrivals.put, stopped=stopping.is_set)
+                return
+            arrivals.put(np.frombuffer(source.piece(began, stop, etag=etag), np.uint8))
+            if arrivals.position == stop:
+                return
+            raise ended_short(source.address, arrivals.position, transient=True)
         except DmdataError as error:
-            fruitless = 0 if position > began else fruitless + 1
+            fruitless = 0 if arrivals.position > began else fruitless + 1
             _patience(error, tally, meter, stopping, fruitless=fruitless, n_tries=n_tries)
 
 

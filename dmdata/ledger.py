@@ -28,10 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import platformdirs
-
-from dmdata.errors import BudgetError, DmdataError
+from dmdata.errors import BudgetError, DmdataError, FactualError, SettingsError
 from dmdata.prices import readable_usd
+from dmdata.settings import config_path, home, settings
+
+__all__ = ["Amount", "Grouping", "Ledger", "Reservation", "Spending", "budget", "home"]
 
 DEFAULT_PROCESS_USD = 1.0
 
@@ -78,11 +79,6 @@ _GROUPS: dict[Grouping | None, str] = {
     "state": "state",
     "charged": "CASE charged WHEN 1 THEN 'confirmed' WHEN 0 THEN 'not charged' ELSE 'unknown' END",
 }
-
-
-def home() -> Path:
-    """Find the directory of the ledger and of what is remembered between processes (``DMDATA_HOME``)."""
-    return Path(os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +270,10 @@ class Ledger:
                 _prepare(connection)
                 yield connection
                 connection.execute("COMMIT")
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            # a damaged file shows in what SQLite says, in text that is none, or in a value of another kind
+            if isinstance(error, FactualError):
+                raise
             raise DmdataError(
                 f"the ledger {self.path} cannot be used ({error}), so nothing is spent; set DMDATA_HOME to a "
                 "directory you can write to, or move a damaged ledger away",
@@ -329,22 +328,15 @@ def _active_scopes() -> dict[str, int]:
         if not (name.startswith("block:") and pico.isdecimal()):
             raise BudgetError(f"{_BLOCKS_VARIABLE} holds {block!r}, which is no budget; unset it")
         limits[name] = int(pico)
-    monthly = os.environ.get("DMDATA_MAX_COST")
-    if not limits and not monthly:
+    try:
+        monthly = settings().max_cost
+    except SettingsError as error:
+        raise BudgetError(f"{error}; nothing is spent until it is mended", origin=error.facts.get("origin")) from error
+    if not limits and monthly is None:
         limits[f"process:{_process()}"] = _to_pico(DEFAULT_PROCESS_USD)
     # the month is counted even without a limit, so that one set later knows what was spent before
-    limits[f"month:{datetime.now(UTC):%Y-%m}"] = _monthly_limit(monthly) if monthly else -1
+    limits[f"month:{datetime.now(UTC):%Y-%m}"] = -1 if monthly is None else _to_pico(monthly)
     return limits
-
-
-def _monthly_limit(text: str) -> int:
-    try:
-        usd = float(text)
-    except ValueError:
-        usd = math.nan
-    if not (math.isfinite(usd) and usd >= 0):
-        raise BudgetError(f"DMDATA_MAX_COST is {text!r}; set it to dollars a month, such as 5.00")
-    return _to_pico(usd)
 
 
 def _commit(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *, artifact: str) -> None:
@@ -374,7 +366,7 @@ def _over_budget(scope: str, *, pico: int, limit: int, committed: int, artifact:
     usd, remaining, limit_usd = pico / _PICO, max(limit - committed, 0) / _PICO, limit / _PICO
     kind = scope.partition(":")[0]
     name, remedy = {
-        "month": ("month's budget", "raise DMDATA_MAX_COST"),
+        "month": ("month's budget", f"raise DMDATA_MAX_COST, or max_cost in {config_path()}"),
         "block": ("budget in force", "raise it: --max-cost USD, or with dmdata.budget(usd=...)"),
         "process": (
             "default budget a process",

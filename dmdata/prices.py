@@ -2,14 +2,16 @@
 
 List prices in US regions; nobody but the account's owner knows its discounts, its other traffic of the month or its
 free tier. The dollars named by default are therefore an upper bound: as if the free tier were used up and the first
-price tier not yet. One GB is 2**30 bytes here, as on the bill.
+price tier not yet. Whoever knows the account says so, and the bounds close in; whoever pays other prices sets them in
+the config file. Budgets always reserve the upper bound. One GB is 2**30 bytes here, as on the bill.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from dmdata.errors import SelectionError
+from dmdata.settings import settings
 
 GIB = 1 << 30
 
@@ -22,14 +24,16 @@ class Destination(StrEnum):
     CROSS_REGION = "cross-region"
 
 
-def destination_of(to: str) -> Destination:
-    """Read a destination's name.
+def destination_of(to: str | None) -> Destination:
+    """Read a destination's name; None is the one that is set (``DMDATA_TO``, config file), the internet by default.
 
     Raises
     ------
     SelectionError
         If it is none.
     """
+    if to is None:
+        return Destination(settings().to)
     try:
         return Destination(to)
     except ValueError as error:
@@ -59,6 +63,18 @@ def readable_bytes(n_bytes: float) -> str:
             break
         unit, size = larger, size / 1024
     return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Write a time in the largest unit of which there is at least one.
+
+    >>> readable_seconds(0.25), readable_seconds(90), readable_seconds(5_270_000)
+    ('0.2 s', '1.5 min', '61.0 days')
+    """
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +136,43 @@ PRICES = PriceTable(
 )
 
 
+def price_table() -> PriceTable:
+    """Take the list prices, with what the config file says otherwise."""
+    overrides = settings().prices.model_dump(exclude_none=True)
+    return replace(PRICES, **overrides) if overrides else PRICES
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What is known of the account's month.
+
+    Attributes
+    ----------
+    used_gib : float
+        GB that already went to the internet this month.
+    free_tier : bool
+        Whether the free GB of the month are the reader's to use, less what was used; otherwise they may be gone.
+    """
+
+    used_gib: float = 0.0
+    free_tier: bool = False
+
+
+def usage_of(used_gib: float | None = None, free_tier: bool | None = None) -> Usage:
+    """Take what is known of the account's month from the arguments, else from the settings.
+
+    Raises
+    ------
+    SelectionError
+        If `used_gib` is negative or no number.
+    """
+    known = settings()
+    used = known.used_gib if used_gib is None else used_gib
+    if not (math.isfinite(used) and used >= 0):
+        raise SelectionError(f"used_gib={used}; give the GB of this month so far, at least 0")
+    return Usage(used, known.free_tier if free_tier is None else free_tier)
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """How fast a connection to the store is thought to be, for the seconds of an estimate.
@@ -135,7 +188,7 @@ class Link:
 
     seconds_to_first_byte: float = 0.03
     bytes_per_second: float = 50e6
-    n_connections: int = 16
+    n_connections: int = 32
 
     @property
     def break_even_gap_bytes(self) -> float:
@@ -150,6 +203,12 @@ class Link:
 
 LINK = Link()
 """50 MB/s a connection and 30 ms to the first byte: an assumption, as of a good host outside the region."""
+
+
+def assumed_link() -> Link:
+    """Take the assumed link, with what the config file says otherwise."""
+    overrides = settings().link.model_dump(exclude_none=True)
+    return replace(LINK, **overrides) if overrides else LINK
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +241,7 @@ class Estimate:
     cheapest: Quote
     fastest: Quote
     destination: Destination
-    price_date: str = PRICES.date
+    price_date: str
 
     @property
     def n_requests(self) -> int:
@@ -215,10 +274,8 @@ class Estimate:
         return self.cheapest.seconds
 
 
-def quote(
-    n_bytes: int, n_requests: int, destination: Destination, *, prices: PriceTable = PRICES, link: Link = LINK
-) -> Quote:
-    """Price a transfer.
+def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usage = Usage()) -> Quote:
+    """Price a transfer by the price table in force.
 
     Parameters
     ----------
@@ -226,12 +283,15 @@ def quote(
     n_requests : int
         GET or HEAD requests.
     destination : Destination
-    prices : PriceTable
-    link : Link
+    usage : Usage
+        What is known of the month; by default nothing, which gives the widest bounds.
     """
+    prices, link = price_table(), assumed_link()
     requests_usd = n_requests * prices.usd_per_get
-    high = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=prices.free_gib)
-    low = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=0.0)
+    # prices fall with use: the most is paid right behind the free GB, unless those are known to be left
+    most_from = usage.used_gib if usage.free_tier else max(usage.used_gib, prices.free_gib)
+    high = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=most_from)
+    low = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=usage.used_gib)
     if destination is Destination.CROSS_REGION:
         low = requests_usd + n_bytes / GIB * prices.cross_region_usd_per_gib[0]
     return Quote(n_requests, n_bytes, usd=high, usd_low=low, usd_high=high, seconds=link.seconds(n_bytes, n_requests))

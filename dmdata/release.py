@@ -31,8 +31,9 @@ from dmdata.ledger import Ledger, home
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
 from dmdata.mirror import mirror as mirror_array
 from dmdata.place import Place
-from dmdata.prices import Destination, Estimate, destination_of, quote
+from dmdata.prices import Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
 from dmdata.selection import Selection, parse_selection, select
+from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
 
@@ -49,7 +50,7 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     Parameters
     ----------
     catalog : Catalog, path or URL, optional
-        By default ``DMDATA_CATALOG``, else the published release's, which comes with the package.
+        By default ``DMDATA_CATALOG``, else the config file's, else the published release's, which is in the package.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     """
     if isinstance(catalog, Catalog):
         return catalog
-    where = os.fspath(catalog) if catalog is not None else os.environ.get("DMDATA_CATALOG")
+    where = os.fspath(catalog) if catalog is not None else settings().catalog
     if not where:
         return bundled()
     if "://" not in where:
@@ -74,7 +75,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     name: str | os.PathLike[str],
     *,
     catalog: CatalogLike = None,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     prefer: Preference = "price",
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
@@ -86,8 +87,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         array inside a ``.pt`` ("x.pt/weight"), or of a Zarr array.
     catalog : Catalog, path or URL, optional
         See `load_catalog`.
-    to : {"internet", "same-region", "cross-region"}
-        Where the bytes go: decides their price and how ranges are merged.
+    to : {"internet", "same-region", "cross-region"}, optional
+        Where the bytes go: decides their price and how ranges are merged. By default as set, else the internet.
     prefer : {"price", "speed"}
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
 
@@ -113,13 +114,47 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     return _open_artifact(artifact, destination, prefer)
 
 
+def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
+    """Open an object of a catalog as the bytes it is, header included. Reads its header, once.
+
+    Parameters
+    ----------
+    name : str
+        Of a ``.npy`` or a whole ``.pt``.
+    catalog, to
+        As in `open`.
+
+    Returns
+    -------
+    octets : LazyArray of uint8, shape (size of the object,)
+
+    Raises
+    ------
+    CatalogError
+        If the name is unknown, or is of a part of an object or of an array in a Zarr store.
+    FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
+        As in `open`.
+    """
+    artifact = load_catalog(catalog).find(name)
+    if artifact.stored.format == "zarr":
+        raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
+    if artifact.member:
+        raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
+    transport = Transport(address_of(artifact), artifact.name, destination_of(to))
+    state = read_header(transport, kind=artifact.stored.format).state
+    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return LazyArray(artifact.name, ("byte",), layout, InObject(transport, state.etag))
+
+
 def estimate(
     patterns: str | Sequence[str],
     *,
     select: Any = None,
     exclude: Sequence[str] = (),
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
+    used_gib: float | None = None,
+    free_tier: bool | None = None,
 ) -> Estimate:
     """Price artifacts by the catalog alone: no network, no credentials.
 
@@ -133,29 +168,38 @@ def estimate(
         Names or globs to leave out.
     to : {"internet", "same-region", "cross-region"}
     catalog : Catalog, path or URL, optional
+    used_gib : float, optional
+        GB that the account sent to the internet this month; by default as set, else 0.
+    free_tier : bool, optional
+        Whether the month's free GB are left but for these; by default as set, else not counted on.
 
     Returns
     -------
     total : Estimate
         Of all together; the price of a gigabyte falls and the free tier is met only once.
     """
-    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to)
-    return total_of([price for _, price in priced], to=to)
+    usage = usage_of(used_gib, free_tier)
+    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to, usage=usage)
+    return total_of([price for _, price in priced], to=to, usage=usage)
 
 
-def price_artifacts(artifacts: Sequence[Artifact], *, key: Any = None, to: str) -> list[tuple[Artifact, Estimate]]:
+def price_artifacts(
+    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage | None = None
+) -> list[tuple[Artifact, Estimate]]:
     """Price a selection of each artifact, or all of it, by what its catalog claims, header included."""
     priced = []
     for artifact in artifacts:
         if key is None:
             n_requests = -(-artifact.n_bytes // MAX_RANGE_BYTES) + 1
-            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to)))
+            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
             continue
         if artifact.schema is None:
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
         layout = _claimed_layout(artifact)
-        data = estimate_read(layout, _parsed(key, layout.shape), to=destination_of(to))
-        priced.append((artifact, _totalled([(data, 1)], to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
+        selection = _parsed(key, layout.shape)
+        data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
+        total = _totalled([(data, 1)], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
+        priced.append((artifact, total))
     return priced
 
 
@@ -164,7 +208,7 @@ def price_mirror(
     destination: str | os.PathLike[str],
     *,
     key: Any,
-    to: str,
+    to: str | None,
     memory_bytes: int,
     alone: bool,
 ) -> list[tuple[Artifact, Estimate]]:
@@ -185,7 +229,7 @@ def price_mirror(
     return priced
 
 
-def price_download(artifact: Artifact, path: Path, *, to: str) -> list[tuple[Artifact, Estimate]]:
+def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
     return [(artifact, _same_both_ways(n_missing + 1, -(-n_missing // MAX_RANGE_BYTES) + 1, to=to))]
@@ -204,10 +248,13 @@ def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]
     ]
 
 
-def total_of(estimates: Sequence[Estimate], *, to: str, with_headers: int = 0) -> Estimate:
+def total_of(
+    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage | None = None, with_headers: int = 0
+) -> Estimate:
     """Price several reads together, and the headers of so many objects."""
     parts = [(estimate, 1) for estimate in estimates]
-    return _totalled(parts, to=to, extra_bytes=with_headers * NPY_PREFIX_BYTES, extra_requests=with_headers)
+    extra_bytes = with_headers * NPY_PREFIX_BYTES
+    return _totalled(parts, to=to, usage=usage, extra_bytes=extra_bytes, extra_requests=with_headers)
 
 
 def reader_pays(name: str, catalog: Catalog) -> bool:
@@ -223,7 +270,7 @@ def mirror(
     columns: Any = slice(None),
     key: Any = None,
     exclude: Sequence[str] = (),
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     scheduler: str | None = None,
@@ -303,7 +350,7 @@ def get(
     name: str,
     destination: str | os.PathLike[str] | None = None,
     *,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Path:
@@ -336,7 +383,7 @@ def get(
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(_address_of(artifact), artifact.object_name, destination_of(to))
+    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to))
     download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
     return path
 
@@ -366,13 +413,18 @@ def _require_budget(work: Sequence[tuple[LazyArray, Place, Selection]], memory_b
         Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
 
 
-def _same_both_ways(n_bytes: int, n_requests: int, *, to: str) -> Estimate:
-    way = quote(n_bytes, n_requests, destination_of(to))
-    return Estimate(way, way, destination_of(to))
+def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage | None = None) -> Estimate:
+    way = quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
+    return Estimate(way, way, destination_of(to), price_table().date)
 
 
 def _totalled(
-    estimates: Sequence[tuple[Estimate, int]], *, to: str, extra_bytes: int = 0, extra_requests: int = 0
+    estimates: Sequence[tuple[Estimate, int]],
+    *,
+    to: str | None,
+    usage: Usage | None = None,
+    extra_bytes: int = 0,
+    extra_requests: int = 0,
 ) -> Estimate:
     """Price several reads together, each as many times as is said."""
 
@@ -380,9 +432,9 @@ def _totalled(
         quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
         n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
         n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
-        return quote(n_bytes, n_requests, destination_of(to))
+        return quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
 
-    return Estimate(together("cheapest"), together("fastest"), destination_of(to))
+    return Estimate(together("cheapest"), together("fastest"), destination_of(to), price_table().date)
 
 
 def _claimed_layout(artifact: Artifact) -> Layout:
@@ -396,7 +448,8 @@ def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Layout:
     return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize))
 
 
-def _address_of(artifact: Artifact) -> Address:
+def address_of(artifact: Artifact) -> Address:
+    """Say where an artifact's object is, and on what terms."""
     source = artifact.source
     return Address(artifact.url, source.requester_pays, source.region, listed=True)
 
@@ -434,7 +487,7 @@ def _open_artifact(artifact: Artifact, destination: Destination, prefer: Prefere
     if artifact.stored.format == "zarr":
         array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
-        transport = Transport(_address_of(artifact), artifact.name, destination)
+        transport = Transport(address_of(artifact), artifact.name, destination)
         header = read_header(transport, kind=artifact.stored.format)
         layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known

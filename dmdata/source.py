@@ -13,9 +13,10 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
+from dmdata.address import Address, ByPieces, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, ObjectMissingError, SourceError
 from dmdata.s3 import s3_source, web_source
+from dmdata.settings import settings
 
 _LOCAL_CHUNK_BYTES = 512 << 10
 
@@ -32,9 +33,11 @@ def connect(address: Address) -> Source:
     """
     if address.is_local:
         return _LocalSource(address)
-    if os.environ.get("DMDATA_OFFLINE", "0") not in ("", "0"):
+    if settings().offline:
         raise SourceError(
-            f"{address} is remote and DMDATA_OFFLINE is set; unset it to read", url=str(address), transient=False
+            f"{address} is remote and DMDATA_OFFLINE is set, or offline in the config file; unset it to read",
+            url=str(address),
+            transient=False,
         )
     if address.is_s3:
         return s3_source(address)
@@ -43,7 +46,7 @@ def connect(address: Address) -> Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _LocalSource:
+class _LocalSource(ByPieces):
     address: Address
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
@@ -84,7 +87,7 @@ def _state_of_file(descriptor: int) -> ObjectState:
 
 
 @dataclass(frozen=True, slots=True)
-class _FsspecSource:
+class _FsspecSource(ByPieces):
     """Any store fsspec knows; identity is its etag, checksum or time, asked before each read."""
 
     address: Address

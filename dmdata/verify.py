@@ -153,7 +153,7 @@ def verify(
     whole: bool = False,
     seed: int = 0,
     repair: bool = False,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> list[Comparison]:
@@ -201,7 +201,7 @@ def plan_checks(
     sample: str | Sample | None = None,
     whole: bool = False,
     seed: int = 0,
-    to: str = Destination.INTERNET,
+    to: str | None = None,
     catalog: CatalogLike = None,
 ) -> list[Check]:
     """Find the mirrors and choose what will be read of their sources; asks nothing of these. See `verify`."""

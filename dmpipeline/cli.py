@@ -12,9 +12,17 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import Talk, run, talk_options
-from dmdata.prices import readable_bytes
+from dmdata.prices import Estimate, readable_bytes, readable_seconds, readable_usd
+from dmdata.release import estimate, load_catalog
 from dmpipeline.errors import VerificationError, explain_missing_extra
+from dmpipeline.regeneration import (
+    GPU_USD_PER_HOUR,
+    Regeneration,
+    release_models,
+    release_seconds_per_model,
+)
 from dmpipeline.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -42,6 +50,9 @@ class _Commands(click.Group):
 @click.version_option(package_name="dmdata")
 def commands() -> None:
     """Train models on random subsets, fit datamodels to them, and ask which examples made a prediction."""
+
+
+commands.add_command(completion_command("dmpipeline"))
 
 
 @commands.command("demo")
@@ -97,6 +108,59 @@ def init(
     created = Run.create(directory, wanted)
     talk.print_data({"directory": str(created.path), "n_rows": wanted.n_rows}, _facts({"run": str(created.path)}))
     talk.remark(f"{wanted.n_rows:,} models to train; next: dmpipeline run {directory}")
+
+
+@commands.command("plan")
+@click.argument("target", shell_complete=complete_artifacts)
+@click.option("--seconds-per-model", type=click.FloatRange(min=0), help="Instead of what is measured or published.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices at work side by side.")
+@click.option(
+    "--gpu-usd-per-hour",
+    type=click.FloatRange(min=0),
+    help=f"Of one device. [default: {GPU_USD_PER_HOUR} for the release, 0 for a run on this machine]",
+)
+@talk_options
+def plan(talk: Talk, target: str, seconds_per_model: float | None, gpus: int, gpu_usd_per_hour: float | None) -> None:
+    """Price making the models of TARGET again, in device-hours and dollars, beside downloading them.
+
+    TARGET is the directory of a run, whose time is measured by training a few of its models here and now, or names of
+    a catalogued release, as cifar/50pct.
+    """
+    if Path(target).is_dir():
+        jobs, download = _plan_of_run(Path(target), seconds_per_model, gpus, gpu_usd_per_hour or 0.0)
+    else:
+        usd_per_hour = GPU_USD_PER_HOUR if gpu_usd_per_hour is None else gpu_usd_per_hour
+        jobs, download = _plan_of_release(target, seconds_per_model, gpus, usd_per_hour)
+    table = Table("way", "models", "device-hours", "time", "dollars", "size", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    size = readable_bytes(download.n_bytes)
+    for name, job in jobs.items():
+        taken = (f"{job.device_hours:,.2f}", readable_seconds(job.seconds), readable_usd(job.usd))
+        table.add_row(f"train {name}", f"{job.n_models:,}", *taken, size)
+    table.add_row("download", "", "", readable_seconds(download.seconds), readable_usd(download.usd), size)
+    parts = {
+        name: {
+            "models": job.n_models,
+            "seconds_per_model": job.seconds_per_model,
+            "device_hours": job.device_hours,
+            "seconds": job.seconds,
+            "usd": job.usd,
+        }
+        for name, job in jobs.items()
+    }
+    totals = {
+        "device_hours": sum(job.device_hours for job in jobs.values()),
+        "seconds": sum(job.seconds for job in jobs.values()),
+        "usd": sum(job.usd for job in jobs.values()),
+    }
+    fetched = {"bytes": download.n_bytes, "requests": download.n_requests, "usd": download.usd}
+    fetched["seconds"] = download.seconds
+    talk.print_data(totals | {"train": parts, "download": fetched, "gpus": gpus}, table)
+    talk.remark(
+        "device-hours and their price are estimates: give --seconds-per-model and --gpu-usd-per-hour as you measure "
+        "and pay them; the download is at list prices, an upper bound"
+    )
 
 
 @commands.command("run")
@@ -216,6 +280,31 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     data = [{"name": f.name, "key": f.key, "bytes": f.n_bytes, "sha256": f.sha256} for f in files]
     talk.print_data({"destination": destination, "files": data}, table)
     talk.remark(f"next: dmdata ls --catalog {destination}")
+
+
+def _plan_of_run(
+    directory: Path, seconds_per_model: float | None, gpus: int, usd_per_hour: float
+) -> tuple[dict[str, Regeneration], Estimate]:
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
+    opened = Run.open(directory)
+    seconds = workflow.probe_seconds_per_model(opened) if seconds_per_model is None else seconds_per_model
+    job = Regeneration(opened.spec.n_rows, seconds, gpus, usd_per_hour)
+    return {str(directory): job}, workflow.price_of_arrays(opened)
+
+
+def _plan_of_release(
+    pattern: str, seconds_per_model: float | None, gpus: int, usd_per_hour: float
+) -> tuple[dict[str, Regeneration], Estimate]:
+    patterns = [pattern, f"{pattern.rstrip('/')}/**"] if pattern.count("/") < 2 else [pattern]
+    catalog = load_catalog()
+    wanted = [name for name in patterns if catalog.has(name)] or patterns[:1]
+    jobs = {}
+    for (dataset, alpha_name), (n_models, alpha) in release_models(catalog.match(wanted)).items():
+        seconds = release_seconds_per_model(dataset, alpha) if seconds_per_model is None else seconds_per_model
+        jobs[f"{dataset}/{alpha_name}"] = Regeneration(n_models, seconds, gpus, usd_per_hour)
+    return jobs, estimate(wanted)
 
 
 def _print_status(talk: Talk, opened: "Run") -> None:

@@ -25,16 +25,22 @@ import numpy.typing as npt
 
 import dmdata
 from dmdata.errors import FormatError
-from dmdata.prices import readable_bytes, readable_usd
+from dmdata.fetch import MAX_RANGE_BYTES
+from dmdata.prices import Destination, price_table, quote, readable_bytes, readable_usd
 from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
 from dmpipeline.evaluate import Evaluation, evaluate
+from dmpipeline.masks import draw_masks
+from dmpipeline.recipes import find_recipe
 from dmpipeline.report import Gallery, write_report
-from dmpipeline.store import Run, write_beside
+from dmpipeline.store import ARRAYS, Run, write_beside
+from dmpipeline.train import train_block
 
 FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
+
+_PROBE_MODELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +202,31 @@ def fit_facts(run: Run) -> dict[str, float]:
 def download_price(run: Run) -> dmdata.Estimate:
     """Price a download of a run's artifacts, were they on a requester-pays bucket."""
     return dmdata.estimate("**", catalog=run.path)
+
+
+def price_of_arrays(run: Run) -> dmdata.Estimate:
+    """Price a download of all that a run will hold, trained or not, were it on a requester-pays bucket."""
+    sizes = [int(run.array(name).nbytes) for name in ARRAYS]
+    n_requests = sum(-(-size // MAX_RANGE_BYTES) + 1 for size in sizes)
+    way = quote(sum(sizes), n_requests, Destination.INTERNET)
+    return dmdata.Estimate(way, way, Destination.INTERNET, price_table().date)
+
+
+def probe_seconds_per_model(run: Run, *, n_models: int = _PROBE_MODELS) -> float:
+    """Measure how long a model of a run takes on this machine, by training a few of its own; nothing is kept."""
+    spec, dataset = run.spec, run.dataset()
+    rows = range(min(n_models, spec.n_models))
+    masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
+    began = time.perf_counter()
+    train_block(
+        dataset,
+        find_recipe(spec.recipe),
+        masks=masks,
+        seed=spec.seed,
+        model_indices=spec.model_indices(rows),
+        rows=rows,
+    )
+    return (time.perf_counter() - began) / len(rows)
 
 
 def artifact_name(run: Run, array: str) -> str:

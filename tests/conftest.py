@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import boto3
 import pytest
 from botocore.config import Config
+from figures import FIGURES
 from hypothesis import settings
 from servers.loopback import LoopbackS3
 
@@ -33,6 +34,19 @@ _LIVE_VARIABLES = (
     "READER_ACCESS_KEY_ID",
     "READER_SECRET_ACCESS_KEY",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what tests measure."""
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what tests measured."""
+    if config.stash[FIGURES]:
+        terminalreporter.section("figures")
+        for line in config.stash[FIGURES]:
+            terminalreporter.line(line)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,6 +20,7 @@ TREE = {
     "BudgetError": ("DmdataError", 8),
     "AccessError": ("DmdataError PermissionError", 4),
     "SourceError": ("DmdataError OSError", 5),
+    "SettingsError": ("DmdataError ValueError", 2),
     "ObjectMissingError": ("SourceError FileNotFoundError", 1),
     "IntegrityError": ("DmdataError", 3),
     "DmpipelineError": ("FactualError", 1),

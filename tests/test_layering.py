@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors catalog formats selection prices plan ledger address s3 source fetch locks headers place spool journal
-        cluster mirror download interop array release verify console copy_commands cli
+        errors settings catalog formats selection prices plan ledger address s3 source fetch locks headers place
+        spool journal cluster mirror download interop view array release verify filesystem xarray_engine console
+        cache doctor completion copy_commands money_commands upkeep_commands cli
     """,
     "dmpipeline": """
-        errors spec masks datasets recipes outputs train store cluster verify moments lasso datamodels evaluate
-        applications export report workflow demo cli
+        errors regeneration spec masks datasets recipes outputs train store cluster verify moments lasso
+        datamodels evaluate applications export report workflow demo cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}

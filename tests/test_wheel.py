@@ -6,7 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from small_release import write_locally
 
 from dmdata.catalog import Catalog, bundled
 
@@ -65,3 +67,28 @@ def test_the_catalog_loads_from_the_unpacked_wheel_away_from_the_checkout(wheel:
     assert Path(where).is_relative_to(unpacked)
     assert int(n_artifacts) == sum(1 for _ in bundled().artifacts())
     assert int(n_bytes) == 310_000 * 10_000 * 2 + 128
+
+
+def test_xarray_and_fsspec_find_dmdata_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xarray")
+    unpacked = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    values = np.arange(40, dtype=np.float32).reshape(8, 5)
+    catalog = write_locally({"digits/50pct/test_margins": values}, tmp_path / "run")
+    program = (
+        "import sys, xarray as xr; assert 'dmdata' not in sys.modules\n"
+        "print(float(xr.open_dataset('digits/50pct', engine='dmdata').test_margins[3:5, 2].sum()))\n"
+        "import fsspec, numpy as np\n"
+        "with fsspec.open('dmdata://digits/50pct/test_margins') as file: print(float(np.load(file).sum()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(unpacked), "DMDATA_CATALOG": catalog, "DMDATA_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(values[3:5, 2].sum()), str(values.sum())]

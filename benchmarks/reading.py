@@ -1,0 +1,232 @@
+"""Reading a `.npy` of a requester-pays bucket: whole, over a slow link, scattered rows, a column; and planning one."""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import obstore
+from obstore.store import S3Store
+from server import BUCKET, Nginx, nginx
+from timing import Bench
+
+import dmdata
+from dmdata.formats import Layout, npy_header
+from dmdata.plan import plan_read
+from dmdata.selection import select
+
+KEY = "whole.npy"
+ROW_BYTES = 20_000
+PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
+
+
+def run(bench: Bench, *, small: bool) -> None:
+    """Measure all of it; small: an eighth of the bytes, and no slow link of a gigabyte."""
+    n_rows = 50_000 if not small else 6_250
+    with nginx() as server, dmdata.budget(usd=10_000):
+        write_npy(server.objects / KEY, (n_rows, ROW_BYTES // 2), np.dtype("float16"))
+        whole(bench, server)
+        scattered(bench, server, n_rows)
+        slow(bench, server, n_rows)
+    planning(bench)
+
+
+def whole(bench: Bench, server: Nginx) -> None:
+    """The whole array into memory."""
+    lazy = dmdata.open(f"s3://{BUCKET}/{KEY}")
+    size = lazy.nbytes + 128
+    store, client = bare_store(server.endpoint), boto3.client("s3")
+    target = Path(os.environ["DMDATA_HOME"]) / "downloaded.npy"
+
+    def one_stream() -> None:
+        body = client.get_object(Bucket=BUCKET, Key=KEY, RequestPayer="requester")["Body"]
+        buffer, at = memoryview(bytearray(size)), 0
+        while chunk := body.read(8 << 20):
+            buffer[at : at + len(chunk)] = chunk
+            at += len(chunk)
+
+    starts = list(range(0, size, 8 << 20))
+    ends = [min(start + (8 << 20), size) for start in starts]
+    peers: dict[str, Callable[[], object]] = {
+        "obstore, ranges into a buffer": lambda: bare_ranges(store, KEY, size, range_bytes=8 << 20, n_threads=8),
+        "obstore get_ranges": lambda: obstore.get_ranges(store, KEY, starts=starts, ends=ends, coalesce=0),
+        "boto3 one stream": one_stream,
+        "boto3 download_file": lambda: client.download_file(
+            BUCKET, KEY, str(target), ExtraArgs={"RequestPayer": "requester"}
+        ),
+    }
+    bars = {"obstore, ranges into a buffer": ">= 0.85", "boto3 download_file": ">= 3", "s3fs cat_ranges": ">= 3"}
+    with s3fs_peer(server.endpoint, f"{BUCKET}/{KEY}", size) as s3fs:
+        if s3fs is not None:
+            peers["s3fs cat_ranges"] = s3fs
+        bench.compare(f"whole array, {size / 1e6:,.0f} MB", lambda: lazy[...], peers, bars)
+    target.unlink()
+
+
+def scattered(bench: Bench, server: Nginx, n_rows: int) -> None:
+    """A thousand rows here and there, and one column: bytes as planned, time as the bare requests'."""
+    lazy = dmdata.open(f"s3://{BUCKET}/{KEY}")
+    store = bare_store(server.endpoint)
+    rows = np.sort(np.random.default_rng(0).choice(n_rows, min(1000, n_rows // 5), replace=False))
+    n_column = min(n_rows, 50_000)
+    cases: dict[str, tuple[Any, Callable[[], object]]] = {
+        f"{len(rows):,} scattered rows": ((rows,), lambda: lazy.oindex[rows]),
+        f"a column of {n_column:,} rows": (np.s_[:n_column, 7], lambda: lazy[:n_column, 7]),
+    }
+    for what, (key, read) in cases.items():
+        plan = lazy.plan(key)
+        before = server.served()
+        read()
+        after = server.served()
+        served = after[0] - before[0], after[1] - before[1]
+        bench.add(f"{what}: bytes served", f"{served[1]:,} B", "the plan's", [served[1] / plan.n_bytes], bar="= 1")
+        bench.add(f"{what}: requests", f"{served[0]:,}", "the plan's", [served[0] / plan.n_requests], bar="= 1")
+        ranges = plan.ranges.tolist()
+        peers = {f"bare get_range, {n} threads": bare_requests(store, ranges, plan.n_bytes, n) for n in (8,)}
+        bars = dict.fromkeys(peers, ">= 0.83 (1.2 times the time)")
+        peers["obstore get_ranges, in one call"] = lambda ranges=ranges: obstore.get_ranges(
+            store, KEY, starts=[a for a, _ in ranges], ends=[b for _, b in ranges], coalesce=0
+        )
+        bench.compare(what, read, peers, bars)
+
+
+def slow(bench: Bench, server: Nginx, n_rows: int) -> None:
+    """50 MB/s a connection and 30 ms to the first byte."""
+    os.environ["AWS_ENDPOINT_URL_S3"] = server.slow_endpoint
+    try:
+        lazy = dmdata.open(f"s3://{BUCKET}/{KEY}")
+        client = boto3.client("s3")
+
+        def one_stream() -> None:
+            body = client.get_object(Bucket=BUCKET, Key=KEY, RequestPayer="requester")["Body"]
+            while body.read(8 << 20):
+                pass
+
+        began = Bench(repeats=min(bench.repeats, 2), rows=bench.rows)
+        began.compare(
+            f"whole array, {n_rows * ROW_BYTES / 1e6:,.0f} MB, 50 MB/s a connection, 30 ms",
+            lambda: lazy[...],
+            {"boto3 one stream": one_stream},
+            {"boto3 one stream": ">= 12"},
+        )
+    finally:
+        os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
+
+
+def planning(bench: Bench) -> None:
+    """One column of 1,510,000 rows, in a process of its own."""
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import reading; reading.plan_a_column()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    bench.add("plan a column of 1,510,000 rows, seconds", f"{seconds:.2f} s", "a second", [seconds], bar="< 1")
+    bench.add("plan a column of 1,510,000 rows, memory", f"{megabytes:.0f} MB", "MB", [megabytes], bar="< 300")
+
+
+def plan_a_column() -> None:
+    """Plan, and print the seconds and megabytes it took."""
+    layout = Layout((1_510_000, 10_000), np.dtype("float16"), 128, (20_000, 2))
+    before = peak_memory()
+    began = time.perf_counter()
+    selection = select(np.s_[:, 42], layout.shape, orthogonal=False)
+    plan = plan_read(layout, selection, max_gap_bytes=4772, max_range_bytes=16 << 20)
+    assert plan.n_requests == len(plan.ranges) == 1_510_000
+    seconds = time.perf_counter() - began
+    print(seconds, (peak_memory() - before) / 1e6)
+
+
+def peak_memory() -> int:
+    """Tell the most resident memory of this process so far, in bytes.
+
+    Not by getrusage: there, a process starts with its parent's peak.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def write_npy(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    """Write normal draws as a .npy, a part at a time."""
+    part = np.random.default_rng(0).standard_normal((1000, shape[1]), np.float32).astype(dtype)
+    with path.open("wb") as file:
+        file.write(npy_header(shape, dtype))
+        for first in range(0, shape[0], len(part)):
+            file.write(np.roll(part, first, axis=1)[: shape[0] - first].tobytes())
+
+
+def bare_store(endpoint: str) -> S3Store:
+    """Make obstore's own client, with nothing of ours around it."""
+    return S3Store(
+        BUCKET,
+        endpoint=endpoint,
+        access_key_id="BENCHMARK",
+        secret_access_key="BENCHMARK",  # noqa: S106
+        region="us-east-1",
+        virtual_hosted_style_request=False,
+        request_payer=True,
+        client_options={"allow_http": True},
+    )
+
+
+def bare_ranges(store: S3Store, key: str, size: int, *, range_bytes: int, n_threads: int) -> None:
+    """Read an object in ranges, by several threads, into one buffer."""
+    buffer = np.empty(size, np.uint8)
+    ranges = [(start, min(start + range_bytes, size)) for start in range(0, size, range_bytes)]
+    _by_threads(store, key, ranges, buffer, [start for start, _ in ranges], n_threads)
+
+
+def bare_requests(store: S3Store, ranges: list[list[int]], n_bytes: int, n_threads: int) -> Callable[[], object]:
+    """Make the reading of given ranges, one after the other into a buffer, by several threads."""
+    places = np.cumsum([0, *(stop - start for start, stop in ranges)]).tolist()
+
+    def read() -> None:
+        _by_threads(store, KEY, ranges, np.empty(n_bytes, np.uint8), places, n_threads)
+
+    return read
+
+
+def _by_threads(store: S3Store, key: str, ranges: Any, buffer: Any, places: list[int], n_threads: int) -> None:
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (nth := next(numbers)) < len(ranges):
+            start, stop = ranges[nth]
+            data = obstore.get_range(store, key, start=start, end=stop)
+            buffer[places[nth] : places[nth] + stop - start] = np.frombuffer(data, np.uint8)
+
+    threads = [threading.Thread(target=work) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@contextlib.contextmanager
+def s3fs_peer(endpoint: str, path: str, size: int) -> Iterator[Callable[[], float] | None]:
+    """Start s3fs in its own environment, where `make bench` has made one."""
+    if not PEERS.exists():
+        print("  no .venv-peers, so without s3fs: make .venv-peers")
+        yield None
+        return
+    command = [str(PEERS), str(Path(__file__).with_name("peer_s3fs.py")), endpoint, path, str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+        assert stdout.readline().strip() == "ready"
+
+        def read() -> float:
+            stdin.write("\n")
+            stdin.flush()
+            return float(stdout.readline())
+
+        try:
+            yield read
+        finally:
+            stdin.close()

@@ -1,0 +1,129 @@
+"""Commands that keep the house: ``doctor``, ``cache``, ``catalog``."""
+
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from dmdata import cache as remembering
+from dmdata import release
+from dmdata.address import Address
+from dmdata.catalog import Catalog
+from dmdata.completion import complete_artifacts
+from dmdata.console import Talk, ask_consent, talk_options
+from dmdata.doctor import Finding, examine, probe
+from dmdata.errors import CatalogError
+from dmdata.ledger import Ledger, home
+from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes
+
+_MARKS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
+
+
+@click.command("doctor")
+@click.argument("name", required=False, shell_complete=complete_artifacts)
+@click.option("--at", "destination", default=".", metavar="PATH", help="Where a copy would go. [default: here]")
+@click.option("--probe", "probing", is_flag=True, help="Read one byte of it, for one request's price.")
+@click.option("-y", "--yes", is_flag=True, help="Agree to the price of the probe without being asked.")
+@click.option("--catalog", metavar="FILE", help="As of the other commands.")
+@talk_options
+@click.pass_context
+def doctor(
+    context: click.Context,
+    talk: Talk,
+    name: str | None,
+    destination: str,
+    probing: bool,
+    yes: bool,
+    catalog: str | None,
+) -> None:
+    """Explain whether NAME could be read and what would be in the way: credentials, region, prices, budget, disk.
+
+    Without NAME the first object of the catalog is looked at. Nothing is spent without --probe.
+    """
+    known = release.load_catalog(catalog)
+    artifact = known.find(name) if name else next(known.artifacts())
+    address = release.address_of(artifact)
+    findings = examine(address, n_bytes=artifact.n_bytes, destination=Path(destination))
+    if probing:
+        findings.append(_probed(talk, address, artifact.name, agreed=yes))
+    table = Table("", "what", "how it is", "next", box=None, header_style="bold")
+    for finding in findings:
+        table.add_row(_MARKS[finding.state], finding.topic, finding.words, finding.remedy)
+    facts = [
+        {"topic": finding.topic, "state": finding.state, "words": finding.words, "next": finding.remedy}
+        for finding in findings
+    ]
+    talk.print_data({"artifact": artifact.name, "findings": facts}, table)
+    context.exit(1 if any(finding.state == "fail" for finding in findings) else 0)
+
+
+def _probed(talk: Talk, address: Address, name: str, *, agreed: bool) -> Finding:
+    if address.requester_pays:
+        price = quote(1, 1, Destination.INTERNET)
+        Ledger(home()).check(usd=price.usd, artifact=name)
+        estimate = Estimate(price, price, Destination.INTERNET, price_table().date)
+        ask_consent(talk, estimate, what=f"probing {name}", agreed=agreed)
+    return probe(address, artifact=name)
+
+
+@click.group("cache", invoke_without_command=True)
+@talk_options
+@click.pass_context
+def cache(context: click.Context, talk: Talk) -> None:
+    """Show what is remembered under DMDATA_HOME to save requests; `cache clear` forgets it. The ledger stays."""
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("folder", "files", "size", "what it saves", box=None, header_style="bold")
+    found = remembering.remembered()
+    for part in found:
+        table.add_row(part.folder, f"{part.n_files:,}", readable_bytes(part.n_bytes), part.what)
+    facts = [{"folder": part.folder, "files": part.n_files, "bytes": part.n_bytes} for part in found]
+    talk.print_data({"home": str(home()), "folders": facts}, table)
+    talk.remark(f"in {home()}")
+
+
+@cache.command("clear")
+@click.option("--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS", help="Leave what is newer.")
+@talk_options
+def clear(talk: Talk, older_than: float) -> None:
+    """Forget what is remembered. What was spent, and what was mirrored or downloaded, stays."""
+    n_files, n_bytes = remembering.clear(older_than_seconds=older_than * 86400)
+    table = Table(box=None, show_header=False)
+    table.add_row("removed", f"{n_files:,} files", readable_bytes(n_bytes))
+    talk.print_data({"files": n_files, "bytes": n_bytes}, table)
+
+
+@click.group("catalog")
+def catalog() -> None:
+    """Check a catalog, show the one in use, or print the schema they follow."""
+
+
+@catalog.command("check")
+@click.argument("file", type=click.Path())
+@talk_options
+def check(talk: Talk, file: str) -> None:
+    """Tell whether FILE is a valid catalog and, if not, which entry is wrong and why."""
+    known = release.load_catalog(file)
+    artifacts = list(known.artifacts())
+    if not artifacts:
+        raise CatalogError(f"{file} lists no artifacts; add some below datasets: NAME: alphas: NAME: arrays:")
+    n_bytes = sum(artifact.n_bytes for artifact in artifacts)
+    table = Table(box=None, show_header=False)
+    table.add_row(
+        "valid", known.title, f"{len(artifacts)} artifacts", readable_bytes(n_bytes), f"at {known.source.url}"
+    )
+    talk.print_data({"valid": True, "artifacts": len(artifacts), "bytes": n_bytes, "url": known.source.url}, table)
+
+
+@catalog.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a catalog, for editors that check YAML as it is written."""
+    click.echo(json.dumps(Catalog.model_json_schema(), indent=2))
+
+
+@catalog.command("show")
+@click.option("--catalog", "file", metavar="FILE", help="As of the other commands.")
+def show(file: str | None) -> None:
+    """Print the catalog in use as YAML: the start of one's own."""
+    click.echo(release.load_catalog(file).dump(), nl=False)

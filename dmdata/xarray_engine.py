@@ -1,0 +1,168 @@
+"""``xarray.open_dataset("cifar/50pct", engine="dmdata")``: all arrays of one alpha as a lazy dataset.
+
+Opening reads headers only. A variable is read when it is indexed, by exact ranges under the budget, with dask
+(``chunks={}``) or without. Imported by xarray when the engine is used, never by dmdata itself.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray
+from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.core import indexing
+
+from dmdata.array import LazyArray
+from dmdata.catalog import Artifact, Catalog, Rows
+from dmdata.errors import CatalogError, FormatError
+from dmdata.interop import block_shape
+from dmdata.release import CatalogLike, arrays_of, load_catalog
+from dmdata.release import open as open_array
+from dmdata.selection import select
+
+_MODEL = "model"
+_ROLES = np.array(["", "fit", "evaluation"])
+
+
+class DmdataBackendEntrypoint(BackendEntrypoint):
+    """Datasets of a dmdata catalog, by name as "cifar/50pct", lazily and within a budget."""
+
+    description = "Open arrays of a dmdata catalog, as 'cifar/50pct', lazily, priced and within a budget"
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "catalog", "to")
+
+    def open_dataset(  # type: ignore[override] # a backend's own keywords, as xarray documents them
+        self,
+        filename_or_obj: str,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        catalog: CatalogLike = None,
+        to: str = "internet",
+    ) -> xarray.Dataset:
+        """Open all arrays of one alpha of a dataset, or one array.
+
+        Parameters
+        ----------
+        filename_or_obj : str
+            "dataset/alpha" or "dataset/alpha/array" of the catalog, with or without ``dmdata://`` before it.
+        drop_variables : str or iterable of str, optional
+            Arrays not to open; then their headers are not read.
+        catalog, to
+            As in `dmdata.open`.
+
+        Returns
+        -------
+        dataset : xarray.Dataset
+            Arrays inside a ``.pt`` are named like ``test_datamodels_weight``. The coordinate ``role`` says which models
+            to fit on and which to evaluate on.
+
+        Raises
+        ------
+        CatalogError
+            If the catalog has no such name.
+        FormatError
+            If two arrays do not fit into one dataset.
+        BudgetError, AccessError, ObjectMissingError, SourceError
+            If a header cannot be read.
+        """
+        name = str(filename_or_obj).removeprefix("dmdata://").strip("/")
+        dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
+        known = load_catalog(catalog)
+        artifacts = _artifacts_named(name, known)
+        opened = {
+            variable: open_array(artifact.name, catalog=known, to=to)
+            for artifact in artifacts
+            if (variable := _variable_name(artifact)) not in dropped
+        }
+        sizes = _common_sizes(opened)
+        coordinates = {}
+        if _MODEL in sizes and "role" not in dropped:
+            lazy = indexing.LazilyIndexedArray(_Roles(artifacts[0].rows, sizes[_MODEL]))
+            coordinates["role"] = xarray.Variable((_MODEL,), lazy)
+        dataset = xarray.Dataset(
+            {variable: _as_variable(array) for variable, array in opened.items()},
+            coords=coordinates,
+            attrs=_attributes(artifacts[0], known),
+        )
+        dataset.encoding["source"] = f"dmdata://{name}"
+        return dataset
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Only what is called by our protocol's name is known to be ours."""
+        return isinstance(filename_or_obj, str) and filename_or_obj.startswith("dmdata://")
+
+
+class _LazyRead(BackendArray):
+    """A lazy array behind xarray's explicit indexing: what is asked for axis by axis is read, and no more."""
+
+    def __init__(self, array: LazyArray) -> None:
+        self.array = array
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> npt.NDArray[Any]:
+        outer = indexing.IndexingSupport.OUTER
+        return np.asarray(indexing.explicit_indexing_adapter(key, self.shape, outer, self._read))
+
+    def _read(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
+        return self.array.read(select(key, self.shape, orthogonal=True))
+
+
+class _Roles(BackendArray):
+    """What each model is for, told without holding a million words in memory."""
+
+    def __init__(self, rows: Rows, n_models: int) -> None:
+        self.rows = rows
+        self.shape = (n_models,)
+        self.dtype = _ROLES.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> npt.NDArray[Any]:
+        outer = indexing.IndexingSupport.OUTER
+        return np.asarray(indexing.explicit_indexing_adapter(key, self.shape, outer, self._roles_of))
+
+    def _roles_of(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
+        models = np.arange(self.shape[0])[key]
+        role = np.zeros(np.shape(models), np.intp)
+        for nth, (start, stop) in enumerate([self.rows.fit, self.rows.evaluation], 1):
+            role[(models >= start) & (models < stop)] = nth
+        return np.asarray(_ROLES[role])
+
+
+def _artifacts_named(name: str, known: Catalog) -> list[Artifact]:
+    if name in known.datasets:
+        alphas = " or ".join(f"{name}/{alpha}" for alpha in known.datasets[name].alphas)
+        raise CatalogError(f"{name} has models of several alphas, which are no one dataset; open {alphas}", name=name)
+    exact = {artifact.name for artifact in known.artifacts(members=True)}
+    return arrays_of(known.match(name if name in exact else f"{name}/*"), known)
+
+
+def _variable_name(artifact: Artifact) -> str:
+    return artifact.name.removeprefix(f"{artifact.dataset}/{artifact.alpha_name}/").replace("/", "_")
+
+
+def _common_sizes(opened: dict[str, LazyArray]) -> dict[str, int]:
+    sizes: dict[str, tuple[int, str]] = {}
+    for variable, array in opened.items():
+        for dim, size in zip(array.dims, array.shape, strict=True):
+            other_size, other = sizes.setdefault(dim, (size, variable))
+            if size != other_size:
+                raise FormatError(
+                    f"{variable} has {size} along {dim} but {other} has {other_size}, so they are no one dataset; open "
+                    f"one by its own name, or leave one out: drop_variables=[{variable!r}]",
+                    url=array.url,
+                )
+    return {dim: size for dim, (size, _) in sizes.items()}
+
+
+def _as_variable(array: LazyArray) -> xarray.Variable:
+    lazy = indexing.LazilyIndexedArray(_LazyRead(array))
+    variable = xarray.Variable(array.dims, lazy, attrs={"artifact": array.name, "url": array.url})
+    variable.encoding["preferred_chunks"] = dict(zip(array.dims, block_shape(array), strict=True))
+    return variable
+
+
+def _attributes(artifact: Artifact, known: Catalog) -> dict[str, Any]:
+    alpha = known.datasets[artifact.dataset].alphas[artifact.alpha_name].alpha
+    facts = {"title": known.title, "dataset": artifact.dataset, "alpha": alpha, "citation": known.citation}
+    facts |= {"n_retrainings": artifact.rows.n_retrainings}
+    return {name: value for name, value in facts.items() if value is not None}

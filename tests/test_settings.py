@@ -1,0 +1,183 @@
+"""What a user set holds, in the order flag, environment, file, default; what is wrong is named and changes nothing."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers.loopback import LoopbackS3
+
+import dmdata
+from dmdata.cli import main
+from dmdata.errors import BudgetError, SettingsError, SourceError
+from dmdata.prices import GIB, PRICES, Destination, price_table, quote
+from dmdata.settings import config_path, set_in_file, settings, settings_in_force
+
+NAME = "cifar/50pct/test_margins"
+
+
+def write(text: str) -> None:
+    config_path().parent.mkdir(parents=True, exist_ok=True)
+    config_path().write_text(text)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_a_flag_comes_before_the_environment_before_the_file_before_the_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def priced_to(*flags: str) -> str:
+        return str(json.loads(run(capsys, "estimate", NAME, "--json", *flags)[1])["to"])
+
+    assert priced_to() == "internet"
+    write("to: same-region\n")
+    assert priced_to() == "same-region"
+    assert dmdata.estimate(NAME).destination is Destination.SAME_REGION
+    monkeypatch.setenv("DMDATA_TO", "cross-region")
+    assert priced_to() == "cross-region"
+    assert priced_to("--to", "internet") == "internet"
+
+
+def test_each_setting_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("max_cost: 5\nused_gib: 7\n")
+    monkeypatch.setenv("DMDATA_USED_GIB", "12.5")
+    origins = {setting.name: (setting.value, setting.origin) for setting in settings_in_force()}
+    assert origins["max_cost"] == (5.0, str(config_path()))
+    assert origins["used_gib"] == (12.5, "DMDATA_USED_GIB")
+    assert origins["offline"] == (False, "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_cots: 5", "no setting max_cots; choose max_cost"),
+        ("max_cost: lots", "max_cost is 'lots'"),
+        ("max_cost: -1", "greater than or equal to 0"),
+        ("max_cost: .inf", "finite"),
+        ("to: moon", "to is 'moon'"),
+        ("- 5", "no list of settings"),
+        ("{", "no YAML"),
+        ("prices: {usd_per_gt: 1}", "no setting prices.usd_per_gt"),
+        ("prices: {internet_tiers: [[100, 0.09]]}", r"end with \.inf"),
+        ("prices: {internet_tiers: [[100, 0.09], [50, 0.05], [.inf, 0.01]]}", "must rise"),
+        ("prices: {cross_region_usd_per_gib: [0.02, 0.01]}", "lowest price"),
+        ("!!python/object/apply:os.system ['touch /nowhere']", "no YAML"),
+    ],
+)
+def test_a_config_file_with_a_fault_is_named_and_spends_nothing(text: str, words: str) -> None:
+    write(text)
+    with pytest.raises(SettingsError, match=words) as caught:
+        settings()
+    assert str(config_path()) in str(caught.value)
+    with pytest.raises((SettingsError, BudgetError)):
+        dmdata.estimate(NAME)
+
+
+@pytest.mark.parametrize(("variable", "text"), [("DMDATA_USED_GIB", "many"), ("DMDATA_OFFLINE", "perhaps")])
+def test_a_variable_with_a_fault_is_named(variable: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(SettingsError, match=variable):
+        settings()
+
+
+def test_the_monthly_budget_and_offline_may_stand_in_the_file(s3: LoopbackS3) -> None:
+    s3.put("x.npy", b"x")
+    write("max_cost: 0\n")
+    with pytest.raises(BudgetError, match=r"config\.yaml"):
+        dmdata.open("s3://madrylab-datamodels/x.npy")
+    write("offline: true\n")
+    with pytest.raises(SourceError, match="offline"):
+        dmdata.open("s3://madrylab-datamodels/x.npy")
+    assert s3.n_requests == 0
+
+
+def test_prices_of_ones_own_are_reckoned_with_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write("prices: {date: '2027-01-01', usd_per_get: 0.000001, internet_tiers: [[.inf, 0.05]]}\n")
+    assert quote(GIB, 10, Destination.INTERNET).usd == pytest.approx(0.05 + 1e-5)
+    assert price_table().cross_region_usd_per_gib == PRICES.cross_region_usd_per_gib
+    assert math.floor(price_table().break_even_gap_bytes(Destination.INTERNET)) == 21_474
+    data = json.loads(run(capsys, "prices", "show", "--json")[1])
+    assert (data["date"], data["internet_tiers"]) == ("2027-01-01", [[None, 0.05]])
+    assert data["overridden"] == ["date", "internet_tiers", "usd_per_get"]
+    assert data["destinations"]["same-region"] == {"usd_per_gib": 0.0, "break_even_gap_bytes": None}
+    assert str(config_path()) in run(capsys, "prices", "show")[1]
+
+
+def test_a_gap_is_merged_by_the_price_in_force(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.zeros((5, 10_000), np.uint8))
+    array = dmdata.open(tmp_path / "x.npy")
+    assert array.plan(np.s_[:, 3]).n_requests == 5
+    write("prices: {usd_per_get: 0.000001}\n")
+    assert array.plan(np.s_[:, 3]).n_requests == 1
+
+
+def test_the_config_command_sets_shows_and_unsets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "config", "path")[1].strip() == str(config_path())
+    assert run(capsys, "config", "set", "max_cost", "2.5")[0] == 0
+    assert run(capsys, "config", "set", "prices.usd_per_get", "0.000001")[0] == 0
+    shown = json.loads(run(capsys, "config", "--json")[1])["settings"]
+    assert shown["max_cost"] == {"value": 2.5, "from": str(config_path())}
+    assert shown["prices"]["value"] == {"usd_per_get": 0.000001}
+    before = config_path().read_text()
+    for name, value in (("max_cost", "lots"), ("color", "red"), ("prices.color", "red"), ("max_cost.x", "1")):
+        code, _, err = run(capsys, "config", "set", name, value)
+        assert code == 2, err
+        assert config_path().read_text() == before
+    assert run(capsys, "config", "unset", "max_cost")[0] == 0
+    assert run(capsys, "config", "unset", "prices.usd_per_get")[0] == 0
+    assert settings() == type(settings())()
+
+
+def test_what_is_known_of_the_month_narrows_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    def priced(**known: Any) -> tuple[float, float, float]:
+        price = dmdata.estimate(NAME, **known)
+        return price.usd_low, price.usd, price.usd_high
+
+    low, usd, high = priced()
+    assert low < usd == high
+    left = priced(used_gib=0, free_tier=True)
+    assert left[0] == left[1] == left[2] == pytest.approx(low)
+    assert priced(used_gib=20_000)[0] == priced(used_gib=20_000)[2] < usd, "far behind the free tier all is known"
+    flags = ["--used-gib", "0", "--free-tier", "--json"]
+    assert json.loads(run(capsys, "estimate", NAME, *flags)[1])["usd"] == pytest.approx(low)
+
+
+def test_an_estimate_shows_both_ends_of_each_artifact(capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(run(capsys, "estimate", "cifar/50pct/*_margins", "--select", ":,42", "--json")[1])
+    for part in (data, *data["artifacts"]):
+        fastest = part["fastest"]
+        assert fastest["seconds"] < part["seconds"]
+        assert fastest["usd"] > part["usd"]
+        assert set(fastest) == {"bytes", "requests", "usd", "usd_low", "usd_high", "seconds"}
+    assert "fastest" in run(capsys, "estimate", "cifar/50pct/*_margins", "--select", ":,42")[1]
+
+
+def test_spend_sets_the_sources_own_word_beside_the_ledger(s3: LoopbackS3, capsys: pytest.CaptureFixture[str]) -> None:
+    s3.put("x.npy", b"no array")
+    run(capsys, "doctor")
+    from dmdata.address import Address
+    from dmdata.fetch import Transport
+
+    Transport(Address("s3://madrylab-datamodels/x.npy", requester_pays=True), "x").start(4)
+    data = json.loads(run(capsys, "spend", "--by", "charged", "--json")[1])
+    assert (
+        data["by_charged"]
+        == data["charged"]
+        == {"confirmed": {"bytes": 4, "requests": 1, "usd": data["usd"], "reads": 1}}
+    )
+
+
+@pytest.mark.parametrize("name", ["max_cost", "to"])
+def test_a_file_that_cannot_be_written_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("dear")
+    monkeypatch.setenv("DMDATA_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(SettingsError, match="DMDATA_HOME"):
+        set_in_file(name, {"max_cost": "1", "to": "internet"}[name])
