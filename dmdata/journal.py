@@ -5,17 +5,25 @@ it, zero where a block is missing; one chunk of them is replaced as a whole afte
 number of blocks costs the same for each. Row or column numbers that are no plain range are Zarr arrays beside them.
 """
 
+import asyncio
 import hashlib
+import itertools
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
 from zarr.core.array import Array
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import WrapperStore
 
 from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
@@ -38,6 +46,8 @@ _MOST_CHUNK_ROWS = 4096
 # Blosc's own choice, a tenth of this, takes half as long again, and a tenth more room for margins
 _COMPRESSED_AT_ONCE_BYTES = 512 << 10
 _BLOCKS_IN_MEMORY = 4
+_CHUNKS_AT_ONCE = 16
+_UPLOADS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +284,6 @@ class Journal:
         for nth in np.flatnonzero(~self.digests.any(axis=1)).tolist():
             yield self.blocks[nth]
 
-    def array(self) -> zarr.Array[Any]:
-        """Open the mirrored array to write blocks; all chunks of a block are stored, those of zeros as well."""
-        return open_copy(self.place, "r+").with_config({"write_empty_chunks": True})
-
     def record(self, nth: int, digest: bytes) -> None:
         """Enter a block, after its data; an empty digest takes it out again."""
         if self._stored_digests is None:
@@ -310,16 +316,89 @@ class Journal:
             )
 
 
-def block_digest(block: npt.NDArray[Any]) -> bytes:
-    """Compute the SHA-256 of a block's elements in C order."""
-    digest = hashlib.sha256()
-    # a few rows at a time: a block in another order would else be copied as a whole
-    n_rows = max(_CHUNK_BYTES // max(block.nbytes // max(len(block), 1), 1), 1) if block.ndim else 1
-    for start in range(0, len(block) if block.ndim else 1, n_rows):
-        part = np.ascontiguousarray(block[start : start + n_rows] if block.ndim else block)
-        if part.size:
-            digest.update(part.view(np.uint8).data if part.ndim else part.tobytes())
-    return digest.digest()
+class BlockWriter:
+    """Writes blocks of a mirror, and says by what digest each can be told from then on: that of its chunks as stored.
+
+    Chunks are digested on their way to the store: an eighth of the bytes, for masks, and whoever verifies a mirror
+    need not decode it.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._store = _DigestingStore(place.store())
+        # chunks of zeros are stored as well: one that is gone is not mistaken for one
+        self._array = _open(self._store, place, "r+").with_config({"write_empty_chunks": True})
+        n_threads = _UPLOADS_AT_ONCE if place.is_s3 else 1 + (os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="dmdata-chunks")
+
+    def write(self, region: tuple[slice, ...], block: npt.NDArray[Any]) -> bytes:
+        """Write a block, which is whole chunks; return its digest."""
+        self._store.digests.clear()
+        whole = [part.indices(size)[:2] for part, size in zip(region, self._array.shape, strict=False)]
+        offsets = [start for start, _ in whole] + [0] * (self._array.ndim - len(region))
+
+        def write_chunk(chunk: tuple[slice, ...]) -> None:
+            inside = zip(chunk, offsets, strict=True)
+            self._array[chunk] = block[tuple(slice(part.start - start, part.stop - start) for part, start in inside)]
+
+        # a few at a time, so that what Zarr holds of a block is a few chunks
+        for _ in self._threads.map(write_chunk, _chunk_regions(self._array, region)):
+            pass
+        return _together(self._store.digests)
+
+    def end(self) -> None:
+        """Let go of the threads."""
+        self._threads.shutdown()
+
+
+def stored_digest(copy: zarr.Array[Any], place: Place, region: tuple[slice, ...]) -> bytes:
+    """Digest a block as it is stored now; see `BlockWriter`. A chunk that is gone counts as empty."""
+    store, keys = place.store(read_only=True), _chunk_keys(copy, region)
+
+    async def digest(key: str) -> tuple[str, bytes]:
+        stored = await store.get(key, default_buffer_prototype())
+        return key, hashlib.sha256(stored.as_buffer_like() if stored else b"").digest()
+
+    async def all_of_them() -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for first in range(0, len(keys), _CHUNKS_AT_ONCE):
+            found.update(await asyncio.gather(*map(digest, keys[first : first + _CHUNKS_AT_ONCE])))
+        return found
+
+    return _together(sync(all_of_them()))
+
+
+class _DigestingStore(WrapperStore[Store]):
+    """A store that remembers the SHA-256 of what is written to it."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.digests: dict[str, bytes] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.digests[key] = await asyncio.to_thread(lambda: hashlib.sha256(value.as_buffer_like()).digest())
+        await super().set(key, value)
+
+
+def _together(digests: dict[str, bytes]) -> bytes:
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(digests.items()))).digest()
+
+
+def _chunk_keys(copy: zarr.Array[Any], region: tuple[slice, ...]) -> list[str]:
+    metadata: Any = copy.metadata
+    return [
+        metadata.encode_chunk_key(tuple(part.start // size for part, size in zip(chunk, copy.chunks, strict=True)))
+        for chunk in _chunk_regions(copy, region)
+    ]
+
+
+def _chunk_regions(copy: zarr.Array[Any], region: tuple[slice, ...]) -> list[tuple[slice, ...]]:
+    """List where the chunks of a block lie; the block is whole chunks, but for the last along an axis."""
+    cuts = []
+    slices = (*region, *(slice(None),) * (copy.ndim - len(region)))
+    for part, size, chunk in zip(slices, copy.shape, copy.chunks, strict=True):
+        start, stop, _ = part.indices(size)
+        cuts.append([slice(at, min(at + chunk, stop)) for at in range(start, stop, chunk)])
+    return list(itertools.product(*cuts))
 
 
 def has_mirror(place: Place) -> bool:
@@ -335,8 +414,12 @@ def open_copy(place: Place, mode: Any) -> zarr.Array[Any]:
     DmdataError
         If none is there.
     """
+    return _open(place.store(read_only=mode == "r"), place, mode)
+
+
+def _open(store: Store, place: Place, mode: Any) -> zarr.Array[Any]:
     try:
-        opened = zarr.open(place.store(read_only=mode == "r"), mode=mode)
+        opened = zarr.open(store, mode=mode)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, zarr.errors.BaseZarrError) as error:
         raise FormatError(f"{place} holds no readable Zarr array ({error})", url=place.url) from error
     if not isinstance(opened, zarr.Array) or JOURNAL not in opened.attrs:

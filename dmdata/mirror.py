@@ -1,19 +1,20 @@
 """Copy an array into a chunked Zarr store, block by block, so that it can be stopped and resumed.
 
 Chunks are good for a block of rows and for a column alike. A block is a slab across the axis along which the source's
-bytes lie, rows for an array in C order. While one block is digested, compressed and written, the next is fetched: each
+bytes lie, rows for an array in C order. While one block is compressed, digested and written, the next is fetched: each
 byte once, in one pass. A block is entered, with its digest, into the mirror's journal only after its chunks are
 written; ranges of a block under way are kept in a spool as they land. So whatever kills the copy, what had landed is
 never paid again. Peak memory is that of a few blocks, whatever the number of rows. The mirror is plain Zarr v3 in Blosc
 zstd: any reader opens it.
 """
 
+import ctypes
+import os
 import queue
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,14 +26,14 @@ import zarr
 from dmdata.cluster import Carried, carried_along, run_on_cluster
 from dmdata.errors import DmdataError
 from dmdata.fetch import Spool
-from dmdata.journal import JOURNAL, Block, Blocks, Journal, Original, block_digest, has_mirror, open_copy
+from dmdata.journal import JOURNAL, Block, Blocks, BlockWriter, Journal, Original, has_mirror, open_copy
 from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.plan import ReadPlan
 from dmdata.selection import Selection
 from dmdata.spool import Landing, read_key, sweep
 
-__all__ = ["DEFAULT_MEMORY_BYTES", "JOURNAL", "Progress", "Readable", "block_digest", "mirror", "missing_reads"]
+__all__ = ["DEFAULT_MEMORY_BYTES", "JOURNAL", "Progress", "Readable", "mirror", "missing_reads"]
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the memory of a copy, apart from what Python, its libraries and connections take."""
@@ -165,7 +166,7 @@ def mirror(
         elif reads:
             _copy_here(source, journal, report=report, received=received)
         shutil.rmtree(place.spool_directory(), ignore_errors=True)
-        return journal.array()
+        return open_copy(place, "r+")
 
 
 def missing_reads(
@@ -274,11 +275,11 @@ def _read(
 
 
 class _Writer:
-    """A thread that digests, compresses and writes blocks, and enters them into the journal."""
+    """A thread that compresses, digests and writes blocks, and enters them into the journal."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._array = journal.array()
+        self._blocks = BlockWriter(journal.place)
         self._vacant: queue.SimpleQueue[Landing] = queue.SimpleQueue()
         self._received: queue.SimpleQueue[tuple[Block, npt.NDArray[Any], Landing] | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -322,23 +323,30 @@ class _Writer:
             raise self._failure
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(1, thread_name_prefix="dmdata-digest") as digests:
-            while (item := self._received.get()) is not None:
-                block, data, landing = item
-                try:
-                    if self._failure is None and not self._is_abandoned:
-                        digest = digests.submit(block_digest, data)
-                        self._array[self._journal.blocks.region(block.start, block.stop)] = data
-                        self._journal.record(block.nth, digest.result())
-                        landing.discard()
-                    else:
-                        landing.detach()
-                except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
-                    self._failure = error
+        while (item := self._received.get()) is not None:
+            block, data, landing = item
+            try:
+                if self._failure is None and not self._is_abandoned:
+                    digest = self._blocks.write(self._journal.blocks.region(block.start, block.stop), data)
+                    self._journal.record(block.nth, digest)
+                    landing.discard()
+                else:
                     landing.detach()
-                del item, data
-                self._vacant.put(landing)
-                self._finished.put(block.nth)
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                self._failure = error
+                landing.detach()
+            del item, data
+            _return_memory()
+            self._vacant.put(landing)
+            self._finished.put(block.nth)
+        self._blocks.end()
+
+
+def _return_memory() -> None:
+    """Give back what was freed: chunks of a few mebibytes leave gaps in glibc's heaps, more with every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
 
 
 def _copy_on_cluster(
@@ -379,8 +387,9 @@ def copy_block(
     with carried.in_force(), place.explain_errors():
         try:
             data = _read(source, block, place, landing, counts.append)
-            open_copy(place, "r+").with_config({"write_empty_chunks": True})[region] = data
-            digest = block_digest(data)
+            writer = BlockWriter(place)
+            digest = writer.write(region, data)
+            writer.end()
             landing.discard()
         finally:
             landing.detach()

@@ -1,8 +1,8 @@
 """Compare a mirror with its source: by its own digests, by a random sample, or whole.
 
-Digests are free: every block is read from the mirror and compared with the journal, no network needed. They tell that
-the mirror is what was received. A sample or the whole tells that it is what the source holds now, and costs what
-reading that costs. Header and catalog must agree here, while `dmdata.open` only warns.
+Digests are free: the chunks of every block are digested as they are stored and compared with the journal, no network
+needed. They tell that the mirror is what was written. A sample or the whole tells that it is what the source holds now,
+and costs what reading that costs. Header and catalog must agree here, while `dmdata.open` only warns.
 """
 
 import math
@@ -19,7 +19,7 @@ from dmdata.array import LazyArray, estimate_read
 from dmdata.catalog import Catalog
 from dmdata.errors import CatalogError, DmdataError, IntegrityError, SelectionError
 from dmdata.fetch import LEAST_RANGE_BYTES
-from dmdata.journal import JOURNAL, Journal, Original, block_digest, open_copy
+from dmdata.journal import JOURNAL, Journal, Original, open_copy, stored_digest
 from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.prices import Destination, Estimate, destination_of
@@ -79,7 +79,7 @@ class Comparison:
     n_blocks, n_missing : int
         Blocks, and how many of them are not complete.
     damaged : tuple of int
-        Blocks whose digest is another than when they were written, or that cannot be read.
+        Blocks whose digest is another than when they were written.
     differing : tuple of int
         Blocks that hold other values than the source.
     faults : tuple of str
@@ -285,8 +285,8 @@ def _compare(check: Check, *, repair: bool, progress: Callable[[str, int, int], 
         copy = open_copy(journal.place, "r")
         for n_done, nth in enumerate(complete, 1):
             block = blocks[nth]
-            data = _stored(copy, blocks.region(block.start, block.stop))
-            if data is None or block_digest(data) != journal.digests[nth].tobytes():
+            digest = stored_digest(copy, journal.place, blocks.region(block.start, block.stop))
+            if digest != journal.digests[nth].tobytes():
                 damaged.add(nth)
             progress(f"{check.name}: digests", n_done, len(complete))
         source, faults = _open_source(check) if check.units else (None, [])

@@ -20,7 +20,7 @@ from small_release import npy, publish
 import dmdata
 from dmdata.errors import AccessError, DmdataError
 from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES
-from dmdata.journal import DIGESTS
+from dmdata.journal import DIGESTS, BlockWriter
 from dmdata.place import SPOOL
 from dmdata.selection import select
 from dmdata.spool import Landing, read_key
@@ -96,7 +96,7 @@ def test_a_block_that_was_fetched_and_not_written_is_not_fetched_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["dmdata.mirror"], "block_digest", fail)
+        patch.setattr(BlockWriter, "write", fail)
         with pytest.raises(DmdataError, match="No space left on device; what is complete stays"):
             array.mirror(tmp_path / "m.zarr")
     s3.reset_log()

@@ -16,7 +16,8 @@ from small_release import npy, publish, write_locally
 import dmdata
 from dmdata.cli import main
 from dmdata.errors import BudgetError, CatalogError, DmdataError, FormatError, SelectionError
-from dmdata.journal import DIGESTS, JOURNAL, block_digest
+from dmdata.journal import DIGESTS, JOURNAL, stored_digest
+from dmdata.place import Place
 
 MARGINS = "toy/50pct/test_margins"
 MASKS = "toy/50pct/train_masks"
@@ -63,7 +64,7 @@ def forge(copy: Path, row: int) -> None:
     array = zarr.open_array(copy)
     array[row, 7] = 1234
     nth = row // 128
-    digest = block_digest(np.asarray(array[128 * nth : 128 * (nth + 1)]))
+    digest = stored_digest(array, Place.of(copy), (slice(128 * nth, 128 * nth + 128),))
     zarr.open_array(copy / DIGESTS)[nth] = np.frombuffer(digest, np.uint8)
 
 
