@@ -22,9 +22,9 @@ import zarr.errors
 from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import bytes_complete, download
+from dmdata.download import bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
-from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.headers import NPY, Header, read_header
 from dmdata.ledger import Ledger, home
@@ -190,7 +190,7 @@ def price_artifacts(
     priced = []
     for artifact in artifacts:
         if key is None:
-            n_requests = -(-artifact.n_bytes // MAX_RANGE_BYTES) + 1
+            n_requests = n_requests_of(artifact.n_bytes) + 1
             priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
             continue
         if artifact.schema is None:
@@ -232,7 +232,7 @@ def price_mirror(
 def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    return [(artifact, _same_both_ways(n_missing + 1, -(-n_missing // MAX_RANGE_BYTES) + 1, to=to))]
+    return [(artifact, _same_both_ways(n_missing + 1, n_requests_of(n_missing) + 1, to=to))]
 
 
 def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:
