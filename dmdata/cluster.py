@@ -17,16 +17,11 @@ from typing import Any
 
 from dmdata.errors import DmdataError
 from dmdata.ledger import DEFAULT_PROCESS_USD, budget, home
+from dmdata.settings import settings
 
-_CARRIED = (
-    "DMDATA_BUDGETS",
-    "DMDATA_MAX_COST",
-    "DMDATA_OFFLINE",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-)
+_WHERE_S3_IS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+# a worker's own may say otherwise where the caller's are not set
+_BUDGETS = ("DMDATA_BUDGETS", "DMDATA_MAX_COST")
 _TASKS_A_THREAD = 2
 
 
@@ -70,7 +65,7 @@ def carried_along(*, paid: bool) -> Iterator[Carried]:
     Where no budget is set they share one of the default's dollars: each process by itself would be one budget too many.
     """
     with contextlib.ExitStack() as stack:
-        if not any(os.environ.get(name) for name in ("DMDATA_BUDGETS", "DMDATA_MAX_COST")):
+        if not os.environ.get("DMDATA_BUDGETS") and settings().max_cost is None:
             stack.enter_context(budget(usd=DEFAULT_PROCESS_USD))
         token = None
         if paid:
@@ -78,7 +73,9 @@ def carried_along(*, paid: bool) -> Iterator[Carried]:
             home().mkdir(parents=True, exist_ok=True)
             (home() / token).touch()
             stack.callback((home() / token).unlink, missing_ok=True)
-        variables = {name: os.environ.get(name) for name in _CARRIED} | {"DMDATA_HOME": str(home().absolute())}
+        own = [name for name in os.environ if name.startswith("DMDATA_")]
+        variables = {name: os.environ.get(name) for name in (*_WHERE_S3_IS, *_BUDGETS, *own)}
+        variables["DMDATA_HOME"] = str(home().absolute())
         yield Carried(variables, token)
 
 

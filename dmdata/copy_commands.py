@@ -337,6 +337,11 @@ class _Bars:
         if self._total is not None:
             self._bars.advance(self._total, n_bytes)
 
+    def finish(self) -> None:
+        """Show as whole what is: headers that were remembered, and ranges that had landed before, did not arrive."""
+        for task in self._bars.tasks:
+            self._bars.update(task.id, total=task.completed or 1, completed=task.completed or 1)
+
     def complete(self, name: str, n_bytes: int, n_in_all: int) -> None:
         """Say how many bytes are complete."""
         self._bars.update(self._tasks[name], completed=n_bytes, total=n_in_all)
@@ -345,7 +350,9 @@ class _Bars:
 @contextlib.contextmanager
 def _bars(talk: Talk, priced: list[Priced]) -> Iterator[_Bars]:
     with talk.progress(DownloadColumn(binary_units=True), _Dollars(), TransferSpeedColumn()) as bars:
-        yield _Bars(bars, priced)
+        shown = _Bars(bars, priced)
+        yield shown
+        shown.finish()
 
 
 class _Dollars(ProgressColumn):

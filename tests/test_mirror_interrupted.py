@@ -237,6 +237,10 @@ def test_memory_does_not_grow_with_the_number_of_rows(s3: LoopbackS3, tmp_path: 
         values = np.random.default_rng(0).random((n_rows, 10_000), np.float32) < 0.5
         s3.put(f"x{n_rows}.npy", npy(values))
         arguments = [f"s3://madrylab-datamodels/x{n_rows}.npy", str(tmp_path / f"{n_rows}.zarr")]
-        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
+        runs = []
+        for nth in range(2):  # what happens to be in memory at one time varies by some percent
+            place = f"{arguments[1]}{nth}"
+            run = [sys.executable, "-c", program, arguments[0], place]
+            runs.append(int(subprocess.run(run, capture_output=True, text=True, check=True).stdout))
+        peaks.append(min(runs))
     assert peaks[1] < 1.05 * peaks[0], peaks
