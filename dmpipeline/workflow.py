@@ -26,7 +26,7 @@ import numpy.typing as npt
 import dmdata
 from dmdata.errors import FormatError
 from dmdata.fetch import MAX_RANGE_BYTES
-from dmdata.prices import Destination, price_table, quote, readable_bytes, readable_usd
+from dmdata.prices import Destination, price_table, prices_in_words, quote, readable_bytes, readable_usd
 from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
@@ -267,8 +267,8 @@ def _costs(run: Run) -> dict[str, object]:
     price, spent, facts = download_price(run), dmdata.spend(), fit_facts(run)
     return {
         "a download of the same from a requester-pays bucket": (
-            f"{readable_usd(price.usd)} for {readable_bytes(price.n_bytes)} in {price.n_requests:,} requests, list "
-            f"prices of {price.price_date} to the internet"
+            f"{readable_usd(price.usd)} for {readable_bytes(price.n_bytes)} in {price.n_requests:,} requests, "
+            f"{prices_in_words()} to the internet"
         ),
         "spent through this machine's ledger": f"{readable_usd(spent.usd)} in {spent.n_requests:,} requests",
         "time of the fit": f"{facts['seconds']:,.1f} s" if "seconds" in facts else "not recorded",
