@@ -158,7 +158,9 @@ def _money(address: Address) -> Iterator[Finding]:
     limit = settings().max_cost
     words = f"{readable_usd(spent.usd)} in {month}; "
     words += (
-        f"at most ${limit} a month" if limit else f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
+        f"at most {readable_usd(limit)} a month"
+        if limit is not None
+        else f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
     )
     if address.requester_pays:
         words += "; this source charges the reader"
