@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from servers.loopback import LoopbackS3
 
 import dmdata
 from dmdata.cli import main
 from dmdata.errors import BudgetError, SettingsError, SourceError
 from dmdata.prices import GIB, PRICES, Destination, price_table, quote
-from dmdata.settings import Settings, config_path, set_in_file, settings, settings_in_force
+from dmdata.settings import (
+    LinkOverrides,
+    PriceOverrides,
+    Settings,
+    config_path,
+    set_in_file,
+    settings,
+    settings_in_force,
+)
 
 NAME = "cifar/50pct/test_margins"
 
@@ -312,6 +324,75 @@ def test_spend_sets_the_sources_own_word_beside_the_ledger(s3: LoopbackS3, capsy
         == data["charged"]
         == {"confirmed": {"bytes": 4, "requests": 1, "usd": data["usd"], "reads": 1}}
     )
+
+
+def settings_fault() -> str:
+    try:
+        settings()
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.dates(),
+    st.datetimes(),
+    st.binary(max_size=4),
+    st.sampled_from(["internet", "2027-01-31", "0.09", 100, 0.09, math.inf]),
+)
+_NAMES = st.one_of(
+    st.sampled_from([*Settings.model_fields, *PriceOverrides.model_fields, *LinkOverrides.model_fields]), _SCALARS
+)
+_DOCUMENTS = st.recursive(
+    _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3), max_leaves=12
+)
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(document=st.dictionaries(_NAMES, _DOCUMENTS, max_size=3), to=st.sampled_from(Destination))
+def test_whatever_the_file_holds_it_is_settings_that_price_a_read_or_a_named_fault(
+    document: Any, to: Destination
+) -> None:
+    write(yaml.safe_dump(document))
+    if fault := settings_fault():
+        assert str(config_path()) in fault
+        return
+    json.dumps([str(setting.value) for setting in settings_in_force()])
+    price = dmdata.estimate(NAME, select="0:1000,42", to=to)
+    for way in (price.cheapest, price.fastest):
+        assert 0 <= way.usd_low <= way.usd == way.usd_high < math.inf
+        assert 0 <= way.seconds < math.inf
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_is_settings_or_a_named_fault(text: str) -> None:
+    config_path().parent.mkdir(parents=True, exist_ok=True)
+    config_path().write_text(text, encoding="utf-8")
+    assert str(config_path()) in (settings_fault() or str(config_path()))
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["max_cost", "to", "prices", "prices.date", "link.n_connections", "x", "prices.x", "."]),
+    text=st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from(["1", "{}", "[1]", "null"])
+    ),
+)
+def test_what_set_accepts_can_be_read_again_and_what_it_refuses_leaves_the_file(name: str, text: str) -> None:
+    write("used_gib: 5\n")
+    before = config_path().read_text()
+    try:
+        set_in_file(name, text)
+    except SettingsError:
+        assert config_path().read_text() == before
+    else:
+        assert settings().used_gib == 5
 
 
 @pytest.mark.parametrize("name", ["max_cost", "to"])
