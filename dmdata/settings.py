@@ -111,7 +111,9 @@ class Settings(_Record):
     )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
     prices: PriceOverrides = Field(
-        default=PriceOverrides(), description="what differs from the list prices", examples=["{usd_per_get: 0.0000004}"]
+        default=PriceOverrides(),
+        description="what differs from the list prices",
+        examples=["{usd_per_get: 0.0000004, free_gib: 100}"],
     )
     link: LinkOverrides = Field(
         default=LinkOverrides(),

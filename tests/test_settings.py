@@ -401,3 +401,21 @@ def test_a_file_that_cannot_be_written_is_an_error(name: str, tmp_path: Path, mo
     monkeypatch.setenv("DMDATA_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(SettingsError, match="DMDATA_HOME"):
         set_in_file(name, {"max_cost": "1", "to": "internet"}[name])
+
+
+@pytest.mark.parametrize(("text", "words"), [("max_cost: 0", "at most $0.00 a month"), ("", "no monthly budget")])
+def test_the_doctor_tells_a_budget_of_nothing_from_none(
+    text: str, words: str, s3: LoopbackS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(text)
+    assert words in run(capsys, "doctor")[1]
+
+
+def test_an_estimate_says_its_bounds_and_how_to_narrow_them(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "estimate", "cifar/**")[2]
+    assert "between $204" in said
+    assert "--used-gib and --free-tier narrow it" in said
+    said = run(capsys, "estimate", "cifar/**", "--used-gib", "0", "--free-tier")[2]
+    assert "between" not in said
+    assert "narrow" not in said
+    assert "between" not in run(capsys, "estimate", "cifar/**", "--to", "same-region")[2]
