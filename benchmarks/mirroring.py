@@ -77,7 +77,7 @@ def against_download(bench: Bench, key: str, what: str, *, bar: str) -> int:
 
 def memory(bench: Bench, server: Nginx, *, small: bool) -> None:
     """Peak resident memory of a mirror of masks, with eight times the rows."""
-    n_models = 4096 if not small else 2048
+    n_models = 8192 if not small else 4096
     write_masks(server.objects / "masks.npy", 8 * n_models, 0.5)
     peaks = [peak_of_mirror(n_models), peak_of_mirror(8 * n_models)]
     grown = peaks[1] / peaks[0] - 1
@@ -94,7 +94,7 @@ def peak_of_mirror(n_rows: int) -> float:
         "sys.path.insert(0, sys.argv[4])\n"
         "from reading import peak_memory\n"
         "with dmdata.budget(usd=10000):\n"
-        "    dmdata.open(sys.argv[1]).mirror(sys.argv[2], rows=slice(int(sys.argv[3])), memory_bytes=256 << 20)\n"
+        "    dmdata.open(sys.argv[1]).mirror(sys.argv[2], rows=slice(int(sys.argv[3])), memory_bytes=64 << 20)\n"
         "print(peak_memory() / 1e6)\n"
     )
     destination = Path(os.environ["DMDATA_HOME"]) / "memory.zarr"

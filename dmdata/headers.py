@@ -79,6 +79,8 @@ def _path(address: Address) -> Path:
 def _recall(address: Address) -> Header | None:
     try:
         facts: dict[str, Any] = json.loads(_path(address).read_text())
+        if facts.pop("sha256") != _digest(facts):
+            return None  # damaged, however little: a wrong place would be read as right
         layouts = {
             name: Layout(tuple(shape), np.dtype(dtype), offset, tuple(strides))
             for name, (shape, dtype, offset, strides) in facts["layouts"].items()
@@ -101,5 +103,9 @@ def _remember(address: Address, header: Header) -> None:
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # a convenience: where nothing can be written, the header is read each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(facts))
+        beside.write_text(json.dumps(facts | {"sha256": _digest(facts)}))
         beside.replace(path)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -555,3 +555,45 @@ def _refused(address: Address, code: str | None) -> AccessError:
             "way: they need s3:GetObject on the bucket; see which ones are used with aws sts get-caller-identity"
         )  # fmt: skip
     return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code, refused=True)
+
+
+def writable_store(url: str) -> Any:
+    """Make an obstore store of all keys below an S3 address, read and written with the caller's own credentials.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix``.
+
+    Raises
+    ------
+    AccessError
+        Without credentials, or if the AWS configuration cannot be used.
+    SourceError
+        If the address names no prefix.
+    """
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import S3Store
+
+    bucket, prefix = _bucket_and_key(Address(url))
+
+    def make() -> Any:
+        session, credentials, endpoint, region = _terms(bucket, Address(url))
+        if credentials is None:
+            raise AccessError(
+                f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
+                url=url,
+                cause="no_credentials",
+            )
+        # nobody counts these requests, so obstore's own retries may stay
+        return S3Store(
+            bucket,
+            prefix=prefix.rstrip("/"),
+            region=region,
+            endpoint=endpoint,
+            virtual_hosted_style_request=False if endpoint else None,
+            credential_provider=Boto3CredentialProvider(session),
+            client_options={"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "600s"},
+        )
+
+    return _client_once((url, "writable"), make)

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.download import n_requests_of
 from dmdata.errors import FormatError
-from dmdata.fetch import MAX_RANGE_BYTES
 from dmdata.prices import Destination, price_table, prices_in_words, quote, readable_bytes, readable_usd
 from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
@@ -205,7 +205,7 @@ def download_price(run: Run) -> dmdata.Estimate:
 def price_of_arrays(run: Run) -> dmdata.Estimate:
     """Price a download of all that a run will hold, trained or not, were it on a requester-pays bucket."""
     sizes = [int(run.array(name).nbytes) for name in ARRAYS]
-    n_requests = sum(-(-size // MAX_RANGE_BYTES) + 1 for size in sizes)
+    n_requests = sum(n_requests_of(size) + 1 for size in sizes)
     way = quote(sum(sizes), n_requests, Destination.INTERNET)
     return dmdata.Estimate(way, way, Destination.INTERNET, price_table().date)
 

@@ -5,7 +5,9 @@ it has been started; tests that use it carry the mark `live` and are skipped els
 looking: with ``DMDATA_TESTS_REQUIRE=live,browser`` a test so marked fails where it would be skipped.
 """
 
+import importlib.util
 import os
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import boto3
 import pytest
 from botocore.config import Config
+from figures import FIGURES
 from hypothesis import settings
 from servers.loopback import LoopbackS3
 
@@ -33,6 +36,36 @@ _LIVE_VARIABLES = (
     "READER_ACCESS_KEY_ID",
     "READER_SECRET_ACCESS_KEY",
 )
+
+
+# dmdata is tested without torch, too: what needs the pipeline is then left out, and said to be
+_NEEDS_PIPELINE = re.compile(r"^(?:from|import) (?:dmpipeline|torch)\b", re.MULTILINE)
+_LEFT_OUT = (
+    []
+    if importlib.util.find_spec("torch")
+    else [path.name for path in Path(__file__).parent.glob("test_*.py") if _NEEDS_PIPELINE.search(path.read_text())]
+)
+collect_ignore = _LEFT_OUT
+
+
+def pytest_report_header() -> str:
+    """Name the test files that are left out."""
+    return (
+        f"without torch, so without {', '.join(sorted(_LEFT_OUT))}" if _LEFT_OUT else "with torch: nothing is left out"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what tests measure."""
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what tests measured."""
+    if config.stash[FIGURES]:
+        terminalreporter.section("figures")
+        for line in config.stash[FIGURES]:
+            terminalreporter.line(line)
 
 
 @pytest.hookimpl(wrapper=True)
