@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from figures import FIGURES
 from servers.loopback import Fault, LoopbackS3, Request
 from small_release import npy, publish
 
@@ -92,7 +91,7 @@ def billed(s3: LoopbackS3) -> float:
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
 def test_what_passes_costs_tries_and_nothing_else(
-    s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest, fault: Fault
+    s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest, figures: list[str], fault: Fault
 ) -> None:
     name = request.node.callspec.id
     catalog = publish(s3, {NAME: VALUES}, tmp_path)
@@ -112,14 +111,14 @@ def test_what_passes_costs_tries_and_nothing_else(
         assert all(sent.if_match for sent in s3.log if is_data(sent)), "each request names the object first seen"
         assert all(sent.range for sent in s3.log), "and a range"
     line = f"fault, {name}: {len(OPERATIONS)} operations, {tries} requests, bytes lost {lost}, wrong {wrong}"
-    request.config.stash[FIGURES].append(f"{line}, dollars over the ledger {max(over, 0.0):.2g}")
+    figures.append(f"{line}, dollars over the ledger {max(over, 0.0):.2g}")
     assert (lost, wrong) == (0, 0)
     assert over <= 1e-12
 
 
 @pytest.mark.slow
 def test_a_server_that_falls_silent_is_given_up_on_after_its_time(
-    s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest
+    s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest, figures: list[str]
 ) -> None:
     array = dmdata.open(NAME, catalog=publish(s3, {NAME: VALUES}, tmp_path))
     s3.inject(Fault(stall_seconds=60, stall_after=1_000_000), when=is_data, times=3)
@@ -128,7 +127,7 @@ def test_a_server_that_falls_silent_is_given_up_on_after_its_time(
     seconds = time.monotonic() - began
     assert 15 < seconds < 40
     over = billed(s3) - dmdata.spend().usd
-    request.config.stash[FIGURES].append(
+    figures.append(
         f"fault, stall of a minute: 3 of them, {s3.n_requests} requests, {seconds:.0f} s, bytes lost 0, wrong 0, "
         f"dollars over the ledger {max(over, 0.0):.2g}"
     )
@@ -150,6 +149,7 @@ def test_what_does_not_pass_ends_in_an_error_before_a_wrong_byte(
     s3: LoopbackS3,
     tmp_path: Path,
     request: pytest.FixtureRequest,
+    figures: list[str],
     operation: Callable[..., npt.NDArray[np.uint8]],
     fault: Fault,
     kinds: type[DmdataError] | tuple[type[DmdataError], ...],
@@ -160,7 +160,7 @@ def test_what_does_not_pass_ends_in_an_error_before_a_wrong_byte(
         operation(array, tmp_path)
     time.sleep(0.3)  # what was cut off may still be on its way out of the server
     over = billed(s3) - dmdata.spend().usd
-    request.config.stash[FIGURES].append(
+    figures.append(
         f"fault, {request.node.callspec.id}: refused after {s3.n_requests} requests, dollars over the ledger "
         f"{max(over, 0.0):.2g}"
     )
@@ -183,7 +183,9 @@ def test_an_object_of_a_wrong_length_is_refused_by_its_header(s3: LoopbackS3, tm
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_mirror_lose_nothing(s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_twenty_kills_of_a_mirror_lose_nothing(
+    s3: LoopbackS3, tmp_path: Path, request: pytest.FixtureRequest, figures: list[str]
+) -> None:
     values = np.random.default_rng(1).integers(0, 255, (64, MEBIBYTE), np.uint8)
     catalog = publish(s3, {NAME: values}, tmp_path)
     s3.bytes_per_second = 1.2e6
@@ -209,7 +211,7 @@ def test_twenty_kills_of_a_mirror_lose_nothing(s3: LoopbackS3, tmp_path: Path, r
     served, spent = s3.n_object_bytes, dmdata.spend()
     again = served - values.nbytes - 128
     over = billed(s3) - spent.usd
-    request.config.stash[FIGURES].append(
+    figures.append(
         f"fault, SIGKILL of a mirror: {n_kills} kills, {s3.n_requests} requests, bytes wrong {wrong}, fetched again "
         f"{again / MEBIBYTE:.1f} MiB in all, dollars over the ledger {max(over, 0.0):.2g}"
     )
@@ -220,7 +222,7 @@ def test_twenty_kills_of_a_mirror_lose_nothing(s3: LoopbackS3, tmp_path: Path, r
 
 
 def test_several_processes_under_one_budget_never_pass_it_while_transfers_break(
-    s3: LoopbackS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    s3: LoopbackS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, figures: list[str]
 ) -> None:
     values = VALUES[:, :200_000]
     catalog = publish(s3, {NAME: values}, tmp_path)
@@ -243,7 +245,7 @@ def test_several_processes_under_one_budget_never_pass_it_while_transfers_break(
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(8)]
     counts = [int(racer.communicate(timeout=100)[0]) for racer in racers]
     limit, spent = float(os.environ["DMDATA_MAX_COST"]), dmdata.spend().usd
-    request.config.stash[FIGURES].append(
+    figures.append(
         f"fault, 8 processes and resets under one budget: {sum(counts)} reads done, ${spent:.6f} of ${limit:.6f} "
         f"spent, served for ${billed(s3):.6f}"
     )
