@@ -285,6 +285,18 @@ def test_spend_by_several_groupings_with_what_is_left_of_the_month(
     assert " day " in out
     assert " artifact " in out
     assert "of $2.00" in err
+    day = next(iter(data["by_day"]))
+    for flags, n_reads in (
+        (["--since", day], 1),
+        (["--since", "2999-01-01"], 0),
+        (["--month", day[:7]], 1),
+        (["--month", "2001-01"], 0),
+        (["--month", day[:7], "--since", "2999-01-01"], 0),
+    ):
+        shown = json.loads(run(capsys, "spend", *flags, "--by", "artifact", "--json")[1])
+        assert (shown["reads"], len(shown["by_artifact"])) == (n_reads, n_reads)
+        assert shown["month"] == data["month"], "the budget is of the month that is"
+    assert run(capsys, "spend", "--since", "yesterday")[0] == 2
 
 
 def test_what_is_known_of_the_month_narrows_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
