@@ -1,16 +1,17 @@
 """Download an object as it is: resumable, checked, and under its final name only when complete.
 
-Blocks are fetched whole and appended in order to a ``.part`` file, so its size says how far it is; a ``.part.json``
-beside it says of which object. An interrupted download goes on from there and pays only for the block in flight.
+Blocks are fetched whole and appended in order to a ``.part`` file; a ``.part.json`` beside it says of which object, and
+the checksum of each block, entered after it was written. An interrupted download goes on behind the blocks whose
+checksums hold and pays only for the block in flight, and for what was damaged on disk meanwhile.
 """
 
 import hashlib
 import json
-import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.locks import only_process_at
 from dmdata.plan import ReadPlan, plan_read
 from dmdata.selection import select
+from dmdata.spool import take_room
 
 _RANGES_AT_ONCE = 8
 _BLOCK_BYTES = _RANGES_AT_ONCE * MAX_RANGE_BYTES
@@ -60,8 +62,7 @@ def download(
         path.parent.mkdir(parents=True, exist_ok=True)
         with only_process_at(path):
             _, state = transport.start(1)
-            part.begin(state)
-            _append_missing(transport, state, part, progress)
+            _append_missing(transport, state, part, part.begin(state), progress)
             _check(part.path, str(transport.address), kind, sha256)
             part.path.replace(path)
             part.about.unlink(missing_ok=True)
@@ -81,11 +82,8 @@ def n_requests_of(n_bytes: int) -> int:
 
 
 def bytes_complete(path: Path) -> int:
-    """Count the bytes that an interrupted download to this path has and will not fetch again."""
-    try:
-        return _Part(path).path.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES
-    except OSError:
-        return 0
+    """Count the bytes that an interrupted download to this path has and will not fetch again; reads them."""
+    return len(_Part(path).sound_checksums()) * _BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +100,45 @@ class _Part:
     def about(self) -> Path:
         return self.final.with_name(self.final.name + ".part.json")
 
-    def begin(self, state: ObjectState) -> None:
-        """Keep what is there of this same object; else begin anew."""
-        facts = {"n_bytes": state.n_bytes, "etag": state.etag}
-        try:
-            same = json.loads(self.about.read_text()) == facts
-        except (OSError, ValueError):
-            same = False
-        if not same or not self.path.exists():
+    def begin(self, state: ObjectState) -> list[int]:
+        """Keep what is there of this same object, else begin anew; return the checksums of what is kept."""
+        about = self._read_about()
+        if (about.get("n_bytes"), about.get("etag")) == (state.n_bytes, state.etag):
+            checksums = self.sound_checksums()[: state.n_bytes // _BLOCK_BYTES]
+        else:
+            checksums = []
+        if not checksums:
             self.path.write_bytes(b"")
-            self.about.write_text(json.dumps(facts))
+        self.record(state, checksums)
+        return checksums
+
+    def record(self, state: ObjectState, checksums: list[int]) -> None:
+        """Enter the blocks that are written."""
+        beside = self.about.with_name(self.about.name + ".new")
+        beside.write_text(json.dumps({"n_bytes": state.n_bytes, "etag": state.etag, "crc32": checksums}))
+        beside.replace(self.about)
+
+    def sound_checksums(self) -> list[int]:
+        """List the checksums of the leading blocks that are what they were when they were written."""
+        sound: list[int] = []
+        claimed = self._read_about().get("crc32")
+        try:
+            with self.path.open("rb") as file:
+                for checksum in claimed if isinstance(claimed, list) else []:
+                    block = file.read(_BLOCK_BYTES)
+                    if len(block) < _BLOCK_BYTES or zlib.crc32(block) != checksum:
+                        break
+                    sound.append(checksum)
+        except OSError:
+            pass  # nothing there: nothing is complete
+        return sound
+
+    def _read_about(self) -> dict[str, Any]:
+        try:
+            about = json.loads(self.about.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}  # not there, or damaged: the download begins anew
+        return about if isinstance(about, dict) else {}
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -119,20 +146,28 @@ class _Part:
 
 
 def _append_missing(
-    transport: Transport, state: ObjectState, part: _Part, progress: Callable[[int, int], object] | None
+    transport: Transport,
+    state: ObjectState,
+    part: _Part,
+    checksums: list[int],
+    progress: Callable[[int, int], object] | None,
 ) -> None:
     with part.path.open("r+b") as file:
+        # a full disk is met before anything is paid for
+        take_room(file.fileno(), state.n_bytes)
         # a block cut short by a crash while it was written is fetched again
-        done = file.seek(0, os.SEEK_END) // _BLOCK_BYTES * _BLOCK_BYTES
-        file.seek(done)
+        done = file.seek(len(checksums) * _BLOCK_BYTES)
         n_missing = state.n_bytes - done
         transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
         while done < state.n_bytes:
             stop = min(done + _BLOCK_BYTES, state.n_bytes)
-            plan = _plan_block(done, stop, n_bytes=state.n_bytes)
-            file.write(transport.fetch(plan, etag=state.etag).data)
+            data = transport.fetch(_plan_block(done, stop, n_bytes=state.n_bytes), etag=state.etag).data
+            file.write(data)
             file.flush()
             done = stop
+            if done % _BLOCK_BYTES == 0:
+                checksums.append(zlib.crc32(data))
+                part.record(state, checksums)
             if progress:
                 progress(done, state.n_bytes)
 

@@ -29,6 +29,9 @@ ReadAt: TypeAlias = Callable[[int, int], bytes]
 NPY_PREFIX_BYTES = 128
 """What numpy writes before the first element of an array of few dimensions: one read gets it all."""
 
+PT_HEAD_BYTES = 4096
+"""What a ``.pt`` of a few tensors begins with: its pickle, and all that torch writes before the first tensor."""
+
 _LONGEST_NPY_HEADER = 65_536
 _LONGEST_PICKLE = 1 << 16
 _MOST_DIMENSIONS = 64
@@ -104,9 +107,9 @@ def npy_layout(read_at: ReadAt, *, object_bytes: int, url: str) -> Layout:
     head = bytes(read_at(0, min(NPY_PREFIX_BYTES, object_bytes)))
     if not head.startswith(b"\x93NUMPY") or len(head) < 12:
         raise FormatError(f"{url} is not a .npy file: it starts with {head[:8]!r}; expected b'\\x93NUMPY'", url=url)
-    major = head[6]
-    if major not in (1, 2, 3):
-        raise FormatError(f"{url} has .npy version {major}; versions 1, 2 and 3 are known", url=url)
+    major, minor = head[6:8]
+    if major not in (1, 2, 3) or minor != 0:
+        raise FormatError(f"{url} has .npy version {major}.{minor}; versions 1.0, 2.0 and 3.0 are known", url=url)
     width = 2 if major == 1 else 4
     offset = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
     if offset > min(object_bytes, _LONGEST_NPY_HEADER):
@@ -177,7 +180,7 @@ def pt_layouts(read_at: ReadAt, *, object_bytes: int, url: str) -> dict[str, Lay
 
 def _unreadable_pt(url: str, error: Exception) -> FormatError:
     return FormatError(
-        f"{url} is not a readable .pt ({error}); if it was saved before torch 1.6, load it in torch with "
+        f"{url} is not a readable .pt ({str(error)[:200]}); if it was saved before torch 1.6, load it in torch with "
         "weights_only=True and save it again",
         url=url,
     )

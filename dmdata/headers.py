@@ -1,7 +1,8 @@
 """An object's header, read once and remembered under ``DMDATA_HOME`` for as long as the object stays the same.
 
-Remembering saves a request and its latency at each `dmdata.open`. It is safe because every later read must match the
-etag seen with the header: when it does not, the header is forgotten, and the next `open` reads it anew.
+Remembering saves requests and their latency at each `dmdata.open`. It is safe because every later read must match the
+etag seen with the header: when it does not, the header is forgotten, and the next `open` reads it anew. A digest of its
+own tells a memory that was damaged on disk, which would else point at other elements.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import numpy as np
 from dmdata.address import Address, ObjectState
 from dmdata.errors import FormatError
 from dmdata.fetch import Transport
-from dmdata.formats import NPY_PREFIX_BYTES, Layout, npy_layout, pt_layouts
+from dmdata.formats import NPY_PREFIX_BYTES, PT_HEAD_BYTES, Layout, npy_layout, pt_layouts
 from dmdata.ledger import home
 
 NPY = ""
@@ -46,7 +47,7 @@ def read_header(transport: Transport, *, kind: Literal["npy", "pt"]) -> Header:
     if known is not None:
         return known
     url = str(transport.address)
-    head, state = transport.start(NPY_PREFIX_BYTES)
+    head, state = transport.start(NPY_PREFIX_BYTES if kind == "npy" else PT_HEAD_BYTES)
 
     def read_at(start: int, stop: int) -> bytes:
         if stop <= len(head):
@@ -79,14 +80,14 @@ def _path(address: Address) -> Path:
 def _recall(address: Address) -> Header | None:
     try:
         facts: dict[str, Any] = json.loads(_path(address).read_text())
-        if facts.pop("sha256") != _digest(facts):
-            return None  # damaged, however little: a wrong place would be read as right
+        if facts.pop("sha256") != _digest(facts) or facts["url"] != str(address):
+            return None  # damaged, however little, or another's: a wrong place would be read as right
         layouts = {
             name: Layout(tuple(shape), np.dtype(dtype), offset, tuple(strides))
             for name, (shape, dtype, offset, strides) in facts["layouts"].items()
         }
         return Header(ObjectState(facts["n_bytes"], facts["etag"], facts.get("charged")), layouts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or damaged: the object's own header is read
 
 

@@ -1,7 +1,9 @@
 """A release small enough for tests: a few arrays, the objects that hold them, and the catalog that lists them."""
 
 import io
-from collections.abc import Mapping
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,39 @@ def npy(values: npt.ArrayLike) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.asanyarray(values))
     return buffer.getvalue()
+
+
+def pt(members: Mapping[str, Array], *, storage: str = "Float") -> bytes:
+    """Write arrays as torch.save does a dict of tensors, without torch."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pt_pickle({name: array.shape for name, array in members.items()}, storage))
+        archive.writestr("archive/byteorder", "little")
+        for nth, array in enumerate(members.values()):
+            archive.writestr(f"archive/data/{nth}", np.ascontiguousarray(array).tobytes())
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+def pt_pickle(shapes: Mapping[str, tuple[int, ...]], storage: str = "Float") -> bytes:
+    """Write the pickle inside a ``.pt``: each tensor a storage of its own, named by its number."""
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    def number(value: int) -> bytes:
+        return b"J" + value.to_bytes(4, "little")
+
+    def numbers(values: Iterable[int]) -> bytes:
+        return b"(" + b"".join(number(value) for value in values) + b"t"
+
+    parts = [b"\x80\x02}q\x00("]
+    for nth, (name, shape) in enumerate(shapes.items()):
+        parts += [text(name), b"ctorch._utils\n_rebuild_tensor_v2\nq\x01((", text("storage")]
+        parts += [f"ctorch\n{storage}Storage\n".encode(), text(str(nth)), text("cpu"), number(math.prod(shape)), b"tQ"]
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        parts += [b"K\x00", numbers(shape), numbers(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
+    return b"".join([*parts, b"u."])
 
 
 def key_of(name: str, stored: Array | Pt) -> str:

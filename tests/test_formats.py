@@ -15,10 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from small_release import npy
+from small_release import npy, pt_pickle
 
 from dmdata.errors import FormatError
-from dmdata.formats import Layout, npy_header, npy_layout, pt_layouts
+from dmdata.formats import PT_HEAD_BYTES, Layout, npy_header, npy_layout, pt_layouts
 
 URL = "s3://bucket/x"
 DTYPES = ("?", "<f2", "<f4", "<f8", ">f4", "<i8", "<i4", ">i2", "|i1", "|u1", "<u4", "<c8")
@@ -288,6 +288,62 @@ def test_only_directory_pickle_and_local_headers_of_a_pt_are_read() -> None:
     assert set(pt_layouts(read_at, object_bytes=len(blob), url=URL)) == set(contents)
     assert sum(reads) < 32 << 10, reads
     assert len(reads) < 10
+
+
+class Sparse:
+    """Keeps what is written to it, but zeros by the million: a file of many gigabytes in little memory."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[tuple[int, bytes]] = []
+
+    def write(self, data: Any) -> int:
+        piece = memoryview(data).cast("B")
+        if len(piece) < 1 << 20:
+            self._pieces.append((self.size, bytes(piece)))
+        self.size += len(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        """Is called by torch."""
+
+    def read_at(self, start: int, stop: int) -> bytes:
+        read = bytearray(min(stop, self.size) - start)
+        for offset, piece in self._pieces:
+            first, last = max(start, offset), min(stop, offset + len(piece))
+            if first < last:
+                read[first - start : last - start] = piece[first - offset : last - offset]
+        return bytes(read)
+
+
+@pytest.mark.parametrize("n_rows", [13, 107_400], ids=["2 MB", "over 4 GB, by the zip's 64-bit form"])
+def test_the_tensors_of_a_pt_of_any_size_are_found_by_few_and_short_reads(n_rows: int) -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.from_numpy(np.zeros((n_rows, 10_000), np.float32))  # never touched, so that it takes no memory
+    bias, lam = torch.arange(10_000.0), torch.full((10_000,), 0.25)
+    whole, reads = Sparse(), []
+    torch.save({"weight": weight, "bias": bias, "lam": lam}, whole)
+
+    def read_at(start: int, stop: int) -> bytes:
+        if stop > PT_HEAD_BYTES:
+            reads.append(stop - start)
+        return whole.read_at(start, stop)
+
+    layouts = pt_layouts(read_at, object_bytes=whole.size, url=URL)
+    assert layouts["weight"].shape == (n_rows, 10_000)
+    for name, values in {"bias": bias, "lam": lam}.items():
+        stored = whole.read_at(layouts[name].offset, layouts[name].stop)
+        np.testing.assert_array_equal(np.frombuffer(stored, np.float32), values.numpy())
+    assert reads == [4096, 30, 30], "beside the first 4 KiB: the directory, and what is before each further tensor"
+
+
+@pytest.mark.parametrize("beside", [[], ["byteorder"], ["byteorder", ".format_version", ".storage_alignment"]], ids=str)
+def test_what_versions_of_torch_put_beside_the_tensors_does_not_matter(beside: list[str]) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    contents = {"byteorder": b"little", ".format_version": b"1", ".storage_alignment": b"64"}
+    members = {name: contents[name] for name in beside} | {"data/0": values.tobytes(), "version": b"3\n"}
+    blob = zipped(pt_pickle({"x": (2, 3)}), **members, **{".data/serialization_id": b"0" * 40})
+    np.testing.assert_array_equal(elements(blob, read_pt(blob)["x"]), values)
 
 
 def hostile(marker: Path) -> dict[str, Any]:
