@@ -116,7 +116,7 @@ class InZarr:
         )
         try:
             product = np.asarray(self.open().oindex[wanted])
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SystemError) as error:
             raise FormatError(
                 f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it anew",
                 url=self.url,

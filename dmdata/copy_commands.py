@@ -18,7 +18,16 @@ from dmdata.completion import complete_artifacts
 from dmdata.console import Talk, ask_consent, talk_options
 from dmdata.errors import IntegrityError
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
-from dmdata.prices import Destination, Estimate, Quote, Usage, assumed_link, readable_bytes, readable_usd
+from dmdata.prices import (
+    Destination,
+    Estimate,
+    Quote,
+    Usage,
+    assumed_link,
+    prices_in_words,
+    readable_bytes,
+    readable_usd,
+)
 from dmdata.settings import settings
 from dmdata.verify import Comparison, plan_checks, run_checks
 
@@ -136,10 +145,12 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | 
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
     link = assumed_link()
+    known = total.usd_low == total.usd_high
     talk.remark(
-        f"between {readable_usd(total.usd_low)} (with what may be left of the free tier) and "
-        f"{readable_usd(total.usd_high)}, at list prices of {total.price_date} to {total.destination}; seconds assume "
-        f"{link.n_connections} connections of {link.bytes_per_second / 1e6:.0f} MB/s"
+        ("exactly that" if known else f"between {readable_usd(total.usd_low)} and {readable_usd(total.usd_high)}")
+        + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
+        f"{link.bytes_per_second / 1e6:g} MB/s"
+        + ("" if known or total.destination is not Destination.INTERNET else "; --used-gib and --free-tier narrow it")
     )
 
 

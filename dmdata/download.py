@@ -176,7 +176,8 @@ def _append_missing(
         transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
         while done < state.n_bytes:
             stop = min(done + _BLOCK_BYTES, state.n_bytes)
-            data = transport.fetch(_plan_block(done, stop, n_bytes=state.n_bytes), etag=state.etag).data
+            plan = _plan_block(done, stop, n_bytes=state.n_bytes)
+            data = transport.fetch(plan, etag=state.etag).data
             file.write(data)
             file.flush()
             done = stop

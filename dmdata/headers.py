@@ -79,9 +79,10 @@ def _path(address: Address) -> Path:
 
 def _recall(address: Address) -> Header | None:
     try:
-        facts: dict[str, Any] = json.loads(_path(address).read_text())
-        if facts.pop("sha256") != _digest(facts) or facts["url"] != str(address):
-            return None  # damaged, however little, or another's: a wrong place would be read as right
+        memory: dict[str, Any] = json.loads(_path(address).read_text())
+        facts = memory["facts"]
+        if memory["sha256"] != _digest(facts) or facts["url"] != str(address):
+            return None
         layouts = {
             name: Layout(tuple(shape), np.dtype(dtype), offset, tuple(strides))
             for name, (shape, dtype, offset, strides) in facts["layouts"].items()
@@ -104,9 +105,9 @@ def _remember(address: Address, header: Header) -> None:
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # a convenience: where nothing can be written, the header is read each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(facts | {"sha256": _digest(facts)}))
+        beside.write_text(json.dumps({"facts": facts, "sha256": _digest(facts)}))
         beside.replace(path)
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

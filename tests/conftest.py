@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import boto3
 import pytest
 from botocore.config import Config
-from figures import FIGURES
 from hypothesis import settings
 from servers.loopback import LoopbackS3
 
@@ -55,25 +54,6 @@ def pytest_report_header() -> str:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make room for what tests measure."""
-    config.stash[FIGURES] = []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what tests measured."""
-    if config.stash[FIGURES]:
-        terminalreporter.section("figures")
-        for line in config.stash[FIGURES]:
-            terminalreporter.line(line)
-
-
-@pytest.fixture(scope="session")
-def figures(pytestconfig: pytest.Config) -> list[str]:
-    """Give the lines that are shown when all tests have run, to add to."""
-    return pytestconfig.stash[FIGURES]
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -87,6 +67,23 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"DMDATA_TESTS_REQUIRE names {', '.join(marks)}, so this must run, but: {reason}"
     return report
+
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> list[str]:
+    """Lines to print when all tests have run: what was measured along the way."""
+    return pytestconfig.stash.setdefault(_FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the figures."""
+    if lines := config.stash.get(_FIGURES, []):
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
-from figures import FIGURES
 from servers.loopback import BUCKET, Fault, LoopbackS3, Request
 from small_release import npy, publish
 
@@ -154,11 +153,10 @@ def _n_wrong(read: Array, right: Array) -> int:
 
 
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+def table(figures: list[str]) -> Iterator[Table]:
     table = Table()
     yield table
-    request.config.stash[FIGURES] += ["faults; errors are reads that had to be run again, all bytes are of objects"]
-    request.config.stash[FIGURES] += table.lines()
+    figures += table.lines()
 
 
 @pytest.fixture
@@ -580,7 +578,7 @@ def test_of_two_mirrors_to_one_destination_one_copies_and_the_other_says_so(
 
 
 def test_several_processes_under_one_budget_never_pass_it_while_transfers_break(
-    server: LoopbackS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    server: LoopbackS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: list[str]
 ) -> None:
     values = VALUES[:24, :200_000]
     catalog = publish(server, {NAME: values}, tmp_path)
@@ -605,7 +603,7 @@ def test_several_processes_under_one_budget_never_pass_it_while_transfers_break(
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(8)]
     counts = [int(racer.communicate(timeout=100)[0]) for racer in racers]
     limit, spent = float(os.environ["DMDATA_MAX_COST"]), dmdata.spend().usd
-    request.config.stash[FIGURES].append(
+    figures.append(
         f"fault, 8 processes and resets under one budget: {sum(counts)} reads done, ${spent:.6f} of ${limit:.6f} "
         f"spent, served for ${billed_usd(server):.6f}"
     )

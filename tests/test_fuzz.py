@@ -2,8 +2,8 @@
 
 Each kind starts from small files that are right, damages them a few bytes at a time, and reads them. Whatever is read
 must end in a `DmdataError` or in what an independent reader makes of the same bytes; nothing may take long or much
-memory. The same damage is done each time, unless ``DMDATA_FUZZ_SEED`` is set; ``DMDATA_FUZZ_CASES`` sets how much of
-it. One line a kind is printed when all tests have run.
+memory. The same damage is done each time, unless ``FUZZ_SEED`` is set; ``FUZZ_CASES`` sets how much of it. One line a
+kind is printed when all tests have run.
 """
 
 import io
@@ -25,8 +25,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_release import Pt, npy, pt, pt_pickle, write_locally
 
@@ -38,10 +37,11 @@ from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.headers import read_header
 from dmdata.ledger import Grouping, Ledger, home
 from dmdata.prices import Destination, quote
-from dmdata.settings import config_path, settings
+from dmdata.settings import config_path
+from dmdata.settings import settings as settings_in_force
 
-N_CASES = int(os.environ.get("DMDATA_FUZZ_CASES", "2000"))
-SEED = os.environ.get("DMDATA_FUZZ_SEED", "0")
+N_CASES = int(os.environ.get("FUZZ_CASES", "2000"))
+SEED = os.environ.get("FUZZ_SEED", "0")
 URL = "s3://bucket/damaged"
 LONGEST_SECONDS = 10
 MOST_MEMORY_BYTES = 256 << 20
@@ -204,7 +204,7 @@ NESTED = st.recursive(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@hypothesis_settings(max_examples=300)
+@settings(max_examples=300)
 @given(descr=NESTED, fortran=NESTED, shape=NESTED, data=st.binary(max_size=40))
 def test_a_npy_header_of_any_values_is_refused_or_read_as_numpy_reads_it(
     descr: object, fortran: object, shape: object, data: bytes
@@ -280,7 +280,7 @@ def test_a_damaged_pickle_with_a_good_checksum_is_refused_or_names_what_is_there
     fuzz("pickles", [victim], lambda pickled: read_pt(zipped_again(pickled)), tokens=tokens)
 
 
-@hypothesis_settings(max_examples=200)
+@settings(max_examples=200)
 @given(NESTED, st.integers(0, pickle.HIGHEST_PROTOCOL))
 def test_a_pickle_of_any_plain_values_is_refused(values: object, protocol: int) -> None:
     with pytest.raises(FormatError):
@@ -320,7 +320,7 @@ def test_damaged_settings_are_refused_or_hold_prices_that_can_be_paid(fuzz: Fuzz
 
     def attempt(damaged: bytes) -> None:
         config_path().write_bytes(damaged)
-        limit = settings().max_cost
+        limit = settings_in_force().max_cost
         assert limit is None or limit >= 0
         assert 0 <= quote(1 << 30, 1000, Destination.INTERNET).usd < math.inf
 

@@ -118,7 +118,7 @@ def test_a_damaged_memory_is_ignored(s3: LoopbackS3, catalog: str, damage: str) 
     (path,) = remembered()
     path.write_text(damage)
     np.testing.assert_array_equal(dmdata.open(NAME, catalog=catalog)[...], VALUES)
-    assert json.loads(path.read_text())["n_bytes"] == len(npy(VALUES))
+    assert json.loads(path.read_text())["facts"]["n_bytes"] == len(npy(VALUES))
 
 
 def test_files_of_this_machine_are_never_remembered(tmp_path: Path) -> None:
