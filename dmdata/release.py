@@ -169,7 +169,7 @@ def estimate(
     to : {"internet", "same-region", "cross-region"}
     catalog : Catalog, path or URL, optional
     used_gib : float, optional
-        GB that the account sent to the internet this month; by default as set, else 0.
+        GB that the account sent to the internet this month; by default as set, else unknown.
     free_tier : bool, optional
         Whether the month's free GB are left but for these; by default as set, else not counted on.
 

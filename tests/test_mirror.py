@@ -76,7 +76,8 @@ def test_a_mirror_is_plain_zarr_that_names_its_dimensions_and_its_blocks(
     assert copy.metadata.dimension_names == ("model", "example")
     (codec,) = copy.compressors
     assert isinstance(codec, BloscCodec)
-    assert (codec.cname.value, codec.shuffle.value) == ("zstd", "shuffle")
+    cname, shuffle = (getattr(name, "value", name) for name in (codec.cname, codec.shuffle))  # plain text in newer zarr
+    assert (cname, shuffle) == ("zstd", "shuffle")
     digests = zarr.open_array(tmp_path / "m.zarr" / DIGESTS, mode="r")
     chunks = [sorted((tmp_path / f"m.zarr/c/{n}").iterdir()) for n in range(16)]
     assert [bytes(digest) for digest in np.asarray(digests[...])] == [
