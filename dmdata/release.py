@@ -22,7 +22,7 @@ import zarr.errors
 from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import bytes_complete, download, n_requests_of
+from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
@@ -232,7 +232,8 @@ def price_mirror(
 def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    return [(artifact, _same_both_ways(n_missing + 1, n_requests_of(n_missing) + 1, to=to))]
+    n_bytes = n_missing + START_BYTES["pt" if artifact.stored.format == "pt" else "npy"]
+    return [(artifact, _same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
 
 
 def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:
