@@ -77,8 +77,8 @@ def against_download(bench: Bench, key: str, what: str, *, bar: str) -> int:
 
 def memory(bench: Bench, server: Nginx, *, small: bool) -> None:
     """Peak resident memory of a mirror of masks, with eight times the rows."""
-    n_models = 8192 if not small else 4096
-    write_masks(server.objects / "masks.npy", 8 * n_models, 0.5)
+    n_models = 8192 if not small else 2048
+    write_masks(server.objects / "masks.npy", n_models, 0.5, n_times=8)
     peaks = [peak_of_mirror(n_models), peak_of_mirror(8 * n_models)]
     grown = peaks[1] / peaks[0] - 1
     before = f"{peaks[0]:,.0f} MB of {n_models:,} rows"
@@ -105,13 +105,19 @@ def peak_of_mirror(n_rows: int) -> float:
     return float(done.stdout)
 
 
-def write_masks(path: Path, n_models: int, alpha: float) -> None:
-    """Write subsets of exact size as a .npy of bool, a part at a time."""
+def write_masks(path: Path, n_models: int, alpha: float, *, n_times: int = 1) -> None:
+    """Write subsets of exact size as a .npy of bool, the same ones several times over."""
     rng = np.random.default_rng(0)
     size = round(alpha * N_TRAIN)
     with path.open("wb") as file:
-        file.write(npy_header((n_models, N_TRAIN), np.dtype(bool)))
+        file.write(npy_header((n_times * n_models, N_TRAIN), np.dtype(bool)))
+        body = file.tell()
         for first in range(0, n_models, 512):
             ranks: Any = rng.random((min(512, n_models - first), N_TRAIN), np.float32)
             cut = np.partition(ranks, size, axis=1)[:, size : size + 1]
             file.write((ranks < cut).tobytes())
+        file.flush()
+        for _ in range(n_times - 1):
+            with path.open("rb") as again:
+                again.seek(body)
+                file.write(again.read(n_models * N_TRAIN))

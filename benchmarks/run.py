@@ -1,7 +1,7 @@
 """How fast it is, beside peers in the same run: ratios with their spread, for this machine and no other.
 
-A ratio above 1 says ours is faster. Needs nginx (apt-get install nginx-light libnginx-mod-http-lua) for reading and
-mirroring; s3fs takes part where `.venv-peers` is.
+A ratio above 1 says ours is faster. Bars are for the full size; the small one shows that all of it works. Needs nginx
+(apt-get install nginx-light libnginx-mod-http-lua) for reading and mirroring; s3fs takes part where `.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
     python benchmarks/run.py reading mirroring        # some of reading, mirroring, fitting, training
@@ -9,13 +9,11 @@ mirroring; s3fs takes part where `.venv-peers` is.
 """
 
 import importlib
-import sys
 from pathlib import Path
 
 import click
 from timing import Bench
 
-sys.path.insert(0, str(Path(__file__).parent))
 PARTS = ("reading", "mirroring", "fitting", "training")
 
 
@@ -30,7 +28,7 @@ def main(parts: tuple[str, ...], size: str, repeats: int, path: Path | None) -> 
     for part in parts or PARTS:
         print(part, flush=True)
         importlib.import_module(part).run(bench, small=size == "small")
-    bench.show(path)
+    bench.show(path, size=size)
 
 
 if __name__ == "__main__":

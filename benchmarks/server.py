@@ -18,6 +18,8 @@ BUCKET = "madrylab-datamodels"
 SLOW_BYTES_PER_SECOND = 50_000_000
 SLOW_SECONDS_TO_FIRST_BYTE = 0.03
 
+_MOST_OBJECT_BYTES = 4 << 30
+
 _MODULES = Path("/usr/share/nginx/modules")
 _CONFIG = """
 load_module {modules}/ndk_http_module.so;
@@ -48,6 +50,7 @@ http {{
       if ($http_x_amz_request_payer != "requester") {{ return 403; }}
       add_header x-amz-request-charged requester;
       limit_rate {rate};
+      sendfile_max_chunk 256k;  # the last piece is sent without a wait: by default 2 MB of each range
       access_by_lua_block {{ ngx.sleep({delay}) }}
     }}
   }}
@@ -83,9 +86,7 @@ def nginx() -> Iterator[Nginx]:
     modules = [_MODULES / name for name in ("ndk_http_module.so", "ngx_http_lua_module.so")]
     if not shutil.which("nginx") or not all(module.exists() for module in modules):
         raise SystemExit("the reading benchmarks need nginx: apt-get install nginx-light libnginx-mod-http-lua")
-    # objects in memory: a disk would be measured instead
-    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a folder of our own in it
-    with tempfile.TemporaryDirectory(dir=shared) as root, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_memory()) as root, tempfile.TemporaryDirectory() as folder:
         ports = [_free_port(), _free_port()]
         objects = Path(root) / BUCKET
         objects.mkdir()
@@ -109,8 +110,13 @@ def nginx() -> Iterator[Nginx]:
             "AWS_ACCESS_KEY_ID": "BENCHMARK",
             "AWS_SECRET_ACCESS_KEY": "BENCHMARK",
             "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": f"{folder}/none",
+            "AWS_SHARED_CREDENTIALS_FILE": f"{folder}/none",
+            "NO_PROXY": "127.0.0.1",
             "DMDATA_HOME": f"{folder}/home",
         }
+        for name in [name for name in os.environ if name.startswith(("AWS_", "DMDATA_"))]:
+            del os.environ[name]  # a user's profile, catalog or budget
         os.environ |= environment
         with subprocess.Popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL) as process:
             try:
@@ -118,6 +124,12 @@ def nginx() -> Iterator[Nginx]:
                 yield Nginx(objects, Path(folder) / "access.log", *endpoints)
             finally:
                 process.terminate()
+
+
+def _memory() -> str | None:
+    """Find a folder in memory with room for the objects: a disk would be measured instead."""
+    shared = "/dev/shm"  # noqa: S108 - for a folder of our own in it
+    return shared if os.path.isdir(shared) and shutil.disk_usage(shared).free > _MOST_OBJECT_BYTES else None
 
 
 def _free_port() -> int:

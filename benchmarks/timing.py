@@ -1,19 +1,27 @@
 """Ratios with their spread: whoever is compared takes turns, so that what else the machine does falls on both."""
 
 import json
+import operator
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": operator.eq}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a figure beside what it is measured against, and beside its bar where it has one."""
+    """One line of the table: a figure beside what it is measured against, and beside its bar where it has one.
+
+    A bar is a comparison and a number, as ``>= 0.85``.
+    """
 
     what: str
     ours: str
@@ -22,6 +30,14 @@ class Row:
     low: float
     high: float
     bar: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Tell whether the figure, a median, meets its bar; None without one."""
+        if not self.bar:
+            return None
+        comparison, number = self.bar.split()
+        return bool(_COMPARISONS[comparison](self.figure, float(number)))
 
 
 @dataclass(slots=True)
@@ -40,31 +56,40 @@ class Bench:
     ) -> None:
         """Time ours and each peer by turns; the figure is how many times faster ours is.
 
-        A peer that returns a float timed itself.
+        A peer that returns a float timed itself. Every other round goes backwards, so that nobody always has the same
+        predecessor.
         """
-        for work in (ours, *peers.values()):
+        works = {"": ours, **peers}
+        for work in works.values():
             work()
-        rounds = [(timed(ours), {name: timed(work) for name, work in peers.items()}) for _ in range(self.repeats)]
-        own = statistics.median(seconds for seconds, _ in rounds)
+        rounds = []
+        for nth in range(self.repeats):
+            order = list(works) if nth % 2 == 0 else list(reversed(works))
+            rounds.append({name: timed(works[name]) for name in order})
+        own = statistics.median(seconds[""] for seconds in rounds)
         for name in peers:
-            ratios = [others[name] / seconds for seconds, others in rounds]
+            ratios = [seconds[name] / seconds[""] for seconds in rounds]
             self.add(what, f"{own:.3f} s", name, ratios, bar=(bars or {}).get(name, ""))
 
     def add(self, what: str, ours: str, against: str, figures: list[float], *, bar: str = "") -> None:
         """Add one figure, measured once or several times."""
-        self.rows.append(Row(what, ours, against, statistics.median(figures), min(figures), max(figures), bar))
-        print(f"  {what}: {statistics.median(figures):.3f} against {against} {bar}", flush=True)
+        row = Row(what, ours, against, statistics.median(figures), min(figures), max(figures), bar)
+        self.rows.append(row)
+        print(f"  {what}, against {against}: {row.figure:.3g} {bar and f'({bar})'}", flush=True)
 
-    def show(self, path: Path | None) -> None:
-        """Print the table, and write it as JSON where a path is given."""
-        table = Table("what", "ours", "against", "figure", "spread", "bar", title="figures of this machine, this run")
+    def show(self, path: Path | None, **about: object) -> None:
+        """Print the table, and write it as JSON where a path is given, with what else there is to say of the run."""
+        about |= {"python": platform.python_version(), "cores": os.cpu_count(), "repeats": self.repeats}
+        title = "medians, " + ", ".join(f"{name} {value}" for name, value in about.items())
+        table = Table("what", "ours", "against", "figure", "spread", "bar", "met", title=title)
+        verdicts = {None: "", True: "yes", False: "no"}
         for row in self.rows:
             spread = "" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
-            table.add_row(row.what, row.ours, row.against, f"{row.figure:.3g}", spread, row.bar)
+            table.add_row(row.what, row.ours, row.against, f"{row.figure:.3g}", spread, row.bar, verdicts[row.met])
         Console(width=150).print(table)
         if path is not None:
-            facts = [{name: getattr(row, name) for name in Row.__slots__} for row in self.rows]
-            path.write_text(json.dumps(facts, indent=2))
+            rows = [asdict(row) | {"met": row.met} for row in self.rows]
+            path.write_text(json.dumps({**about, "rows": rows}, indent=2))
 
 
 def timed(work: Callable[[], float | object]) -> float:
