@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers/.installed
 TESTED := $(VENV)/.tested
-# what the tests ran on: every file, changed or not, and what had to run
-TREE = $(shell (git ls-files -s; git diff HEAD; git status --porcelain; echo $$DMDATA_TESTS_REQUIRE) | git hash-object --stdin)
+# what the tests ran on: every file, changed or not, and what had to or could run
+TREE = $(shell (git ls-files -s; git diff HEAD; git status --porcelain; echo $$DMDATA_TESTS_REQUIRE $$S3_ENDPOINT) | git hash-object --stdin)
 
 .PHONY: install demo test tested test-newest check lint types docs bench clean
 
@@ -38,7 +39,7 @@ test-newest:
 check: lint types tested docs
 
 tested: install
-	@if [ "$$(cat $(TESTED) 2>/dev/null)" = "$(TREE)" ]; then echo "the tests passed on this very tree"; \
+	@if git rev-parse --quiet --verify HEAD >/dev/null && [ "$$(cat $(TESTED) 2>/dev/null)" = "$(TREE)" ]; then echo "the tests passed on this very tree"; \
 	else $(MAKE) test; fi
 
 lint: install
@@ -52,15 +53,15 @@ docs: install
 	$(BIN)/pytest -q --doctest-modules dmdata dmpipeline
 	$(BIN)/pdoc --docformat numpy --output-directory site dmdata dmpipeline
 
-bench: install .venv-peers
+bench: install $(PEERS)
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 # s3fs, in an environment of its own: it pins a botocore that is not ours
-.venv-peers: pyproject.toml
+$(PEERS): pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'
 	.venv-peers/bin/pip install --quiet --group peers
-	touch .venv-peers
+	touch $(PEERS)
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-newest demo site dist
