@@ -451,9 +451,9 @@ def test_twenty_kills_at_random_moments_of_a_mirror_lose_nothing(
     wanted, row_bytes = values[::2], 8000
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
     server.latency_seconds = 0.02
-    n_kills = n_done = 0
+    n_kills = n_done = code = 0
     with Commands() as commands:
-        while n_kills < 20 or not n_done:
+        while n_kills < 20 or code:
             destination = tmp_path / f"{n_done}.zarr"
             before, more = server.n_requests, int(rng.integers(0, 150))
             pid = commands.start(
