@@ -271,18 +271,18 @@ def test_a_stall_is_broken_off_and_gone_on_with(
     monkeypatch.setattr("dmdata.s3._SILENCE_SECONDS", 3)  # in test_reading.py it is as long as it is
     stalled: set[str] = set()
 
-    def first_data(request: Request) -> bool:
-        is_first = request.if_match is not None and request.key not in stalled
-        if is_first:
-            stalled.add(request.key)
+    def first_data_of(key: str) -> Callable[[Request], bool]:
+        def is_first(request: Request) -> bool:
+            found = request.key == key and request.if_match is not None and key not in stalled
+            if found:
+                stalled.add(key)
+            return found
+
         return is_first
 
     for way in WAYS:
-        server.inject(
-            Fault(stall_seconds=120, stall_after=WAYS[way].inside),
-            when=lambda request, key=f"toy/data/{way}_50pct.npy": request.key == key and first_data(request),
-            times=math.inf,
-        )
+        fault = Fault(stall_seconds=120, stall_after=WAYS[way].inside)
+        server.inject(fault, when=first_data_of(f"toy/data/{way}_50pct.npy"), times=math.inf)
     got = all_ways_at_once(server, tmp_path, lambda way, name, catalog, to: way.read(name, catalog, to))
     pairs = [(np.asarray(read), WAYS[way].of(VALUES)) for way, read in got.items()]
     table.enter("silence for 120 s mid-body", server, pairs, n_faults=len(WAYS))
