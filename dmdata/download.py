@@ -7,6 +7,7 @@ checksums hold and pays only for the block in flight, and for what was damaged o
 
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dmdata.fetch import MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.locks import only_process_at
 from dmdata.plan import plan_read
+from dmdata.prices import readable_bytes
 from dmdata.selection import select
 
 _BLOCK_BYTES = 4 * MAX_RANGE_BYTES
@@ -150,6 +152,7 @@ def _append_missing(
         done = file.seek(len(checksums) * _BLOCK_BYTES)
         file.truncate()
         n_missing = state.n_bytes - done
+        _require_room(part.path, n_missing)
         transport.require_budget(n_bytes=n_missing, n_requests=-(-n_missing // MAX_RANGE_BYTES))
         while done < state.n_bytes:
             stop = min(done + _BLOCK_BYTES, state.n_bytes)
@@ -164,6 +167,16 @@ def _append_missing(
                 part.record(state, checksums)
             if progress:
                 progress(done, state.n_bytes)
+
+
+def _require_room(path: Path, n_bytes: int) -> None:
+    """Refuse, before anything is paid for, what the disk cannot hold."""
+    free = shutil.disk_usage(path.parent).free
+    if n_bytes > free:
+        raise DmdataError(
+            f"{path} still needs {readable_bytes(n_bytes)}, and its disk has room for {readable_bytes(free)}; nothing "
+            "was fetched: make room, or choose another place"
+        )
 
 
 def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None) -> None:
