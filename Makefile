@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.tested
+# what the tests ran on: every file, changed or not, and what had to run
+TREE = $(shell (git ls-files -s; git diff HEAD; git status --porcelain; echo $$DMDATA_TESTS_REQUIRE) | git hash-object --stdin)
 
-.PHONY: install demo test check lint types docs bench clean
+.PHONY: install demo test tested test-newest check lint types docs bench clean
 
 install: $(STAMP)
 
@@ -22,9 +25,21 @@ demo: install
 
 test: install
 	$(BIN)/pytest
+	@echo "$(TREE)" > $(TESTED)
 
-# the gate: lint, types, tests and docs
-check: lint types test docs
+# dmdata alone, without torch, on the newest Python there is and the newest of every package
+test-newest:
+	$$(tests/newest-python) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-newest/bin/pip install --quiet --editable '.[xarray]' --group tests
+	.venv-newest/bin/pytest -q
+
+# the gate: lint, types, tests and docs; tests that passed on this very tree are not run again
+check: lint types tested docs
+
+tested: install
+	@if [ "$$(cat $(TESTED) 2>/dev/null)" = "$(TREE)" ]; then echo "the tests passed on this very tree"; \
+	else $(MAKE) test; fi
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """Mirroring masks and margins into Zarr: how fast, how small on disk, and in how much memory."""
 
-import json
 import math
 import os
 import shutil
@@ -78,7 +77,7 @@ def against_download(bench: Bench, key: str, what: str, *, bar: str) -> int:
 
 def memory(bench: Bench, server: Nginx, *, small: bool) -> None:
     """Peak resident memory of a mirror of masks, with eight times the rows."""
-    n_models = 4096 if not small else 2048
+    n_models = 8192 if not small else 4096
     write_masks(server.objects / "masks.npy", 8 * n_models, 0.5)
     peaks = [peak_of_mirror(n_models), peak_of_mirror(8 * n_models)]
     grown = peaks[1] / peaks[0] - 1
@@ -91,16 +90,19 @@ def memory(bench: Bench, server: Nginx, *, small: bool) -> None:
 def peak_of_mirror(n_rows: int) -> float:
     """Mirror so many rows in a process of its own; returns its peak resident memory in MB."""
     program = (
-        "import sys, json, resource, dmdata\n"
+        "import sys, dmdata\n"
+        "sys.path.insert(0, sys.argv[4])\n"
+        "from reading import peak_memory\n"
         "with dmdata.budget(usd=10000):\n"
-        "    dmdata.open(sys.argv[1]).mirror(sys.argv[2], rows=slice(int(sys.argv[3])), memory_bytes=256 << 20)\n"
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))\n"
+        "    dmdata.open(sys.argv[1]).mirror(sys.argv[2], rows=slice(int(sys.argv[3])), memory_bytes=64 << 20)\n"
+        "print(peak_memory() / 1e6)\n"
     )
     destination = Path(os.environ["DMDATA_HOME"]) / "memory.zarr"
     command = [sys.executable, "-c", program, f"s3://{BUCKET}/masks.npy", str(destination), str(n_rows)]
+    command.append(str(Path(__file__).parent))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     shutil.rmtree(destination)
-    return float(json.loads(done.stdout))
+    return float(done.stdout)
 
 
 def write_masks(path: Path, n_models: int, alpha: float) -> None:

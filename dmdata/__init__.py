@@ -13,12 +13,14 @@ from dmdata.interop import torch_dataset
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
 from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004
+from dmdata.verify import Comparison, verify
 
 __all__ = [
     "Artifact",
     "Catalog",
     "CatalogLike",
     "CatalogMismatchWarning",
+    "Comparison",
     "Estimate",
     "LazyArray",
     "Spending",
@@ -30,6 +32,7 @@ __all__ = [
     "open",
     "spend",
     "torch_dataset",
+    "verify",
 ]
 
 # an installed dmdata is found by its entry point; this serves a checkout that is only on the path

@@ -71,12 +71,22 @@ class ObjectState:
     charged: bool | None = None
 
 
+SHORT_RANGE_BYTES = 256 << 10
+"""A shorter range is read as one piece: fewer calls, and little to lose where it breaks."""
+
+Buffer: TypeAlias = bytes | memoryview
+"""Bytes by the buffer protocol, whatever holds them."""
+
 Put: TypeAlias = Callable[[npt.NDArray[np.uint8]], None]
 """Takes the next bytes of a range; they are the callee's only until it returns."""
 
 
 class Source(Protocol):
     """One object's bytes."""
+
+    @property
+    def address(self) -> Address:
+        """Where the object is."""
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         """Read up to `n_bytes` from the start, in one request, with the object's size and etag.
@@ -85,6 +95,9 @@ class Source(Protocol):
         ------
         ObjectMissingError, AccessError, SourceError
         """
+
+    def piece(self, start: int, stop: int, *, etag: str | None) -> Buffer:
+        """Read a short range in one request, and one piece; raises as `read` does."""
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
         """Read a range in one request, handing over its bytes in order as they arrive; all of them, unless `stopped`.
@@ -101,6 +114,18 @@ class Source(Protocol):
         The fact `refused` of an error says that the store answered with an error instead of the object's bytes, so that
         none of those can be billed; `whole` that it began to send the whole object.
         """
+
+
+class ByPieces:
+    """Makes the pieces of a source by its `read`."""
+
+    __slots__ = ()
+
+    def piece(self: "Source", start: int, stop: int, *, etag: str | None) -> Buffer:
+        """Read a short range in one request, and one piece."""
+        parts: list[bytes] = []
+        self.read(start, stop, etag=etag, put=lambda chunk: parts.append(chunk.tobytes()), stopped=lambda: False)
+        return b"".join(parts)
 
 
 def changed(address: Address, *, refused: bool = False) -> IntegrityError:

@@ -5,7 +5,7 @@ store (a run of dmpipeline, a mirror) are the same type and cost nothing. A `Laz
 address, never with credentials, and its repr touches nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -116,7 +116,7 @@ class InZarr:
         )
         try:
             product = np.asarray(self.open().oindex[wanted])
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SystemError) as error:
             raise FormatError(
                 f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it anew",
                 url=self.url,
@@ -248,13 +248,20 @@ class LazyArray:
         """The axis along which the bytes lie in slabs: 0 in C order."""
         return max(range(self.ndim), key=lambda axis: (self.layout.strides[axis], -axis), default=0)
 
-    def price_usd(self, selections: Iterable[Selection]) -> float:
-        """Price several reads together, upper bound, as they would be planned; 0 where reading is free."""
+    def planned(self, selection: Selection) -> ReadPlan | None:
+        """Plan a selection as `read` will carry it out; None for an array of a Zarr store, not read by ranges."""
+        return self.body.plan(self.layout, selection) if isinstance(self.body, InObject) else None
+
+    def price_usd(self, n_bytes: int, n_requests: int) -> float:
+        """Price what was planned, upper bound; 0 where reading is free."""
         if not isinstance(self.body, InObject) or not self.body.transport.address.requester_pays:
             return 0.0
-        plans = [self.body.plan(self.layout, selection) for selection in selections]
-        n_bytes, n_requests = sum(plan.n_bytes for plan in plans), sum(plan.n_requests for plan in plans)
         return quote(n_bytes, n_requests, self.body.transport.destination).usd
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine, so that reading it again is quick and free."""
+        return not isinstance(self.body, InObject) or self.body.transport.address.is_local
 
     def plan(self, key: Any = ..., *, to: str | None = None, prefer: Preference | None = None) -> ReadPlan:
         """Plan the byte ranges of a selection as a read from a release would ask for them, without reading anything.
@@ -312,18 +319,21 @@ class LazyArray:
         rows: Any = slice(None),
         columns: Any = slice(None),
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        scheduler: str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> zarr.Array[Any]:
         """Copy the array, or some rows and columns of it, into a Zarr array; run again to resume.
 
         Parameters
         ----------
-        destination : path
-            Directory of the Zarr array.
+        destination : path or ``s3://bucket/prefix``
+            Of the Zarr array.
         rows, columns : slice, number or index array
             Of the first two axes. Each stays an axis of the copy.
         memory_bytes : int
             Bound on the memory of the copy.
+        scheduler : str, optional
+            Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``.
         progress : callable, optional
             Called with a `dmdata.mirror.Progress` after each block of rows.
 
@@ -334,7 +344,14 @@ class LazyArray:
         """
         key = (rows, columns)[: self.ndim] if self.ndim > 1 else (rows,)
         selection = select(key, self.shape, orthogonal=True)
-        return mirror(self, Path(destination), selection=selection, memory_bytes=memory_bytes, progress=progress)
+        return mirror(
+            self,
+            destination,
+            selection=selection,
+            memory_bytes=memory_bytes,
+            scheduler=scheduler,
+            progress=progress,
+        )
 
     def slabs(self, n_bytes: int) -> "LazyArray":
         """Show the stored bytes of the elements, in storage order, as slabs of so many.
@@ -425,7 +442,7 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage) -> Estimate:
+def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage | None = None) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -433,12 +450,13 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usag
     layout : Layout
     selection : Selection
     to : Destination
-    usage : Usage
+    usage : Usage, optional
+        What is known of the month; by default what is set.
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage or usage_of()) for plan in plans)
     return Estimate(cheapest, fastest, to, price_table().date)

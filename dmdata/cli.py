@@ -1,34 +1,17 @@
 """The ``dmdata`` command: list, describe, price, download and mirror what a catalog holds, and show what was spent."""
 
-import contextlib
-import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.progress import DownloadColumn, ProgressColumn, Task
 from rich.table import Table
-from rich.text import Text
 
-from dmdata import ledger, money_commands, release, upkeep_commands
+from dmdata import money_commands, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
 from dmdata.completion import complete_artifacts, completion_command
-from dmdata.console import Talk, ask_consent, run, talk_options
-from dmdata.mirror import DEFAULT_MEMORY_BYTES
-from dmdata.prices import (
-    GIB,
-    Destination,
-    Estimate,
-    Quote,
-    assumed_link,
-    price_table,
-    readable_bytes,
-    readable_usd,
-    usage_of,
-)
-from dmdata.settings import settings
+from dmdata.console import Talk, run, talk_options
+from dmdata.copy_commands import Priced, compare, get, mirror, option_catalog, option_to, print_estimate
+from dmdata.prices import GIB, Destination, readable_bytes, readable_usd, usage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,37 +25,10 @@ def commands() -> None:
     """Read a requester-pays release of datamodels: lazily, exactly, and with the price known first."""
 
 
-def _option_catalog(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--catalog",
-        metavar="FILE",
-        help="catalog.yaml, a folder with one, or its URL. [default: $DMDATA_CATALOG, else the published release's]",
-    )(command)
-
-
-def _option_to(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--to",
-        type=click.Choice([str(destination) for destination in Destination]),
-        default=lambda: settings().to,
-        show_default="internet, or as set",
-        help="Where the bytes go: decides the price of a byte.",
-    )(command)
-
-
-def _options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
-        click.option(
-            "--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Fail before spending more than this."
-        ),
-        click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
-    ):
-        command = option(command)
-    return _option_to(_option_catalog(command))
-
-
 for _command in (
+    get,
+    mirror,
+    compare,
     money_commands.spend,
     money_commands.prices,
     money_commands.config,
@@ -86,7 +42,7 @@ for _command in (
 
 @commands.command("ls")
 @click.argument("patterns", nargs=-1, shell_complete=complete_artifacts)
-@_option_catalog
+@option_catalog
 @talk_options
 def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -> None:
     """List artifacts by name or glob, with shape, size and what fetching each would cost.
@@ -109,7 +65,7 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
 @commands.command("info")
 @click.argument("name", required=False, shell_complete=complete_artifacts)
-@_option_catalog
+@option_catalog
 @talk_options
 def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
     """Show all that is known of NAME, an artifact or a dataset, and for each fact how it is known.
@@ -154,8 +110,8 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
 @click.option("--used-gib", type=click.FloatRange(min=0), metavar="GB", help="Sent to the internet this month already.")
 @click.option("--free-tier/--no-free-tier", default=None, help="Whether the month's free GB are left but for these.")
-@_option_to
-@_option_catalog
+@option_to
+@option_catalog
 @talk_options
 def estimate(
     talk: Talk,
@@ -173,160 +129,7 @@ def estimate(
     """
     known, usage = release.load_catalog(catalog), usage_of(used_gib, free_tier)
     priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to, usage=usage)
-    _print_estimate(talk, priced, release.total_of([price for _, price in priced], to=to, usage=usage))
-
-
-@commands.command("get")
-@click.argument("name")
-@click.option("-o", "--output", metavar="PATH", help="File or folder. [default: the object's own name]")
-@_options_spending
-@talk_options
-def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
-    """Download the object of NAME as it is. Run again to resume."""
-    known = release.load_catalog(spending["catalog"])
-    artifact = known.find(known.find(name).object_name)
-    priced = release.price_download(artifact, release.download_path(artifact, output), to=spending["to"])
-    with _paid_for(talk, priced, f"downloading {artifact.name}", **spending) as agreed:
-        if not agreed:
-            return
-        with talk.progress(DownloadColumn(), _Dollars(artifact, spending["to"])) as bars:
-            bar = bars.add_task(artifact.name, total=artifact.n_bytes)
-            path = release.get(
-                artifact.name,
-                output,
-                to=spending["to"],
-                catalog=known,
-                progress=lambda done, total: bars.update(bar, completed=done, total=total),
-            )
-    talk.print_data(
-        {"path": str(path), "bytes": path.stat().st_size}, _lines(f"{path}", readable_bytes(path.stat().st_size))
-    )
-
-
-@commands.command("mirror")
-@click.argument("patterns", nargs=-1, required=True)
-@click.argument("destination")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
-@click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')
-@click.option(
-    "--memory", type=click.IntRange(min=1), metavar="MIB", default=DEFAULT_MEMORY_BYTES >> 20, show_default=True
-)
-@_options_spending
-@talk_options
-def mirror(
-    talk: Talk,
-    patterns: tuple[str, ...],
-    destination: str,
-    exclude: tuple[str, ...],
-    select: str | None,
-    memory: int,
-    **spending: Any,
-) -> None:
-    """Copy artifacts into a chunked Zarr store at DESTINATION. Run again to resume.
-
-    One exact name makes DESTINATION that array; globs or several names make it a group.
-    """
-    known = release.load_catalog(spending["catalog"])
-    artifacts = release.arrays_of(known.match(patterns, exclude=exclude), known)
-    priced = release.price_mirror(
-        artifacts,
-        Path(destination),
-        key=select,
-        to=spending["to"],
-        memory_bytes=memory << 20,
-        alone=release.mirrored_alone(patterns, artifacts),
-    )
-    with _paid_for(talk, priced, f"mirroring {', '.join(patterns)}", **spending) as agreed:
-        if not agreed:
-            return
-        with talk.stages(defaultdict(lambda: "rows")) as show:
-            release.mirror(
-                patterns[0] if len(patterns) == 1 else patterns,
-                destination,
-                key=select,
-                exclude=exclude,
-                to=spending["to"],
-                catalog=known,
-                memory_bytes=memory << 20,
-                progress=lambda name, done: show(name, done.n_rows, done.n_rows_total),
-            )
-    names = [artifact.name for artifact in artifacts]
-    talk.print_data({"destination": destination, "artifacts": names}, _lines(destination, f"{len(names)} artifacts"))
-
-
-@contextlib.contextmanager
-def _paid_for(
-    talk: Talk,
-    priced: list[tuple[Artifact, Estimate]],
-    what: str,
-    *,
-    to: str,
-    catalog: str | None,
-    dry_run: bool,
-    max_cost: float | None,
-    yes: bool,
-) -> Any:
-    """Ask where the work costs something, and hold its budget while it runs; yields whether to go on."""
-    del catalog
-    total = release.total_of([price for _, price in priced], to=to)
-    if max_cost is not None and math.isnan(max_cost):
-        raise click.BadParameter("nan is no number of dollars", param_hint="--max-cost")
-    if dry_run:
-        _print_estimate(talk, priced, total)
-        yield False
-        return
-    paid = [price for artifact, price in priced if artifact.source.requester_pays]
-    with contextlib.ExitStack() as stack:
-        if max_cost is not None:
-            stack.enter_context(ledger.budget(usd=max_cost))
-        if paid:
-            price = release.total_of(paid, to=to)
-            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=what)
-            ask_consent(talk, price, what=what, agreed=yes)
-        yield True
-
-
-def _print_estimate(talk: Talk, priced: list[tuple[Artifact, Estimate]], total: Estimate) -> None:
-    def facts(way: Quote) -> dict[str, Any]:
-        return {
-            "bytes": way.n_bytes,
-            "requests": way.n_requests,
-            "usd": way.usd,
-            "usd_low": way.usd_low,
-            "usd_high": way.usd_high,
-            "seconds": way.seconds,
-        }
-
-    def both(price: Estimate) -> dict[str, Any]:
-        return facts(price.cheapest) | {"fastest": facts(price.fastest)}
-
-    data = both(total) | {
-        "to": str(total.destination),
-        "price_date": total.price_date,
-        "artifacts": [{"name": artifact.name} | both(price) for artifact, price in priced],
-    }
-    table = Table("artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for artifact, price in priced:
-        table.add_row(artifact.name, *_quote_cells(price.cheapest))
-        if price.fastest != price.cheapest:
-            table.add_row("  fastest", *_quote_cells(price.fastest))
-    table.add_section()
-    table.add_row("total, cheapest", *_quote_cells(total.cheapest), style="bold")
-    if total.fastest != total.cheapest:
-        table.add_row("total, fastest", *_quote_cells(total.fastest))
-    talk.print_data(data, table)
-    link = assumed_link()
-    talk.remark(
-        f"between {readable_usd(total.usd_low)} (with what may be left of the free tier) and "
-        f"{readable_usd(total.usd_high)}, at list prices of {total.price_date} to {total.destination}; seconds assume "
-        f"{link.n_connections} connections of {link.bytes_per_second / 1e6:.0f} MB/s"
-    )
-
-
-def _quote_cells(way: Any) -> tuple[str, str, str, str]:
-    return readable_bytes(way.n_bytes), f"{way.n_requests:,}", readable_usd(way.usd), f"{way.seconds:,.1f}"
+    print_estimate(talk, Priced.all_of(priced), to=to, usage=usage)
 
 
 def _describe_release(talk: Talk, known: Catalog) -> None:
@@ -391,21 +194,3 @@ def _shape_and_dtype(artifact: Artifact) -> tuple[str, str]:
 
 def _rows(bounds: tuple[int, int]) -> str:
     return f"{bounds[0]:,} to {bounds[1]:,}"
-
-
-def _lines(*texts: str) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_row(*texts)
-    return table
-
-
-class _Dollars(ProgressColumn):
-    """What the bytes so far cost."""
-
-    def __init__(self, artifact: Artifact, to: str) -> None:
-        super().__init__()
-        self._usd_per_byte = price_table().usd_per_byte(Destination(to)) if artifact.source.requester_pays else 0.0
-
-    def render(self, task: Task) -> Text:
-        """Write the dollars of the bytes that are complete."""
-        return Text(readable_usd(task.completed * self._usd_per_byte))

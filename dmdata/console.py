@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 
 from dmdata.errors import FactualError
-from dmdata.prices import Estimate, readable_bytes, readable_usd
+from dmdata.prices import Estimate, prices_in_words, readable_bytes, readable_usd
 
 EXIT_USAGE = 2
 EXIT_CONSENT = 6
@@ -146,7 +146,7 @@ def ask_consent(talk: Talk, price: Estimate, *, what: str, agreed: bool) -> None
     """
     sentence = (
         f"{what} will cost up to {readable_usd(price.usd)} ({readable_bytes(price.n_bytes)} in {price.n_requests:,} "
-        f"requests to {price.destination}, list prices of {price.price_date})"
+        f"requests to {price.destination}, {prices_in_words()})"
     )
     if agreed:
         talk.remark(sentence)

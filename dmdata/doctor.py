@@ -18,7 +18,7 @@ from dmdata.address import Address
 from dmdata.errors import AccessError, DmdataError
 from dmdata.fetch import Transport
 from dmdata.ledger import DEFAULT_PROCESS_USD, Ledger, Spending, home
-from dmdata.prices import Destination, price_table, readable_bytes, readable_usd
+from dmdata.prices import Destination, price_table, prices_in_words, readable_bytes, readable_usd
 from dmdata.s3 import access_terms
 from dmdata.settings import settings
 
@@ -144,7 +144,7 @@ def _disk(destination: Path, n_bytes: int) -> Finding:
 def _money(address: Address) -> Iterator[Finding]:
     prices = price_table()
     age = (datetime.now(UTC).date() - date.fromisoformat(prices.date)).days
-    about = f"list prices of {prices.date}; to the internet {readable_usd(prices.internet_tiers[0][1])} a GB"
+    about = f"{prices_in_words()}; to the internet {readable_usd(prices.internet_tiers[0][1])} a GB"
     if age > _OLD_PRICES_DAYS:
         yield Finding("prices", "warn", f"{about}: {age} days old", "dmdata prices show, and override what changed")
     else:

@@ -18,14 +18,15 @@ import numpy as np
 
 from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError
-from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.locks import only_process_at
-from dmdata.plan import plan_read
+from dmdata.plan import ReadPlan, plan_read
 from dmdata.prices import readable_bytes
 from dmdata.selection import select
 
-_BLOCK_BYTES = 4 * MAX_RANGE_BYTES
+_RANGES_AT_ONCE = 8
+_BLOCK_BYTES = _RANGES_AT_ONCE * MAX_RANGE_BYTES
 
 
 def download(
@@ -73,6 +74,12 @@ def download(
         if isinstance(error, DmdataError):
             raise
         raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+
+
+def n_requests_of(n_bytes: int) -> int:
+    """Count the requests of a download of so many bytes."""
+    n_blocks, rest = divmod(n_bytes, _BLOCK_BYTES)
+    return n_blocks * _RANGES_AT_ONCE + _plan_block(0, rest, n_bytes=rest).n_requests
 
 
 def bytes_complete(path: Path) -> int:
@@ -146,18 +153,16 @@ def _append_missing(
     checksums: list[int],
     progress: Callable[[int, int], object] | None,
 ) -> None:
-    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
     with part.path.open("r+b") as file:
         # a block cut short by a crash while it was written is fetched again
         done = file.seek(len(checksums) * _BLOCK_BYTES)
         file.truncate()
         n_missing = state.n_bytes - done
         _require_room(part.path, n_missing)
-        transport.require_budget(n_bytes=n_missing, n_requests=-(-n_missing // MAX_RANGE_BYTES))
+        transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
         while done < state.n_bytes:
             stop = min(done + _BLOCK_BYTES, state.n_bytes)
-            block = select(slice(done, stop), layout.shape, orthogonal=False)
-            plan = plan_read(layout, block, max_gap_bytes=0, max_range_bytes=MAX_RANGE_BYTES)
+            plan = _plan_block(done, stop, n_bytes=state.n_bytes)
             data = transport.fetch(plan, etag=state.etag).data
             file.write(data)
             file.flush()
@@ -177,6 +182,18 @@ def _require_room(path: Path, n_bytes: int) -> None:
             f"{path} still needs {readable_bytes(n_bytes)}, and its disk has room for {readable_bytes(free)}; nothing "
             "was fetched: make room, or choose another place"
         )
+
+
+def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:
+    layout = Layout((n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return plan_read(
+        layout,
+        select(slice(start, stop), layout.shape, orthogonal=False),
+        max_gap_bytes=0,
+        max_range_bytes=MAX_RANGE_BYTES,
+        n_at_once=_RANGES_AT_ONCE,
+        least_range_bytes=LEAST_RANGE_BYTES,
+    )
 
 
 def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dmdata.address import Address, ObjectState, Source
+from dmdata.address import SHORT_RANGE_BYTES, Address, ObjectState, Source, ended_short
 from dmdata.errors import DmdataError, SourceError
 from dmdata.formats import Layout
 from dmdata.ledger import Amount, Ledger, Reservation, home
@@ -46,7 +46,7 @@ _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
 # what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
 _DRAW_BYTES = 64 << 20
-_DRAW_REQUESTS = 1024
+_DRAW_REQUESTS = 4096
 _MOST_RANGES_IN_HAND = 32
 _LISTED_AT_ONCE = 4096
 # how long others may take to notice that a read has failed, before it ends without them
@@ -310,8 +310,13 @@ def _read_range(
         n_tries += 1
         tally.sending(stop - began)
         try:
-            source.read(began, stop, etag=etag, put=arrivals.put, stopped=stopping.is_set)
-            return
+            if stop - began > SHORT_RANGE_BYTES:
+                source.read(began, stop, etag=etag, put=arrivals.put, stopped=stopping.is_set)
+                return
+            arrivals.put(np.frombuffer(source.piece(began, stop, etag=etag), np.uint8))
+            if arrivals.position == stop:
+                return
+            raise ended_short(source.address, arrivals.position, transient=True)
         except DmdataError as error:
             fruitless = 0 if arrivals.position > began else fruitless + 1
             _patience(error, tally, meter, stopping, fruitless=fruitless, n_tries=n_tries)

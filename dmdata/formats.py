@@ -6,14 +6,16 @@ size, or holds more than plain numbers raises `FormatError` naming the object.
 """
 
 import ast
+import contextlib
 import io
 import math
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -188,7 +190,8 @@ def _unreadable_pt(url: str, error: Exception) -> FormatError:
 
 def _npy_facts(text: bytes, *, encoding: str, url: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
-        facts = ast.literal_eval(text.decode(encoding))
+        with _no_warnings():
+            facts = ast.literal_eval(text.decode(encoding))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise FormatError(f"{url} has a damaged .npy header: {text[:80]!r}", url=url) from error
     if not isinstance(facts, dict) or set(facts) != {"descr", "fortran_order", "shape"}:
@@ -204,6 +207,14 @@ def _npy_facts(text: bytes, *, encoding: str, url: str) -> tuple[tuple[int, ...]
             f"{url} holds {str(descr)[:80]!r}; only plain numbers are read, for anything else could run code", url=url
         )
     return shape, fortran, dtype
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep Python's parsers from warning of odd text in a file: it is judged by what it says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _plain_dtype(descr: object) -> np.dtype[Any] | None:
@@ -374,7 +385,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _pickled_tensors(pickle: bytes, *, url: str) -> dict[str, _Tensor]:
-    result = _PickleReader(url).read(pickle)
+    with _no_warnings():
+        result = _PickleReader(url).read(pickle)
     if not isinstance(result, dict) or not result:
         raise FormatError(f"{url} holds {_kind(result)}; expected a dict of tensors", url=url)
     for name, value in result.items():

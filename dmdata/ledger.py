@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from dmdata.errors import BudgetError, DmdataError, SettingsError
+from dmdata.errors import BudgetError, DmdataError, FactualError, SettingsError
 from dmdata.prices import readable_usd
 from dmdata.settings import config_path, home, settings
 
@@ -270,7 +270,10 @@ class Ledger:
                 _prepare(connection)
                 yield connection
                 connection.execute("COMMIT")
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            # a damaged file shows in what SQLite says, in text that is none, or in a value of another kind
+            if isinstance(error, FactualError):
+                raise
             raise DmdataError(
                 f"the ledger {self.path} cannot be used ({error}), so nothing is spent; set DMDATA_HOME to a "
                 "directory you can write to, or move a damaged ledger away",

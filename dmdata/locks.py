@@ -12,15 +12,15 @@ from dmdata.ledger import home
 
 
 @contextlib.contextmanager
-def only_process_at(path: Path) -> Iterator[None]:
-    """Hold a destination while the block runs; processes that share ``DMDATA_HOME`` keep each other out.
+def only_process_at(path: Path | str) -> Iterator[None]:
+    """Hold a destination, a path or an address, while the block runs; who shares ``DMDATA_HOME`` is kept out.
 
     Raises
     ------
     DmdataError
         If another process, or another thread of this one, holds it.
     """
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()
+    name = hashlib.sha256(str(path.absolute() if isinstance(path, Path) else path).encode()).hexdigest()
     lock = filelock.FileLock(home() / "locks" / f"{name}.lock", timeout=0)
     try:
         (home() / "locks").mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,20 @@
 """Copy an array into a chunked Zarr store, block by block, so that it can be stopped and resumed.
 
 Chunks are good for a block of rows and for a column alike. A block is a slab across the axis along which the source's
-bytes lie, rows for an array in C order; it is read once, written as whole chunks, and only then entered, with its
-digest, into the journal in the array's own attributes; so whatever kills the copy, what was entered is complete and is
-never fetched again. Peak memory is a few blocks and the ranges in flight, whatever the number of rows. The mirror is
-plain Zarr v3 in Blosc zstd with bitshuffle: any reader opens it.
+bytes lie, rows for an array in C order. While one block is compressed, digested and written, the next is fetched: each
+byte once, in one pass. A block is entered, with its digest, into the mirror's journal only after its chunks are
+written; ranges of a block under way are kept in a spool as they land. So whatever kills the copy, what had landed is
+never paid again. Peak memory is that of a few blocks, whatever the number of rows. The mirror is plain Zarr v3 in Blosc
+zstd: any reader opens it.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable
+import ctypes
+import os
+import queue
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,23 +22,26 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec
 
-from dmdata.errors import DmdataError, IntegrityError
+from dmdata.cluster import Carried, carried_along, run_on_cluster
+from dmdata.errors import DmdataError
+from dmdata.fetch import Spool
+from dmdata.journal import JOURNAL, Block, Blocks, BlockWriter, Journal, Original, has_mirror, open_copy
 from dmdata.ledger import Ledger, home
-from dmdata.locks import only_process_at
-from dmdata.prices import readable_bytes
-from dmdata.selection import AxisRequest, Selection
+from dmdata.place import Place
+from dmdata.plan import ReadPlan
+from dmdata.selection import Selection
+from dmdata.spool import Landing, read_key, sweep
+
+__all__ = ["DEFAULT_MEMORY_BYTES", "JOURNAL", "Progress", "Readable", "mirror", "missing_reads"]
 
 DEFAULT_MEMORY_BYTES = 512 << 20
-"""Bound on the memory of a copy, apart from up to 128 MiB in flight and what Python and its libraries take."""
+"""Bound on the memory of a copy, apart from what Python, its libraries and connections take."""
 
-JOURNAL = "dmdata_mirror"
-"""Attribute of the mirrored array that says what it is a copy of, and which blocks are complete."""
-
-_CHUNK_BYTES = 4 << 20
-_MOST_CHUNK_ROWS = 4096
-_BLOCKS_IN_MEMORY = 4
+# one is written while the next is fetched
+_BLOCKS_UNDER_WAY = 2
+# how long an interrupted copy may take to end the block it is writing
+_GRACE_SECONDS = 2.0
 
 
 class Readable(Protocol):
@@ -63,11 +71,20 @@ class Readable(Protocol):
     def slowest_axis(self) -> int:
         """The axis along which its bytes lie in slabs: 0 in C order."""
 
-    def read(self, selection: Selection, *, progress: Callable[[int], object] | None = None) -> npt.NDArray[Any]:
+    @property
+    def is_local(self) -> bool:
+        """Whether reading it again is quick and free."""
+
+    def read(
+        self, selection: Selection, *, progress: Callable[[int], object] | None = None, spool: Spool | None = None
+    ) -> npt.NDArray[Any]:
         """Read a selection."""
 
-    def price_usd(self, selections: Iterable[Selection]) -> float:
-        """Price several reads together, upper bound; 0 where reading is free."""
+    def planned(self, selection: Selection) -> ReadPlan | None:
+        """Plan a selection as `read` carries it out; None where it is not read by ranges."""
+
+    def price_usd(self, n_bytes: int, n_requests: int) -> float:
+        """Price what was planned, upper bound; 0 where reading is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,37 +98,33 @@ class Progress:
     n_rows_total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A slab of a copy: `start:stop` along the blocks' axis, and what it is of the source."""
-
-    nth: int
-    start: int
-    stop: int
-    selection: Selection
-
-
 def mirror(
     source: Readable,
-    destination: Path,
+    destination: Path | str | Place,
     *,
     selection: Selection,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    scheduler: str | None = None,
     progress: Callable[[Progress], object] | None = None,
+    received: Callable[[int], object] | None = None,
 ) -> zarr.Array[Any]:
     """Copy an array, or a product of its axes, into a Zarr array.
 
     Parameters
     ----------
     source : Readable
-    destination : Path
-        Directory of the Zarr array; where an unfinished copy of the same is there, it is gone on with.
+    destination : path or ``s3://bucket/prefix``
+        Of the Zarr array; where an unfinished copy of the same is there, it is gone on with.
     selection : Selection
         Of the source's shape. Every axis stays one: a number selects a slab of one.
     memory_bytes : int
-        Bound on the memory of a copy; decides the rows of a block.
+        Bound on the memory of a copy, on a cluster of each of its tasks; decides the rows of a block.
+    scheduler : str, optional
+        Address of a Dask scheduler, whose workers then copy the blocks; this process keeps the journal.
     progress : callable, optional
         Called after each block.
+    received : callable, optional
+        Called with the number of bytes that arrived since the last call, from any thread.
 
     Returns
     -------
@@ -127,31 +140,43 @@ def mirror(
     DmdataError
         If the destination holds something else, cannot be written, or another process is copying to it.
     AccessError, SourceError
-        From the source; blocks complete by then stay.
+        From the source; what has landed by then stays.
     """
+    place = Place.of(destination)
     selection = replace(selection, kept=tuple(range(len(selection.axes))))
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with only_process_at(destination):
-            copy = _open_or_create(source, destination, selection, memory_bytes)
-            _copy_missing_blocks(source, copy, selection, progress)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, DmdataError):
-            raise
-        raise DmdataError(
-            f"{destination} cannot be written: {error}; blocks complete so far stay, run the same again to go on"
-        ) from error
-    return copy
+    with place.explain_errors(), place.claimed() as hold_on:
+        journal = _open_or_create(source, place, selection, memory_bytes)
+        reads = _distinct(journal.blocks, journal.missing())
+        usd = _price(source, reads)
+        if usd:
+            Ledger(home()).check(usd=usd, artifact=source.name)
+
+        sweep(place.spool_directory())
+        n_rows = journal.n_rows_complete
+
+        def report(nth: int) -> None:
+            nonlocal n_rows
+            hold_on()
+            n_rows += journal.blocks[nth].stop - journal.blocks[nth].start
+            if progress:
+                progress(Progress(n_rows, journal.blocks.n_rows))
+
+        if reads and scheduler:
+            _copy_on_cluster(source, journal, scheduler, paid=usd > 0, report=report, received=received)
+        elif reads:
+            _copy_here(source, journal, report=report, received=received)
+        shutil.rmtree(place.spool_directory(), ignore_errors=True)
+        return open_copy(place, "r+")
 
 
-def missing_blocks(
-    destination: Path, selection: Selection, *, name: str, itemsize: int, axis: int, memory_bytes: int
-) -> list[Block]:
-    """List the blocks that a copy still needs: all of them where there is none yet. Touches no network.
+def missing_reads(
+    destination: Path | str | Place, selection: Selection, *, name: str, itemsize: int, axis: int, memory_bytes: int
+) -> list[tuple[Selection, int]]:
+    """List the reads that a copy still needs: all of them where there is none yet. Asks nothing of the source.
 
     Parameters
     ----------
-    destination : Path
+    destination : path or ``s3://bucket/prefix``
     selection : Selection
     name : str
         Of the source.
@@ -160,132 +185,212 @@ def missing_blocks(
     axis : int
         The source's slowest axis.
     memory_bytes : int
+
+    Returns
+    -------
+    reads : list of (Selection, int)
+        One block of each kind, and how many cost the same.
     """
-    selection = replace(selection, kept=tuple(range(len(selection.axes))))
+    place = Place.of(destination)
     try:
-        journal = dict(zarr.open_array(destination, mode="r").attrs[JOURNAL])  # type: ignore[arg-type] # any JSON
-        if journal["artifact"] == name and journal["selection"] == _selection_digest(selection):
-            return _missing(selection, journal)
-    except (OSError, KeyError, ValueError, TypeError):
-        pass  # nothing there, or something else, which the copy itself will refuse
-    n_rows = _rows_of_a_block(selection.product_shape, axis, itemsize, memory_bytes)
-    return _missing(selection, {"axis": axis, "block_rows": n_rows, "digests": {}})
+        with place.explain_errors("read"):
+            journal = Journal.load(place) if has_mirror(place) else None
+        if journal and journal.original.artifact == name and journal.blocks.selection.digest == selection.digest:
+            return _distinct(journal.blocks, journal.missing())
+    except DmdataError:
+        pass  # something else, which the copy itself will refuse
+    blocks = Blocks.cut(selection, axis=axis, itemsize=itemsize, memory_bytes=memory_bytes)
+    return _distinct(blocks, (blocks[nth] for nth in range(len(blocks))))
 
 
-def block_digest(block: npt.NDArray[Any]) -> str:
-    """Compute the SHA-256 of a block's elements in C order, as hexadecimal text."""
-    return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
+def _price(source: Readable, reads: list[tuple[Selection, int]]) -> float:
+    n_bytes = n_requests = 0
+    for selection, count in reads:
+        plan = source.planned(selection)
+        if plan is not None:
+            n_bytes, n_requests = n_bytes + count * plan.n_bytes, n_requests + count * plan.n_requests
+    return source.price_usd(n_bytes, n_requests)
 
 
-def _copy_missing_blocks(
-    source: Readable, copy: zarr.Array[Any], selection: Selection, progress: Callable[[Progress], object] | None
-) -> None:
-    journal: dict[str, Any] = dict(copy.attrs[JOURNAL])  # type: ignore[arg-type] # attributes are any JSON
-    digests = dict(journal["digests"])
-    missing = _missing(selection, journal)
-    usd = source.price_usd(block.selection for block in missing)
-    if usd:
-        Ledger(home()).check(usd=usd, artifact=source.name)
-    n_rows, n_done = copy.shape[journal["axis"]], copy.shape[journal["axis"]] - sum(b.stop - b.start for b in missing)
-    before: tuple[slice, ...] = (slice(None),) * journal["axis"]
+def _distinct(blocks: Blocks, missing: Iterable[Block]) -> list[tuple[Selection, int]]:
+    """Count blocks that cost the same: where rows are evenly spaced, all with as many of them."""
+    if blocks.selection.axes and not isinstance(blocks.selection.axes[blocks.axis], range):
+        return [(block.selection, 1) for block in missing]
+    counts: Counter[int] = Counter()
+    examples: dict[int, Selection] = {}
     for block in missing:
-        data = source.read(block.selection)
-        copy[(*before, slice(block.start, block.stop))] = data
-        digests[str(block.nth)] = block_digest(data)
-        copy.attrs[JOURNAL] = journal | {"digests": digests}
-        n_done += block.stop - block.start
-        if progress:
-            progress(Progress(n_done, n_rows))
+        counts[block.stop - block.start] += 1
+        examples.setdefault(block.stop - block.start, block.selection)
+    return [(examples[n_rows], count) for n_rows, count in counts.items()]
 
 
-def _missing(selection: Selection, journal: dict[str, Any]) -> list[Block]:
-    axis, block_rows, digests = journal["axis"], journal["block_rows"], journal["digests"]
-    n_rows = len(selection.axes[axis])
-    blocks = []
-    for nth, start in enumerate(range(0, n_rows, block_rows)):
-        if str(nth) not in digests:
-            stop = min(start + block_rows, n_rows)
-            axes = (*selection.axes[:axis], selection.axes[axis][start:stop], *selection.axes[axis + 1 :])
-            blocks.append(Block(nth, start, stop, replace(selection, axes=axes)))
-    return blocks
+def _open_or_create(source: Readable, place: Place, selection: Selection, memory_bytes: int) -> Journal:
+    original = Original(source.name, source.identity, source.shape, str(source.dtype))
+    if has_mirror(place):
+        open_copy(place, "r+")
+        journal = Journal.load(place)
+        journal.require_same(original, selection)
+        return journal
+    itemsize = source.dtype.itemsize
+    blocks = Blocks.cut(selection, axis=source.slowest_axis, itemsize=itemsize, memory_bytes=memory_bytes)
+    blocks.require_memory(source.name, itemsize=itemsize, memory_bytes=memory_bytes)
+    return Journal.create(place, original, blocks, dims=source.dims, dtype=source.dtype)
 
 
-def _open_or_create(source: Readable, destination: Path, selection: Selection, memory_bytes: int) -> zarr.Array[Any]:
-    about = {"artifact": source.name, "object": source.identity, "selection": _selection_digest(selection)}
-    if (destination / "zarr.json").exists():
-        return _reopen(destination, about)
-    if destination.exists() and any(destination.iterdir()):
-        raise DmdataError(f"{destination} is not empty and no mirror; choose another destination")
-    shape, itemsize, axis = selection.product_shape, source.dtype.itemsize, source.slowest_axis
-    block_rows = _rows_of_a_block(shape, axis, itemsize, memory_bytes)
-    row_bytes = _row_bytes(shape, axis, itemsize)
-    if row_bytes * _BLOCKS_IN_MEMORY > memory_bytes:
-        raise DmdataError(
-            f"one row of {source.name} has {readable_bytes(row_bytes)}, too much for {readable_bytes(memory_bytes)} of "
-            f"memory; allow at least {readable_bytes(_BLOCKS_IN_MEMORY * row_bytes)}"
+def _copy_here(
+    source: Readable,
+    journal: Journal,
+    *,
+    report: Callable[[int], object],
+    received: Callable[[int], object] | None,
+) -> None:
+    """Fetch block after block in this thread, which Ctrl-C reaches; another one writes them."""
+    writer = _Writer(journal)
+    try:
+        for block in journal.missing():
+            landing = writer.vacant()
+            data = _read(source, block, journal.place, landing, received)
+            writer.put(block, data, landing)
+            for nth in writer.finished():
+                report(nth)
+        for nth in writer.finished(wait=True):
+            report(nth)
+    except Exception:
+        writer.end()  # what is fetched is written first
+        raise
+    except BaseException:
+        writer.end(seconds=_GRACE_SECONDS)
+        raise
+    writer.end()
+
+
+def _read(
+    source: Readable, block: Block, place: Place, landing: Landing, received: Callable[[int], object] | None
+) -> npt.NDArray[Any]:
+    plan = None if source.is_local else source.planned(block.selection)
+    if plan is not None and plan.n_requests:
+        path = place.spool_directory() / str(block.nth)
+        landing.attach(path, read_key(source.identity, plan), plan.wanted_bytes)
+    return source.read(block.selection, progress=received, spool=landing)
+
+
+class _Writer:
+    """A thread that compresses, digests and writes blocks, and enters them into the journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._blocks = BlockWriter(journal.place)
+        self._vacant: queue.SimpleQueue[Landing] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[tuple[Block, npt.NDArray[Any], Landing] | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._is_abandoned = False
+        self._n_under_way = 0
+        for _ in range(_BLOCKS_UNDER_WAY):
+            self._vacant.put(Landing())
+        self._thread = threading.Thread(target=self._run, name="dmdata-mirror", daemon=True)
+        self._thread.start()
+
+    def vacant(self) -> Landing:
+        """Wait for memory that a block can be read into; raise what writing failed for."""
+        landing = self._vacant.get()
+        self._raise_failure()
+        return landing
+
+    def put(self, block: Block, data: npt.NDArray[Any], landing: Landing) -> None:
+        """Have a block written; its memory is vacant again afterwards."""
+        self._n_under_way += 1
+        self._received.put((block, data, landing))
+
+    def finished(self, *, wait: bool = False) -> Iterator[int]:
+        """Yield the numbers of blocks written since the last call, or of all; raise what writing failed for."""
+        while self._n_under_way and (wait or not self._finished.empty()):
+            nth = self._finished.get()
+            self._n_under_way -= 1
+            self._raise_failure()
+            yield nth
+
+    def end(self, *, seconds: float | None = None) -> None:
+        """End the thread: after all blocks, or after the one it is writing if it may take only so long."""
+        self._is_abandoned = seconds is not None
+        self._received.put(None)
+        self._thread.join(seconds)
+        while not self._vacant.empty():
+            self._vacant.get().detach()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (item := self._received.get()) is not None:
+            block, data, landing = item
+            try:
+                if self._failure is None and not self._is_abandoned:
+                    digest = self._blocks.write(self._journal.blocks.region(block.start, block.stop), data)
+                    self._journal.record(block.nth, digest)
+                    landing.discard()
+                else:
+                    landing.detach()
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                self._failure = error
+                landing.detach()
+            del item, data
+            _return_memory()
+            self._vacant.put(landing)
+            self._finished.put(block.nth)
+        self._blocks.end()
+
+
+def _return_memory() -> None:
+    """Give back what was freed: chunks of a few mebibytes leave gaps in glibc's heaps, more with every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
+
+
+def _copy_on_cluster(
+    source: Readable,
+    journal: Journal,
+    scheduler: str,
+    *,
+    paid: bool,
+    report: Callable[[int], object],
+    received: Callable[[int], object] | None,
+) -> None:
+    with carried_along(paid=paid) as carried:
+        tasks = (
+            (source, journal.place, block, journal.blocks.region(block.start, block.stop), carried)
+            for block in journal.missing()
         )
-    return zarr.create_array(
-        destination,
-        shape=shape,
-        dtype=source.dtype,
-        chunks=_chunks(shape, axis, block_rows, itemsize),
-        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize),
-        dimension_names=source.dims,
-        attributes={JOURNAL: about | {"axis": axis, "block_rows": block_rows, "digests": {}}},
-    )
+        for nth, digest, n_bytes in run_on_cluster(scheduler, copy_block, tasks):
+            journal.record(nth, digest)
+            if received:
+                received(n_bytes)
+            report(nth)
 
 
-def _row_bytes(shape: tuple[int, ...], axis: int, itemsize: int) -> int:
-    return math.prod(size for other, size in enumerate(shape) if other != axis) * itemsize
+def copy_block(
+    source: Readable, place: Place, block: Block, region: tuple[slice, ...], carried: Carried
+) -> tuple[int, bytes, int]:
+    """Copy one block, in a worker: the same bytes to the same chunks, however often.
 
-
-def _rows_of_a_block(shape: tuple[int, ...], axis: int, itemsize: int, memory_bytes: int) -> int:
-    row_bytes = max(_row_bytes(shape, axis, itemsize), 1)
-    return _power_of_two_below(memory_bytes // (_BLOCKS_IN_MEMORY * row_bytes), most=_MOST_CHUNK_ROWS)
-
-
-def _chunks(shape: tuple[int, ...], axis: int, block_rows: int, itemsize: int) -> tuple[int, ...]:
-    """Cut blocks into chunks along one more axis, so that a column need not be read with all others."""
-    chunks = list(shape)
-    chunks[axis] = block_rows
-    across = next((other for other in range(len(shape)) if other != axis), None)
-    if across is not None:
-        chunks[across] = 1
-        chunks[across] = _CHUNK_BYTES // max(math.prod(chunks) * itemsize, 1)
-    return tuple(max(min(chunk, size), 1) for chunk, size in zip(chunks, shape, strict=True))
-
-
-def _reopen(destination: Path, about: dict[str, str]) -> zarr.Array[Any]:
-    opened = zarr.open(destination, mode="r+")
-    journal = opened.attrs.get(JOURNAL)
-    if not isinstance(opened, zarr.Array) or not isinstance(journal, dict):
-        raise DmdataError(f"{destination} is a Zarr store but no mirror; choose another destination")
-    if journal["artifact"] != about["artifact"] or journal["selection"] != about["selection"]:
-        raise DmdataError(
-            f"{destination} is a mirror of {journal['artifact']} with other rows or columns; choose another destination"
-        )
-    if journal["object"] != about["object"]:
-        raise IntegrityError(
-            f"{about['artifact']} has changed since the mirror {destination} was begun, so their blocks do not fit; "
-            "mirror it to another destination",
-            url=about["artifact"],
-        )
-    return opened
-
-
-def _selection_digest(selection: Selection) -> str:
-    """Name a selection by what it selects, so that a copy is gone on with only by the same."""
-    digest = hashlib.sha256()
-    for axis in selection.axes:
-        digest.update(_written(axis))
-    return digest.hexdigest()
-
-
-def _written(axis: AxisRequest) -> bytes:
-    if isinstance(axis, range):
-        return f"{axis.start}:{axis.stop}:{axis.step};".encode()
-    return b"[" + axis.astype("<i8").tobytes() + b"]"
-
-
-def _power_of_two_below(limit: int, *, most: int) -> int:
-    return 1 << (max(min(limit, most), 1).bit_length() - 1)
+    Returns
+    -------
+    nth : int
+    digest : bytes
+    n_bytes : int
+        That had to be fetched.
+    """
+    counts: list[int] = []
+    landing = Landing()
+    with carried.in_force(), place.explain_errors():
+        try:
+            data = _read(source, block, place, landing, counts.append)
+            writer = BlockWriter(place)
+            digest = writer.write(region, data)
+            writer.end()
+            landing.discard()
+        finally:
+            landing.detach()
+    return block.nth, digest, sum(counts)

@@ -1,6 +1,8 @@
 """Commands about money and settings: ``spend``, ``prices``, ``config``."""
 
 import math
+import os
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -8,10 +10,11 @@ from rich.table import Table
 
 from dmdata import ledger
 from dmdata.console import Talk, talk_options
-from dmdata.prices import PRICES, Destination, price_table, readable_bytes, readable_usd
+from dmdata.prices import GIB, PRICES, Destination, price_table, prices_in_words, readable_bytes, readable_usd
 from dmdata.settings import config_path, set_in_file, settings, settings_in_force
 
 _WHAT = {
+    "date": "day the prices were looked up",
     "usd_per_get": "a GET or HEAD request",
     "free_gib": "GB to the internet that are free each month",
     "internet_tiers": "GB of the month up to which a price holds, and dollars a GB",
@@ -22,33 +25,58 @@ _WHAT = {
 @click.command("spend")
 @click.option(
     "--by",
+    multiple=True,
     type=click.Choice(["day", "month", "artifact", "destination", "state", "charged"]),
-    help="Group by; 'charged' is what sources confirmed by x-amz-request-charged.",
+    help="Group by; may be given several times. 'charged' is what sources confirmed by x-amz-request-charged.",
 )
 @talk_options
-def spend(talk: Talk, by: ledger.Grouping | None) -> None:
-    """Show what was spent through this machine's ledger: an upper bound of the bill, at list prices.
+def spend(talk: Talk, by: tuple[ledger.Grouping, ...]) -> None:
+    """Show what was spent through this machine's ledger: an upper bound of the bill, at the prices in force then.
 
-    Where no transfer broke it is exact. What the sources themselves said of charging is set beside it.
+    Where no transfer broke it is exact. What the sources themselves said of charging is set beside it, and what is
+    left of the month's budget.
     """
     books = ledger.Ledger(ledger.home())
     nothing = ledger.Spending(0.0, 0, 0, 0)
     total = books.spent().get("total", nothing)
-    groups = books.spent(by=by) if by else {}
+    groups = {grouping: books.spent(by=grouping) for grouping in by}
     charged = books.spent(by="charged")
-    table = Table(by or "", "dollars", "bytes", "requests", "reads", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, part in (groups | {"total": total}).items():
-        table.add_row(
-            name, readable_usd(part.usd), readable_bytes(part.n_bytes), f"{part.n_requests:,}", f"{part.n_reads:,}"
-        )
+    month = _month_facts(books.spent(by="month"))
+    tables = [_spending_table(grouping, parts) for grouping, parts in groups.items()]
+    tables.append(_spending_table("", {"total": total}))
     data = _spending_facts(total) | {"charged": {name: _spending_facts(part) for name, part in charged.items()}}
-    if by:
-        data[f"by_{by}"] = {name: _spending_facts(part) for name, part in groups.items()}
-    talk.print_data(data, table)
+    data["month"] = month
+    for grouping, parts in groups.items():
+        data[f"by_{grouping}"] = {name: _spending_facts(part) for name, part in parts.items()}
+    talk.print_data(data, *tables)
     said = ", ".join(f"{readable_usd(part.usd)} {name}" for name, part in charged.items())
     talk.remark(f"ledger: {books.path}" + (f"; by the sources' own word: {said}" if said else ""))
+    spent_of_month = f"{month['month']}: {readable_usd(month['usd'])}"
+    if month["limit_usd"] is None:
+        talk.remark(f"{spent_of_month}; no budget for the month is set: dmdata config set max_cost 5.00")
+    else:
+        talk.remark(f"{spent_of_month} of {readable_usd(month['limit_usd'])}, {readable_usd(month['left_usd'])} left")
+
+
+def _month_facts(by_month: dict[str, ledger.Spending]) -> dict[str, Any]:
+    month, limit_usd = f"{datetime.now(UTC):%Y-%m}", settings().max_cost
+    usd = by_month[month].usd if month in by_month else 0.0
+    left_usd = None if limit_usd is None else max(limit_usd - usd, 0.0)
+    return {"month": month, "usd": usd, "limit_usd": limit_usd, "left_usd": left_usd}
+
+
+def _spending_table(grouping: str, parts: dict[str, ledger.Spending]) -> Table:
+    table = Table(grouping, "dollars", "bytes", "requests", "reads", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, part in parts.items():
+        sizes = (readable_bytes(part.n_bytes), f"{part.n_requests:,}", f"{part.n_reads:,}")
+        table.add_row(name, readable_usd(part.usd), *sizes)
+    return table
+
+
+def _spending_facts(part: ledger.Spending) -> dict[str, Any]:
+    return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
 
 
 @click.group("prices")
@@ -60,35 +88,25 @@ def prices() -> None:
 @talk_options
 def show(talk: Talk) -> None:
     """Show the price table in force: its date, each price, and what the config file overrides."""
-    table_in_force = price_table()
+    in_force = price_table()
     overridden = settings().prices.model_dump(exclude_none=True)
+    listed = f"list prices of {PRICES.date}"
     table = Table("price", "value", "what it is", "from", box=None, header_style="bold")
-    origins = {name: str(config_path()) if name in overridden else f"list prices of {PRICES.date}" for name in _WHAT}
     for name, what in _WHAT.items():
-        table.add_row(name, _written(getattr(table_in_force, name)), what, origins[name])
+        origin = str(config_path()) if name in overridden else listed
+        table.add_row(name, _written(getattr(in_force, name)), what, origin)
+    destinations: dict[str, dict[str, float | None]] = {}
     for to in Destination:
-        gap = table_in_force.break_even_gap_bytes(to)
-        usd = f"{readable_usd(table_in_force.usd_per_byte(to) * (1 << 30))} a GB"
+        usd_per_gib, gap = in_force.usd_per_byte(to) * GIB, in_force.break_even_gap_bytes(to)
         worth = "any number of bytes" if math.isinf(gap) else f"{gap:,.0f} bytes"
-        table.add_row(f"to {to}", usd, f"at most; a request costs as much as {worth}", "")
-    destinations = {
-        str(to): {
-            "usd_per_gib": table_in_force.usd_per_byte(to) * (1 << 30),
-            "break_even_gap_bytes": None if math.isinf(gap := table_in_force.break_even_gap_bytes(to)) else gap,
-        }
-        for to in Destination
-    }
-    tiers = [[None if math.isinf(limit) else limit, usd] for limit, usd in table_in_force.internet_tiers]
-    data: dict[str, Any] = {name: getattr(table_in_force, name) for name in _WHAT}
-    data |= {
-        "date": table_in_force.date,
-        "internet_tiers": tiers,
-        "destinations": destinations,
-        "overridden": sorted(overridden),
-    }
+        about = f"at most; a request costs as much as {worth}, so smaller gaps are fetched"
+        table.add_row(f"to {to}", f"{readable_usd(usd_per_gib)} a GB", about, "")
+        destinations[str(to)] = {"usd_per_gib": usd_per_gib, "break_even_gap_bytes": _finite(gap)}
+    data = {name: _finite(getattr(in_force, name)) for name in _WHAT}
+    data |= {"destinations": destinations, "overridden": sorted(overridden), "config": str(config_path())}
     talk.print_data(data, table)
     talk.remark(
-        f"prices of {table_in_force.date}, US regions, one GB being 2^30 bytes; yours differ? "
+        f"{prices_in_words()}, US regions, one GB being 2^30 bytes; yours differ? "
         "dmdata config set prices.usd_per_get 0.0000004"
     )
 
@@ -105,14 +123,18 @@ def config(context: click.Context, talk: Talk) -> None:
     fields = type(settings()).model_fields
     for setting in listed:
         table.add_row(setting.name, _written(setting.value), setting.origin, fields[setting.name].description)
-    facts = {setting.name: {"value": setting.value, "from": setting.origin} for setting in listed}
+    facts = {setting.name: {"value": _finite(setting.value), "from": setting.origin} for setting in listed}
     talk.print_data({"path": str(config_path()), "settings": facts}, table)
 
 
 @config.command("path")
-def path() -> None:
+@talk_options
+def path(talk: Talk) -> None:
     """Print where the config file is, or would be."""
-    click.echo(config_path())
+    if talk.as_json:
+        talk.print_data({"path": str(config_path())})
+    else:
+        click.echo(config_path())
 
 
 @config.command("set")
@@ -120,9 +142,12 @@ def path() -> None:
 @click.argument("value")
 @talk_options
 def set_(talk: Talk, name: str, value: str) -> None:
-    """Write NAME: VALUE to the config file, as max_cost 5, or prices.usd_per_get 0.0000004."""
+    """Write NAME: VALUE to the config file, as max_cost 5, or prices.usd_per_get 0.0000004.
+
+    VALUE is read as YAML. Comments in the file are not kept.
+    """
     set_in_file(name, value)
-    talk.remark(f"{name} is set in {config_path()}")
+    _print_written(talk, name, f"{name} is set in {config_path()}")
 
 
 @config.command("unset")
@@ -131,10 +156,19 @@ def set_(talk: Talk, name: str, value: str) -> None:
 def unset(talk: Talk, name: str) -> None:
     """Take NAME out of the config file."""
     set_in_file(name, None)
-    talk.remark(f"{name} is not set in {config_path()}")
+    _print_written(talk, name, f"{name} is not set in {config_path()}")
+
+
+def _print_written(talk: Talk, name: str, done: str) -> None:
+    variable = f"DMDATA_{name.upper()}"
+    if talk.as_json:
+        talk.print_data({"name": name, "path": str(config_path())})
+    talk.remark(done + (f", but {variable} is set too and comes first" if os.environ.get(variable) else ""))
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_written(part)}" for name, part in value.items())
     if isinstance(value, tuple) and value and isinstance(value[0], tuple):
         return "; ".join(f"{'above' if math.isinf(limit) else f'to {limit:,.0f}'}: ${usd:g}" for limit, usd in value)
     if isinstance(value, tuple):
@@ -144,5 +178,10 @@ def _written(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _spending_facts(part: ledger.Spending) -> dict[str, Any]:
-    return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
+def _finite(value: Any) -> Any:
+    """Make a value fit for JSON, which has no infinity: None stands for it."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -2,16 +2,18 @@
 
 List prices in US regions; nobody but the account's owner knows its discounts, its other traffic of the month or its
 free tier. The dollars named by default are therefore an upper bound: as if the free tier were used up and the first
-price tier not yet. Whoever knows the account says so, and the bounds close in; whoever pays other prices sets them in
-the config file. Budgets always reserve the upper bound. One GB is 2**30 bytes here, as on the bill.
+price tier not yet. The lower bound is the least that any month could make of it. Whoever knows the account says so, and
+the bounds close in; whoever pays other prices sets them in the config file. Budgets know nothing of the month: they
+always reserve the widest upper bound. One GB is 2**30 bytes here, as on the bill.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from dmdata.errors import SelectionError
-from dmdata.settings import settings
+from dmdata.settings import LinkOverrides, PriceOverrides, settings
 
 GIB = 1 << 30
 
@@ -90,7 +92,7 @@ class PriceTable:
     free_gib : float
         GB to the internet that are free each month, over all services of the account.
     internet_tiers : tuple of (float, float)
-        GB of the month up to which a price holds, and dollars a GB; the last reaches to infinity.
+        GB of the month up to which a price holds, and dollars a GB, which never rise; the last reaches to infinity.
     cross_region_usd_per_gib : tuple of float
         Lowest and highest dollars a GB between US regions.
     """
@@ -138,8 +140,18 @@ PRICES = PriceTable(
 
 def price_table() -> PriceTable:
     """Take the list prices, with what the config file says otherwise."""
-    overrides = settings().prices.model_dump(exclude_none=True)
-    return replace(PRICES, **overrides) if overrides else PRICES
+    return _with_overrides(settings().prices)
+
+
+def prices_in_words() -> str:
+    """Say which prices dollars are reckoned with: of which day, and what is the user's own."""
+    own = settings().prices.model_dump(exclude_none=True, exclude={"date"})
+    return f"list prices of {price_table().date}" + (f" with {', '.join(own)} as set" if own else "")
+
+
+@functools.lru_cache(maxsize=8)
+def _with_overrides(overrides: PriceOverrides) -> PriceTable:
+    return replace(PRICES, **overrides.model_dump(exclude_none=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +160,13 @@ class Usage:
 
     Attributes
     ----------
-    used_gib : float
-        GB that already went to the internet this month.
+    used_gib : float or None
+        GB that already went to the internet this month; None where nobody knows.
     free_tier : bool
         Whether the free GB of the month are the reader's to use, less what was used; otherwise they may be gone.
     """
 
-    used_gib: float = 0.0
+    used_gib: float | None = None
     free_tier: bool = False
 
 
@@ -168,7 +180,7 @@ def usage_of(used_gib: float | None = None, free_tier: bool | None = None) -> Us
     """
     known = settings()
     used = known.used_gib if used_gib is None else used_gib
-    if not (math.isfinite(used) and used >= 0):
+    if used is not None and not (math.isfinite(used) and used >= 0):
         raise SelectionError(f"used_gib={used}; give the GB of this month so far, at least 0")
     return Usage(used, known.free_tier if free_tier is None else free_tier)
 
@@ -207,8 +219,12 @@ LINK = Link()
 
 def assumed_link() -> Link:
     """Take the assumed link, with what the config file says otherwise."""
-    overrides = settings().link.model_dump(exclude_none=True)
-    return replace(LINK, **overrides) if overrides else LINK
+    return _link_with(settings().link)
+
+
+@functools.lru_cache(maxsize=8)
+def _link_with(overrides: LinkOverrides) -> Link:
+    return replace(LINK, **overrides.model_dump(exclude_none=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +236,8 @@ class Quote:
     n_requests, n_bytes : int
         As planned: what is fetched, gaps included.
     usd, usd_low, usd_high : float
-        Dollars. ``usd`` is what a budget reserves: the upper bound. ``usd_low`` takes an untouched free tier and the
-        lowest list price.
+        Dollars: ``usd`` is the upper bound, as ``usd_high``, and what a budget reserves unless more is known of the
+        month; ``usd_low`` is the least it can be.
     seconds : float
         By the assumed link.
     """
@@ -255,17 +271,17 @@ class Estimate:
 
     @property
     def usd(self) -> float:
-        """Dollars of the cheapest way: the upper bound a budget reserves."""
+        """Dollars of the cheapest way: the upper bound."""
         return self.cheapest.usd
 
     @property
     def usd_low(self) -> float:
-        """Lower bound: an untouched free tier, the lowest list price."""
+        """Lower bound: free GB left, or so much used that the last tier's price holds; as far as either may be."""
         return self.cheapest.usd_low
 
     @property
     def usd_high(self) -> float:
-        """Upper bound: free tier used up, highest list price."""
+        """Upper bound: free GB used up unless known to be left, highest price that may hold."""
         return self.cheapest.usd_high
 
     @property
@@ -286,12 +302,29 @@ def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usa
     usage : Usage
         What is known of the month; by default nothing, which gives the widest bounds.
     """
-    prices, link = price_table(), assumed_link()
+    known = settings()
+    prices, link = _with_overrides(known.prices), _link_with(known.link)
     requests_usd = n_requests * prices.usd_per_get
-    # prices fall with use: the most is paid right behind the free GB, unless those are known to be left
-    most_from = usage.used_gib if usage.free_tier else max(usage.used_gib, prices.free_gib)
-    high = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=most_from)
-    low = requests_usd + prices.transfer_usd(n_bytes, destination, used_gib=usage.used_gib)
-    if destination is Destination.CROSS_REGION:
-        low = requests_usd + n_bytes / GIB * prices.cross_region_usd_per_gib[0]
+    low, high = _transfer_bounds_usd(prices, n_bytes, destination, usage)
+    low, high = low + requests_usd, high + requests_usd
     return Quote(n_requests, n_bytes, usd=high, usd_low=low, usd_high=high, seconds=link.seconds(n_bytes, n_requests))
+
+
+def _transfer_bounds_usd(
+    prices: PriceTable, n_bytes: int, destination: Destination, usage: Usage
+) -> tuple[float, float]:
+    if destination is not Destination.INTERNET:
+        lowest = prices.cross_region_usd_per_gib[0] if destination is Destination.CROSS_REGION else 0.0
+        return n_bytes / GIB * lowest, n_bytes * prices.usd_per_byte(destination)
+
+    def after(used_gib: float) -> float:
+        return prices.transfer_usd(n_bytes, destination, used_gib=used_gib)
+
+    used_gib = usage.used_gib or 0.0
+    if usage.free_tier:
+        return after(used_gib), after(used_gib)
+    # prices never rise with use: the most is paid right behind the free GB, the least within them or in the last tier
+    high = after(max(used_gib, prices.free_gib))
+    if usage.used_gib is None:
+        return min(after(0.0), n_bytes / GIB * prices.internet_tiers[-1][1]), high
+    return after(used_gib), high

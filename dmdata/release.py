@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 from urllib.parse import urlsplit
@@ -21,14 +22,15 @@ import zarr.errors
 from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import bytes_complete, download
+from dmdata.download import bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
-from dmdata.fetch import MAX_RANGE_BYTES, Transport
+from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.headers import NPY, Header, read_header
 from dmdata.ledger import Ledger, home
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_blocks
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
 from dmdata.mirror import mirror as mirror_array
+from dmdata.place import Place
 from dmdata.prices import Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
 from dmdata.selection import Selection, parse_selection, select
 from dmdata.settings import settings
@@ -188,36 +190,41 @@ def price_artifacts(
     priced = []
     for artifact in artifacts:
         if key is None:
-            n_requests = -(-artifact.n_bytes // MAX_RANGE_BYTES) + 1
+            n_requests = n_requests_of(artifact.n_bytes) + 1
             priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
             continue
         if artifact.schema is None:
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
         layout = _claimed_layout(artifact)
         selection = _parsed(key, layout.shape)
-        data = estimate_read(layout, selection, to=destination_of(to), usage=usage or usage_of())
-        total = _totalled([data], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
+        data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
+        total = _totalled([(data, 1)], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
         priced.append((artifact, total))
     return priced
 
 
 def price_mirror(
-    artifacts: Sequence[Artifact], destination: Path, *, key: Any, to: str | None, memory_bytes: int, alone: bool
+    artifacts: Sequence[Artifact],
+    destination: str | os.PathLike[str],
+    *,
+    key: Any,
+    to: str | None,
+    memory_bytes: int,
+    alone: bool,
 ) -> list[tuple[Artifact, Estimate]]:
     """Price what a mirror still lacks, by what the catalog claims and what is complete at its destination."""
-    priced = []
+    priced, target = [], Place.of(destination)
     for artifact in artifacts:
         layout = _claimed_layout(artifact)
-        slowest = max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0)
-        blocks = missing_blocks(
-            destination if alone else destination / artifact.name,
+        reads = missing_reads(
+            target if alone else target / artifact.name,
             _parsed(key, layout.shape),
             name=artifact.name,
             itemsize=layout.dtype.itemsize,
-            axis=slowest,
+            axis=max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0),
             memory_bytes=memory_bytes,
         )
-        data = [estimate_read(layout, block.selection, to=destination_of(to), usage=usage_of()) for block in blocks]
+        data = [(estimate_read(layout, selection, to=destination_of(to)), count) for selection, count in reads]
         priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
     return priced
 
@@ -225,7 +232,7 @@ def price_mirror(
 def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    return [(artifact, _same_both_ways(n_missing + 1, -(-n_missing // MAX_RANGE_BYTES) + 1, to=to))]
+    return [(artifact, _same_both_ways(n_missing + 1, n_requests_of(n_missing) + 1, to=to))]
 
 
 def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:
@@ -241,9 +248,18 @@ def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]
     ]
 
 
-def total_of(estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage | None = None) -> Estimate:
-    """Price several reads together."""
-    return _totalled(estimates, to=to, usage=usage)
+def total_of(
+    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage | None = None, with_headers: int = 0
+) -> Estimate:
+    """Price several reads together, and the headers of so many objects."""
+    parts = [(estimate, 1) for estimate in estimates]
+    extra_bytes = with_headers * NPY_PREFIX_BYTES
+    return _totalled(parts, to=to, usage=usage, extra_bytes=extra_bytes, extra_requests=with_headers)
+
+
+def reader_pays(name: str, catalog: Catalog) -> bool:
+    """Tell whether whoever reads an artifact, or an array at an address, pays for it; asks nothing of it."""
+    return _address_of_url(name).requester_pays if _is_address(name) else catalog.find(name).source.requester_pays
 
 
 def mirror(
@@ -257,7 +273,9 @@ def mirror(
     to: str | None = None,
     catalog: CatalogLike = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    scheduler: str | None = None,
     progress: Callable[[str, Progress], object] | None = None,
+    received: Callable[[str, int], object] | None = None,
 ) -> zarr.Array[Any] | zarr.Group:
     """Copy artifacts into a Zarr store; run again to resume.
 
@@ -266,7 +284,7 @@ def mirror(
     patterns : str or sequence of str
         One exact name makes the destination that array; globs or several names make it a group in which each array
         has its full name.
-    destination : path
+    destination : path or ``s3://bucket/prefix``
     rows, columns : slice, number or index array
         Of the first two axes of each.
     key : index or str, optional
@@ -274,9 +292,13 @@ def mirror(
     exclude, to, catalog
         As in `estimate`.
     memory_bytes : int
-        Bound on the memory of the copy.
+        Bound on the memory of the copy; on a cluster of each thread's.
+    scheduler : str, optional
+        Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``; see `dmdata.cluster`.
     progress : callable, optional
-        Called with an artifact's name and a `dmdata.mirror.Progress`.
+        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block.
+    received : callable, optional
+        Called with an artifact's name and the bytes that arrived since the last call, from any thread.
 
     Raises
     ------
@@ -286,25 +308,29 @@ def mirror(
     known = load_catalog(catalog)
     names = [patterns] if isinstance(patterns, str) else list(patterns)
     artifacts = arrays_of(known.match(names, exclude=exclude), known)
-    target = Path(destination)
+    target = Place.of(destination)
     alone = mirrored_alone(names, artifacts)
-    if not alone:
-        group = _open_group(target)
     work = []
     for artifact in artifacts:
         array = _open_artifact(artifact, destination_of(to))
         selection = _parsed(key if key is not None else (rows, columns)[: array.ndim], array.shape)
         work.append((array, target if alone else target / artifact.name, selection))
     _require_budget(work, memory_bytes)
+    if not alone:
+        with target.explain_errors():
+            group = zarr.open_group(target.store(), mode="a")
+            for array, *_ in work:
+                group.require_group(array.name.rpartition("/")[0])
     for array, place, selection in work:
-        if not alone:
-            group.require_group(array.name.rpartition("/")[0])
-
-        def report(done: Progress, name: str = array.name) -> None:
-            if progress:
-                progress(name, done)
-
-        copy = mirror_array(array, place, selection=selection, memory_bytes=memory_bytes, progress=report)
+        copy = mirror_array(
+            array,
+            place,
+            selection=selection,
+            memory_bytes=memory_bytes,
+            scheduler=scheduler,
+            progress=progress and partial(progress, array.name),
+            received=received and partial(received, array.name),
+        )
     return copy if alone else group
 
 
@@ -368,18 +394,11 @@ def _parsed(key: Any, shape: tuple[int, ...]) -> Selection:
     return select(... if key is None else key, shape, orthogonal=True)
 
 
-def _open_group(target: Path) -> zarr.Group:
-    try:
-        return zarr.open_group(target, mode="a")
-    except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise DmdataError(f"{target} cannot hold a group of arrays ({error}); choose another destination") from error
-
-
-def _require_budget(work: Sequence[tuple[LazyArray, Path, Selection]], memory_bytes: int) -> None:
+def _require_budget(work: Sequence[tuple[LazyArray, Place, Selection]], memory_bytes: int) -> None:
     """Refuse copies of several arrays, before any data, if a budget would not let all of them end."""
     usd = 0.0
     for array, place, selection in work:
-        blocks = missing_blocks(
+        reads = missing_reads(
             place,
             selection,
             name=array.name,
@@ -387,7 +406,9 @@ def _require_budget(work: Sequence[tuple[LazyArray, Path, Selection]], memory_by
             axis=array.slowest_axis,
             memory_bytes=memory_bytes,
         )
-        usd += array.price_usd(block.selection for block in blocks)
+        for part, count in reads:
+            if plan := array.planned(part):
+                usd += array.price_usd(count * plan.n_bytes, count * plan.n_requests)
     if usd:
         Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
 
@@ -398,17 +419,19 @@ def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usa
 
 
 def _totalled(
-    estimates: Sequence[Estimate],
+    estimates: Sequence[tuple[Estimate, int]],
     *,
     to: str | None,
     usage: Usage | None = None,
     extra_bytes: int = 0,
     extra_requests: int = 0,
 ) -> Estimate:
+    """Price several reads together, each as many times as is said."""
+
     def together(way: str) -> Any:
-        quotes = [getattr(estimate, way) for estimate in estimates]
-        n_bytes = sum(q.n_bytes for q in quotes) + extra_bytes
-        n_requests = sum(q.n_requests for q in quotes) + extra_requests
+        quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
+        n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
+        n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
         return quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
 
     return Estimate(together("cheapest"), together("fastest"), destination_of(to), price_table().date)

@@ -23,7 +23,7 @@ import numpy as np
 import obstore
 import obstore.exceptions
 
-from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
+from dmdata.address import Address, Buffer, ByPieces, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
     from mypy_boto3_s3 import S3Client
 
-# a shorter range is taken as one piece: fewer calls, and little to lose where it breaks
-_PIECE_BYTES = 256 << 10
 _BOTO_CHUNK_BYTES = 128 << 10
 _SHORT_ANSWERS = itertools.count()
 _SHORT_ANSWERS_A_LOOK = 8
@@ -51,7 +49,9 @@ _CLIENTS: dict[tuple[Any, ...], Any] = {}
 def s3_source(address: Address) -> Source:
     """Make the reader of an object in S3; see `dmdata.source.connect`."""
     bucket, key = _bucket_and_key(address)
-    return _S3Source(address, bucket, key, None if _runtime_was_lost() else _store(bucket, address))
+    if not _runtime_was_lost():
+        return _S3Source(address, bucket, key)
+    return _ForkedS3Source(address, bucket, key)
 
 
 def web_source(address: Address) -> Source | None:
@@ -59,7 +59,7 @@ def web_source(address: Address) -> Source | None:
     parts = urlsplit(address.url)
     if _runtime_was_lost() or parts.query:
         return None
-    return _WebSource(address, _web_store(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/"))
+    return _WebSource(address, f"{parts.scheme}://{parts.netloc}", parts.path.lstrip("/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,37 +157,98 @@ def _write(url: str, action: Callable[["S3Client"], object]) -> None:
         raise SourceError(f"{url} could not be written: {error}; try again", url=url, transient=True) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _WebSource:
-    """An object on the web, by ranges through obstore."""
+class _StoreSource:
+    """An object by ranges through obstore. Retries are fetch's, so that each request is counted.
 
-    address: Address
-    store: Any
-    key: str
+    A client is made for each etag, and sends it as If-Match with every request: a short range is then one call.
+    """
+
+    def __init__(self, address: Address, key: str, store_of: Callable[[str | None], Any]) -> None:
+        self.address = address
+        self.key = key
+        self._store_of = store_of
+        self._stores: dict[str | None, Any] = {}
+
+    def piece(self, start: int, stop: int, *, etag: str | None) -> Buffer:
+        # whether the server knows If-Match shows in a sample: looking at each short answer takes a fifth of its time
+        if etag is not None and next(_SHORT_ANSWERS) % _SHORT_ANSWERS_A_LOOK == 0:
+            result = self.get(start, stop, etag=etag)
+            with self._in_words():
+                return result.bytes()  # type: ignore[no-any-return]
+        with self._in_words():
+            return obstore.get_range(self.store(etag), self.key, start=start, end=stop)  # type: ignore[return-value]
+
+    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
+        result = self.get(start, stop, etag=etag)
+        with self._in_words():
+            # every chunk as the connection gives it: where it breaks, nothing that arrived is lost
+            for chunk in result.stream(min_chunk_size=1):
+                put(np.frombuffer(chunk, np.uint8))
+                start += len(chunk)
+                if stopped():
+                    return
+        if start < stop:
+            raise ended_short(self.address, start, transient=True)
+
+    def get(self, start: int, stop: int, *, etag: str | None) -> Any:
+        """Ask for a range, and look at whose it is."""
+        with self._in_words():
+            result = obstore.get(self.store(etag), self.key, options={"range": (start, stop)})
+        if etag is not None and result.meta["e_tag"] != etag:
+            raise changed(self.address)
+        return result
+
+    def store(self, etag: str | None) -> Any:
+        """Make the client once."""
+        store = self._stores.get(etag)
+        if store is None:
+            store = self._stores[etag] = self._store_of(etag)
+        return store
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
+            raise _store_error(self.address, error) from None
+
+
+class _WebSource(_StoreSource):
+    """An object on the web."""
+
+    def __init__(self, address: Address, base: str, key: str) -> None:
+        super().__init__(address, key, lambda etag: _web_store(base, etag))
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         try:
-            result = _get(self.address, self.store, self.key, 0, n_bytes, etag=None)
-            return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
-        except obstore.exceptions.BaseError as error:
-            raise _store_error(self.address, error) from None
+            result = self.get(0, n_bytes, etag=None)
         except SourceError as error:
             if error.facts.get("past_end"):
                 return b"", ObjectState(0, None)
             raise
+        with self._in_words():
+            return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
 
-    def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
-        _read_by_obstore(self.address, self.store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
+
+class _S3Source(_StoreSource):
+    """An object in S3."""
+
+    def __init__(self, address: Address, bucket: str, key: str) -> None:
+        super().__init__(address, key, lambda etag: _store(bucket, address, etag))
+        self._by_boto = _ForkedS3Source(address, bucket, key)
+        _terms(bucket, address)  # what is wrong with them is said before anything is sent
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        return self._by_boto.start(n_bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class _S3Source:
-    """An object in S3: its start by boto3, ranges through obstore; all by boto3 in a process that was forked."""
+class _ForkedS3Source(ByPieces):
+    """An object in S3 by boto3: its start always, all of it in a process forked from one that used obstore."""
 
     address: Address
     bucket: str
     key: str
-    store: Any | None
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         try:
@@ -205,9 +266,6 @@ class _S3Source:
         return head, ObjectState(size, answer["ETag"], charged)
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
-        if self.store is not None:
-            _read_by_obstore(self.address, self.store, self.key, start, stop, etag=etag, put=put, stopped=stopped)
-            return
         with contextlib.closing(self._get(start, stop, etag=etag)["Body"]) as body, self._broken_in_words():
             while start < stop and not stopped():
                 chunk = body.read(min(_BOTO_CHUNK_BYTES, stop - start))
@@ -252,52 +310,6 @@ class _S3Source:
             raise _s3_refusal(self.address, None, None) from error
 
 
-def _get(address: Address, store: Any, key: str, start: int, stop: int, *, etag: str | None) -> Any:
-    options: dict[str, Any] = {"range": (start, stop)}
-    if etag is not None:
-        options["if_match"] = etag
-    try:
-        return obstore.get(store, key, options=options)  # type: ignore[arg-type] # a TypedDict of stubs only
-    except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
-        raise _store_error(address, error) from None
-
-
-def _read_by_obstore(
-    address: Address,
-    store: Any,
-    key: str,
-    start: int,
-    stop: int,
-    *,
-    etag: str | None,
-    put: Put,
-    stopped: Callable[[], bool],
-) -> None:
-    """Read a range through obstore. Retries are fetch's, so that each request is counted."""
-    try:
-        result = _get(address, store, key, start, stop, etag=etag)
-        is_short = stop - start <= _PIECE_BYTES
-        # whether the server knows If-Match shows in a sample: looking at each short answer takes a fifth of its time
-        look = not is_short or next(_SHORT_ANSWERS) % _SHORT_ANSWERS_A_LOOK == 0
-        if etag is not None and look and result.meta["e_tag"] != etag:
-            raise changed(address)
-        if is_short:
-            piece = np.frombuffer(result.bytes(), np.uint8)
-            put(piece)
-            start += len(piece)
-        else:
-            # every chunk as the connection gives it: where it breaks, nothing that arrived is lost
-            for chunk in result.stream(min_chunk_size=1):
-                put(np.frombuffer(chunk, np.uint8))
-                start += len(chunk)
-                if stopped():
-                    return
-    except obstore.exceptions.BaseError as error:
-        raise _store_error(address, error) from None
-    if start < stop:
-        raise ended_short(address, start, transient=True)
-
-
 def _bucket_and_key(address: Address) -> tuple[str, str]:
     parts = urlsplit(address.url)
     key = parts.path.lstrip("/")
@@ -334,9 +346,9 @@ def _client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
         return _CLIENTS[known]
 
 
-def _store(bucket: str, address: Address) -> Any:
-    terms = (bucket, address.requester_pays, address.region, "obstore")
-    return _client_once(terms, lambda: _new_store(bucket, address))
+def _store(bucket: str, address: Address, etag: str | None) -> Any:
+    terms = (bucket, address.requester_pays, address.region, etag, "obstore")
+    return _client_once(terms, lambda: _new_store(bucket, address, etag))
 
 
 def _boto_client(bucket: str, address: Address) -> "S3Client":
@@ -363,15 +375,14 @@ def _boto_config(*, signed: bool, by_path: bool = False) -> "Config":
     )
 
 
-def _web_store(base: str) -> Any:
+def _web_store(base: str, etag: str | None) -> Any:
     from obstore.store import HTTPStore
 
-    return _client_once(
-        (base, "obstore"), lambda: HTTPStore.from_url(base, **_transport(allow_http=base.startswith("http://")))
-    )
+    options = _transport(etag, allow_http=base.startswith("http://"))
+    return _client_once((base, etag, "obstore"), lambda: HTTPStore.from_url(base, **options))
 
 
-def _new_store(bucket: str, address: Address) -> Any:
+def _new_store(bucket: str, address: Address, etag: str | None) -> Any:
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store
 
@@ -384,13 +395,15 @@ def _new_store(bucket: str, address: Address) -> Any:
         request_payer=address.requester_pays,
         credential_provider=Boto3CredentialProvider(session) if credentials else None,
         skip_signature=credentials is None,
-        **_transport(allow_http=bool(endpoint and endpoint.startswith("http://"))),
+        **_transport(etag, allow_http=bool(endpoint and endpoint.startswith("http://"))),
     )
 
 
-def _transport(*, allow_http: bool) -> dict[str, Any]:
+def _transport(etag: str | None, *, allow_http: bool) -> dict[str, Any]:
     # `timeout` counts the reader's slowness too, so it is long; silence is what `read_timeout` bounds
-    options = {"allow_http": allow_http, "timeout": "600s", "read_timeout": f"{_SILENCE_SECONDS}s"}
+    options: dict[str, Any] = {"allow_http": allow_http, "timeout": "600s", "read_timeout": f"{_SILENCE_SECONDS}s"}
+    if etag is not None:
+        options["default_headers"] = {"If-Match": etag}
     return {"client_options": options, "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=600)}}
 
 
@@ -542,3 +555,45 @@ def _refused(address: Address, code: str | None) -> AccessError:
             "way: they need s3:GetObject on the bucket; see which ones are used with aws sts get-caller-identity"
         )  # fmt: skip
     return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code, refused=True)
+
+
+def writable_store(url: str) -> Any:
+    """Make an obstore store of all keys below an S3 address, read and written with the caller's own credentials.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix``.
+
+    Raises
+    ------
+    AccessError
+        Without credentials, or if the AWS configuration cannot be used.
+    SourceError
+        If the address names no prefix.
+    """
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import S3Store
+
+    bucket, prefix = _bucket_and_key(Address(url))
+
+    def make() -> Any:
+        session, credentials, endpoint, region = _terms(bucket, Address(url))
+        if credentials is None:
+            raise AccessError(
+                f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
+                url=url,
+                cause="no_credentials",
+            )
+        # nobody counts these requests, so obstore's own retries may stay
+        return S3Store(
+            bucket,
+            prefix=prefix.rstrip("/"),
+            region=region,
+            endpoint=endpoint,
+            virtual_hosted_style_request=False if endpoint else None,
+            credential_provider=Boto3CredentialProvider(session),
+            client_options={"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "600s"},
+        )
+
+    return _client_once((url, "writable"), make)

@@ -4,6 +4,7 @@
 with their product. Either way the answer is a product of axes, which is what can be read as byte ranges.
 """
 
+import hashlib
 import math
 import operator
 from dataclasses import dataclass
@@ -55,6 +56,17 @@ class Selection:
     def distinct(self) -> tuple[AxisRequest, ...]:
         """Wanted indices of each axis, ascending and without repeats: what has to be read."""
         return tuple(_distinct(axis)[0] for axis in self.axes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, as hexadecimal text, of what is selected: the same for the same indices in the same order."""
+        digest = hashlib.sha256()
+        for axis in self.axes:
+            if isinstance(axis, range):
+                digest.update(f"{axis.start}:{axis.stop}:{axis.step};".encode())
+            else:
+                digest.update(b"[" + axis.astype("<i8").tobytes() + b"]")
+        return digest.hexdigest()
 
     def answer(self, product: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Turn the product of the `distinct` indices into what was asked for.

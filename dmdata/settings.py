@@ -1,7 +1,8 @@
 """What a user set, and where: flag before environment before config file before default.
 
-The file is ``config.yaml`` in ``DMDATA_HOME``: safe YAML, every key known, every value checked. It holds no secret:
-credentials are found by boto3 and are nobody else's business.
+The file is ``config.yaml`` in ``DMDATA_HOME``: safe YAML, every key known, every value checked. Credentials are found
+by boto3 and have no place in it; what a catalog's URL may hold of them is left out of all that is shown, and no error
+quotes the file.
 """
 
 import functools
@@ -10,17 +11,43 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dmdata.errors import SettingsError
 
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _no_yes(value: Any) -> Any:
+    """Refuse YAML's yes and no where a number is meant: they would count as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it is a yes or no and should be a number")
+    return value
+
+
+def _day(value: Any) -> Any:
+    """Take a day as YAML reads it, without quotes."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _is_day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError("it should be a day, as year-month-day") from None
+
+
+Amount = Annotated[float, BeforeValidator(_no_yes), Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[float, BeforeValidator(_no_yes), Field(gt=0)]
+Day = Annotated[str, AfterValidator(_is_day), BeforeValidator(_day)]
+
 _PREFIX = "DMDATA_"
+_TIERS_EXAMPLE = "[[10240, 0.09], [.inf, 0.085]]"
 
 
 class _Record(BaseModel):
@@ -30,17 +57,22 @@ class _Record(BaseModel):
 class PriceOverrides(_Record):
     """What differs from the list prices: see `dmdata.prices.PriceTable`. Give the day it was looked up as `date`."""
 
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
-    usd_per_get: Usd | None = None
-    free_gib: Usd | None = None
-    internet_tiers: tuple[tuple[float, Usd], ...] | None = None
-    cross_region_usd_per_gib: tuple[Usd, Usd] | None = None
+    date: Day | None = Field(default=None, examples=["2027-01-31"])
+    usd_per_get: Amount | None = Field(default=None, examples=["0.0000004"])
+    free_gib: Amount | None = Field(default=None, examples=["100"])
+    internet_tiers: tuple[tuple[Limit, Amount], ...] | None = Field(
+        default=None, min_length=1, examples=[_TIERS_EXAMPLE]
+    )
+    cross_region_usd_per_gib: tuple[Amount, Amount] | None = Field(default=None, examples=["[0.01, 0.02]"])
 
     @model_validator(mode="after")
-    def _tiers_reach_all_amounts(self) -> Self:
-        limits = [limit for limit, _ in self.internet_tiers or ((math.inf, 0.0),)]
-        if limits != sorted(set(limits)) or limits[-1] != math.inf:
-            raise ValueError("internet_tiers must rise and end with .inf, like [[10240, 0.09], [.inf, 0.05]]")
+    def _bounds_hold(self) -> Self:
+        limits, prices = zip(*(self.internet_tiers or ((math.inf, 0.0),)), strict=True)
+        if list(limits) != sorted(set(limits)) or limits[-1] != math.inf:
+            raise ValueError(f"internet_tiers must rise and end with .inf, like {_TIERS_EXAMPLE}")
+        # the first tier is taken for the dearest wherever an upper bound is named
+        if list(prices) != sorted(prices, reverse=True):
+            raise ValueError("the prices of internet_tiers must not rise with use; GB that are free go into free_gib")
         low, high = self.cross_region_usd_per_gib or (0.0, 0.0)
         if low > high:
             raise ValueError("cross_region_usd_per_gib is the lowest price, then the highest")
@@ -50,27 +82,50 @@ class PriceOverrides(_Record):
 class LinkOverrides(_Record):
     """How fast a connection to the store is, where it differs from what is assumed: see `dmdata.prices.Link`."""
 
-    seconds_to_first_byte: Annotated[float, Field(ge=0)] | None = None
-    bytes_per_second: Annotated[float, Field(gt=0)] | None = None
-    n_connections: Annotated[int, Field(ge=1)] | None = None
+    seconds_to_first_byte: Annotated[Amount, Field(le=3600)] | None = Field(default=None, examples=["0.03"])
+    bytes_per_second: Annotated[Amount, Field(ge=1, le=1e15)] | None = Field(default=None, examples=["50e6"])
+    n_connections: Annotated[int, BeforeValidator(_no_yes), Field(ge=1, le=10_000)] | None = Field(
+        default=None, examples=["32"]
+    )
 
 
 class Settings(_Record):
     """All that can be set. Each has a variable ``DMDATA_NAME``, but for `prices` and `link`."""
 
-    max_cost: Usd | None = Field(None, description="dollars a calendar month, over all that shares DMDATA_HOME")
-    catalog: str | None = Field(None, description="catalog.yaml, a folder with one, or its URL")
-    to: Literal["internet", "same-region", "cross-region"] = Field("internet", description="where bytes go")
-    used_gib: Annotated[float, Field(ge=0)] = Field(0.0, description="GB the account sent to the internet this month")
-    free_tier: bool = Field(False, description="whether the account's monthly free GB are unused but for used_gib")
-    offline: bool = Field(False, description="whether to read nothing remote")
-    prices: PriceOverrides = Field(PriceOverrides(), description="what differs from the list prices")
-    link: LinkOverrides = Field(LinkOverrides(), description="how fast a connection to the store is")
+    max_cost: Amount | None = Field(
+        default=None, description="dollars a calendar month, over all that shares DMDATA_HOME", examples=["5.00"]
+    )
+    catalog: str | None = Field(
+        default=None, description="catalog.yaml, a folder with one, or its URL", examples=["/data/run/catalog.yaml"]
+    )
+    to: Literal["internet", "same-region", "cross-region"] = Field(
+        default="internet", description="where bytes go", examples=["same-region"]
+    )
+    used_gib: Amount | None = Field(
+        default=None, description="GB the account sent to the internet this month", examples=["120"]
+    )
+    free_tier: bool = Field(
+        default=False,
+        description="whether the account's monthly free GB are unused but for used_gib",
+        examples=["true"],
+    )
+    offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
+    prices: PriceOverrides = Field(
+        default=PriceOverrides(), description="what differs from the list prices", examples=["{usd_per_get: 0.0000004}"]
+    )
+    link: LinkOverrides = Field(
+        default=LinkOverrides(),
+        description="how fast a connection to the store is",
+        examples=["{bytes_per_second: 50e6}"],
+    )
+
+
+_SIMPLE = {name: f"{_PREFIX}{name.upper()}" for name in Settings.model_fields if name not in ("prices", "link")}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting in force, and where it comes from: a variable, the config file, or "default"."""
+    """One setting in force as it may be shown, and where it comes from: a variable, the config file, or "default"."""
 
     name: str
     value: Any
@@ -95,41 +150,43 @@ def settings() -> Settings:
     SettingsError
         If a variable or the config file holds something else than a setting.
     """
-    file, variables = _config_text(), _variables()
-    return _combined(file, tuple(sorted(variables.items())), str(config_path()))
+    # asked for at every read: the file is read anew, since others may have changed it, and checked once
+    return _combined(_config_text(), tuple(_variables().items()), str(config_path()))
 
 
 def settings_in_force() -> list[Setting]:
-    """List all settings with where each comes from.
+    """List all settings with where each comes from; a catalog's URL without user, password and query.
 
     Raises
     ------
     SettingsError
     """
     in_force = settings()
-    file = _parsed(_config_text(), str(config_path()))
+    file = _document(_config_text(), str(config_path()))
     variables = _variables()
     listed = []
     for name in Settings.model_fields:
         origin = "default"
         if name in variables:
-            origin = f"{_PREFIX}{name.upper()}"
+            origin = _SIMPLE[name]
         elif name in file:
             origin = str(config_path())
         value = getattr(in_force, name)
-        listed.append(
-            Setting(name, value.model_dump(exclude_none=True) if isinstance(value, _Record) else value, origin)
-        )
+        if isinstance(value, _Record):
+            value = value.model_dump(exclude_none=True)
+        elif name == "catalog" and value is not None:
+            value = _without_secrets(value)
+        listed.append(Setting(name, value, origin))
     return listed
 
 
 def set_in_file(name: str, text: str | None) -> None:
-    """Write one setting to the config file, beside and then into place; None takes it out.
+    """Write one setting to the config file, beside and then into place; None takes it out. Comments are not kept.
 
     Parameters
     ----------
     name : str
-        Of a setting, or of a part of one, as "prices.usd_per_get".
+        Of a setting, or of a part of one, as "prices.usd_per_get". What is in the file by mistake can be taken out.
     text : str or None
         Its value as YAML.
 
@@ -139,41 +196,48 @@ def set_in_file(name: str, text: str | None) -> None:
         If there is no such setting or the value does not fit; nothing is written.
     """
     path = config_path()
-    document = _parsed(_config_text(), str(path))
+    document = _document(_config_text(), str(path))
     *outer, last = name.split(".")
-    place: dict[str, Any] = document
+    place: Any = document
     for part in outer:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise _no_such(name)
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
     if text is None:
+        if not isinstance(place, dict) or (last not in place and not _is_known(name)):
+            raise _no_such(name)
         place.pop(last, None)
     else:
+        if not isinstance(place, dict) or not _is_known(name):
+            raise _no_such(name)
         place[last] = _yaml(text, f"the value of {name}")
-    _validated({key: value for key, value in document.items() if value != {}}, str(path))
+        # the rest may have faults of its own, which are mended one after the other
+        _validated({name.split(".")[0]: document[name.split(".")[0]]}, str(path))
+    _replace_file(path, yaml.safe_dump({key: value for key, value in document.items() if value != {}}, sort_keys=False))
+
+
+def _replace_file(path: Path, text: str) -> None:
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(yaml.safe_dump(document, sort_keys=False))
-        beside.replace(path)
+        try:
+            beside.write_text(text)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error}); set DMDATA_HOME to a directory that can") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _combined(file: str, variables: tuple[tuple[str, str], ...], origin: str) -> Settings:
-    document = _parsed(file, origin)
+    document = _document(file, origin)
+    _validated(document, origin)
     for name, text in variables:
-        variable = f"{_PREFIX}{name.upper()}"
-        _validated({name: text}, variable)
-        document[name] = text
-    return _validated(document, origin)
+        _validated({name: text}, _SIMPLE[name])
+    return _validated(document | dict(variables), origin)
 
 
 def _variables() -> dict[str, str]:
-    simple = [name for name in Settings.model_fields if name not in ("prices", "link")]
-    found = {name: os.environ.get(f"{_PREFIX}{name.upper()}", "") for name in simple}
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, variable in _SIMPLE.items() if (text := os.environ.get(variable))}
 
 
 def _config_text() -> str:
@@ -185,13 +249,12 @@ def _config_text() -> str:
         raise SettingsError(f"{config_path()} cannot be read ({error}); mend or remove it") from error
 
 
-def _parsed(text: str, origin: str) -> dict[str, Any]:
+def _document(text: str, origin: str) -> dict[str, Any]:
     document = _yaml(text, origin)
     if document is None:
         return {}
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
         raise SettingsError(f"{origin} is no list of settings; write it like 'max_cost: 5.00'", origin=origin)
-    _validated(document, origin)
     return document
 
 
@@ -199,7 +262,12 @@ def _yaml(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{origin} is no YAML ({error}); mend it, or see dmdata config", origin=origin) from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" from line {mark.line + 1} on" if mark else ""
+        raise SettingsError(
+            f"{origin} is no YAML that can be read{where}; mend it: a setting a line, like 'max_cost: 5.00'",
+            origin=origin,
+        ) from None  # YAML's own words quote the file
 
 
 def _validated(document: Mapping[str, Any], origin: str) -> Settings:
@@ -207,16 +275,53 @@ def _validated(document: Mapping[str, Any], origin: str) -> Settings:
         return Settings.model_validate(document)
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
+        name = ".".join(part for part in fault["loc"] if isinstance(part, str))
         if fault["type"] == "extra_forbidden":
-            raise _no_such(where, origin) from error
+            raise _no_such(name, origin) from None
+        value = fault["input"]
+        shown = f" is {value!r}, but" if isinstance(value, str | int | float) and name != "catalog" else ":"
+        message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+        example = _field(name).examples[0]
+        if origin.startswith(_PREFIX):
+            remedy = f"{origin}={example}"
+        else:
+            remedy = (
+                f'dmdata config set {name} "{example}"' if " " in example else f"dmdata config set {name} {example}"
+            )
         raise SettingsError(
-            f"{origin}: {where} is {fault['input']!r}, but {fault['msg'][0].lower()}{fault['msg'][1:]}; "
-            f"see dmdata config",
-            origin=origin,
-        ) from error
+            f"{origin}: {name}{shown} {message[0].lower()}{message[1:]}; set it like {remedy}", origin=origin, name=name
+        ) from None  # pydantic's own words quote the file
+
+
+def _field(name: str) -> Any:
+    """Find the field of a setting, or of a part of one; None where there is none."""
+    model: Any = Settings
+    field = None
+    for part in name.split("."):
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, _Record) else None
+        if field is None:
+            return None
+        model = field.annotation
+    return field
+
+
+def _is_known(name: str) -> bool:
+    return _field(name) is not None
 
 
 def _no_such(name: str, origin: str = "") -> SettingsError:
-    names = ", ".join(Settings.model_fields)
-    return SettingsError(f"{origin or 'config'}: there is no setting {name}; choose {names}", origin=origin)
+    *outer, _ = name.split(".")
+    field = _field(".".join(outer)) if outer else None
+    parts = getattr(field.annotation, "model_fields", None) if field else None
+    choices = [".".join([*outer, part]) for part in parts] if parts else list(Settings.model_fields)
+    remedy = f", or take it out: dmdata config unset {name}" if origin == str(config_path()) else ""
+    return SettingsError(
+        f"{origin or 'config'}: there is no setting {name}; choose {', '.join(choices)}{remedy}", origin=origin
+    )
+
+
+def _without_secrets(catalog: str) -> str:
+    if "://" not in catalog:
+        return catalog
+    parts = urlsplit(catalog)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

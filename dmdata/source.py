@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from dmdata.address import Address, ObjectState, Put, Source, changed, ended_short
+from dmdata.address import Address, ByPieces, ObjectState, Put, Source, changed, ended_short
 from dmdata.errors import AccessError, ObjectMissingError, SourceError
 from dmdata.s3 import s3_source, web_source
 from dmdata.settings import settings
@@ -46,7 +46,7 @@ def connect(address: Address) -> Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _LocalSource:
+class _LocalSource(ByPieces):
     address: Address
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
@@ -87,7 +87,7 @@ def _state_of_file(descriptor: int) -> ObjectState:
 
 
 @dataclass(frozen=True, slots=True)
-class _FsspecSource:
+class _FsspecSource(ByPieces):
     """Any store fsspec knows; identity is its etag, checksum or time, asked before each read."""
 
     address: Address

@@ -4,14 +4,22 @@ Seconds a model are measured on this machine for a run of one's own, and publish
 of a GPU-hour is an assumption, dated, and the first thing to replace by one's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dmdata.catalog import Artifact
+from dmdata.prices import Estimate
 from dmpipeline.errors import SpecError
 
 GPU_USD_PER_HOUR = 4.10
-"""An A100 by the hour: an eighth of a p4d.24xlarge on demand, us-east-1, list price of 2024. An assumption."""
+"""An A100 by the hour: an eighth of a p4d.24xlarge on demand, us-east-1. An assumption."""
+
+GPU_PRICE_DATE = "2024"
+"""Year of that list price."""
+
+Basis = Literal["given", "measured", "published"]
+"""How the seconds of a model are known."""
 
 RELEASE_SECONDS_PER_MODEL = {"cifar": 17.0}
 """Seconds a network of the release takes on an A100, second-hand, at alpha 50%: 24 epochs of a ResNet-9 on CIFAR-10."""
@@ -31,12 +39,15 @@ class Regeneration:
     n_devices : int
     usd_per_hour : float
         Of one device; 0 for a machine that is there anyway.
+    basis : {"given", "measured", "published"}
+        How the seconds are known: by the user, by training some here and now, or second-hand.
     """
 
     n_models: int
     seconds_per_model: float
     n_devices: int
     usd_per_hour: float
+    basis: Basis
 
     @property
     def device_hours(self) -> float:
@@ -52,6 +63,47 @@ class Regeneration:
     def usd(self) -> float:
         """Dollars of the device-hours."""
         return self.device_hours * self.usd_per_hour
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Training again and downloading, side by side.
+
+    Attributes
+    ----------
+    jobs : mapping of str to Regeneration
+        One for each dataset and alpha, one after the other on the same devices.
+    download : dmdata.Estimate
+        Of what is wanted.
+    """
+
+    jobs: Mapping[str, Regeneration]
+    download: Estimate
+
+    @property
+    def n_models(self) -> int:
+        """Models of all jobs."""
+        return sum(job.n_models for job in self.jobs.values())
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all devices together, over all jobs."""
+        return sum(job.device_hours for job in self.jobs.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time until all jobs are done."""
+        return sum(job.seconds for job in self.jobs.values())
+
+    @property
+    def usd(self) -> float:
+        """Dollars of all jobs."""
+        return sum(job.usd for job in self.jobs.values())
+
+    @property
+    def break_even_usd_per_hour(self) -> float | None:
+        """Price of a device-hour below which training costs less than the download; None where nothing is trained."""
+        return self.download.usd / self.device_hours if self.device_hours else None
 
 
 def release_models(artifacts: Sequence[Artifact]) -> dict[tuple[str, str], tuple[int, float]]:

@@ -5,7 +5,9 @@ it has been started; tests that use it carry the mark `live` and are skipped els
 looking: with ``DMDATA_TESTS_REQUIRE=live,browser`` a test so marked fails where it would be skipped.
 """
 
+import importlib.util
 import os
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,23 @@ _LIVE_VARIABLES = (
     "READER_ACCESS_KEY_ID",
     "READER_SECRET_ACCESS_KEY",
 )
+
+
+# dmdata is tested without torch, too: what needs the pipeline is then left out, and said to be
+_NEEDS_PIPELINE = re.compile(r"^(?:from|import) (?:dmpipeline|torch)\b", re.MULTILINE)
+_LEFT_OUT = (
+    []
+    if importlib.util.find_spec("torch")
+    else [path.name for path in Path(__file__).parent.glob("test_*.py") if _NEEDS_PIPELINE.search(path.read_text())]
+)
+collect_ignore = _LEFT_OUT
+
+
+def pytest_report_header() -> str:
+    """Name the test files that are left out."""
+    return (
+        f"without torch, so without {', '.join(sorted(_LEFT_OUT))}" if _LEFT_OUT else "with torch: nothing is left out"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

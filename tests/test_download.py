@@ -18,7 +18,7 @@ from dmdata.errors import AccessError, BudgetError, CatalogError, DmdataError, F
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
 VALUES = np.random.default_rng(0).normal(size=(300, 1000)).astype(np.float16)
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 128 << 20
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from zarr.codecs import BloscCodec
 
 import dmdata
 from dmdata.errors import AccessError, BudgetError, DmdataError, IntegrityError, SelectionError
-from dmdata.mirror import JOURNAL, Progress, block_digest
+from dmdata.journal import DIGESTS, JOURNAL, stored_digest
+from dmdata.mirror import Progress
+from dmdata.place import Place
 
 MARGINS = "toy/50pct/test_margins"
 MASKS = "toy/50pct/train_masks"
@@ -73,10 +76,26 @@ def test_a_mirror_is_plain_zarr_that_names_its_dimensions_and_its_blocks(
     assert copy.metadata.dimension_names == ("model", "example")
     (codec,) = copy.compressors
     assert isinstance(codec, BloscCodec)
-    assert (codec.cname.value, codec.shuffle.value) == ("zstd", "bitshuffle")
-    journal: Any = copy.attrs[JOURNAL]
-    digests = {str(n): block_digest(VALUES[128 * n : 128 * (n + 1)]) for n in range(16)}
-    assert journal["digests"] == digests
+    assert (codec.cname.value, codec.shuffle.value) == ("zstd", "shuffle")
+    digests = zarr.open_array(tmp_path / "m.zarr" / DIGESTS, mode="r")
+    chunks = [sorted((tmp_path / f"m.zarr/c/{n}").iterdir()) for n in range(16)]
+    assert [bytes(digest) for digest in np.asarray(digests[...])] == [
+        sha256(b"".join(sha256(chunk.read_bytes()).digest() for chunk in block)).digest() for block in chunks
+    ]
+    about: Any = copy.attrs[JOURNAL]
+    assert (about["artifact"], about["shape"], about["axes"]) == (MARGINS, [2000, 1000], [[0, 2000, 1], [0, 1000, 1]])
+
+
+def test_masks_are_stored_near_their_entropy(s3: LoopbackS3, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for percent, bar in ((10, 1.2), (20, 1.2), (50, 1.15), (75, 1.15)):
+        alpha = percent / 100
+        masks = rng.random((1500, 4000)) < alpha
+        catalog = publish(s3, {f"toy/{percent}pct/train_masks": masks}, tmp_path)
+        dmdata.mirror(f"toy/{percent}pct/train_masks", tmp_path / f"{percent}.zarr", catalog=catalog)
+        bound = masks.size / 8 * -(alpha * np.log2(alpha) + (1 - alpha) * np.log2(1 - alpha))
+        stored = sum(path.stat().st_size for path in (tmp_path / f"{percent}.zarr").rglob("*") if path.is_file())
+        assert stored <= bar * bound
 
 
 def test_the_memory_decides_the_rows_of_a_block(s3: LoopbackS3, margins: dmdata.LazyArray, tmp_path: Path) -> None:
@@ -238,10 +257,12 @@ def test_the_journal_never_runs_ahead_of_the_data(s3: LoopbackS3, margins: dmdat
     with pytest.raises(AccessError):
         margins.mirror(tmp_path / "m.zarr", memory_bytes=MEBIBYTE)
     copy = zarr.open_array(tmp_path / "m.zarr", mode="r")
-    journal: Any = copy.attrs[JOURNAL]
-    assert sorted(journal["digests"]) == ["0", "1", "2", "3", "4"]
-    for nth, digest in journal["digests"].items():
-        assert block_digest(np.asarray(copy[128 * int(nth) : 128 * (int(nth) + 1)])) == digest
+    digests = np.asarray(zarr.open_array(tmp_path / "m.zarr" / DIGESTS, mode="r")[...])
+    assert np.flatnonzero(digests.any(axis=1)).tolist() == [0, 1, 2, 3, 4]
+    for nth in range(5):
+        rows = slice(128 * nth, 128 * (nth + 1))
+        assert stored_digest(copy, Place.of(tmp_path / "m.zarr"), (rows,)) == bytes(digests[nth])
+        np.testing.assert_array_equal(np.asarray(copy[rows]), VALUES[rows])
 
 
 def test_only_one_process_copies_to_a_destination(margins: dmdata.LazyArray, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmdata.prices import GIB, LINK, PRICES, Destination, quote, readable_bytes, readable_usd
+from dmdata.errors import SelectionError
+from dmdata.prices import GIB, LINK, PRICES, Destination, Usage, quote, readable_bytes, readable_usd, usage_of
 
 INTERNET, SAME, CROSS = Destination.INTERNET, Destination.SAME_REGION, Destination.CROSS_REGION
 TIB = 1024 * GIB
@@ -62,6 +63,73 @@ def test_bounds_hold_and_more_is_never_cheaper(n_bytes: int, n_requests: int, de
     assert 0 <= one.usd_low <= one.usd_high == one.usd
     assert one.usd < more.usd
     assert one.usd_low < more.usd_low
+
+
+@given(
+    n_bytes=st.integers(0, 300 * TIB),
+    used_gib=st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 100.0, 10_240.0, 51_200.0, 153_600.0, 1e12])),
+    free_gib_left=st.booleans(),
+    known=st.booleans(),
+)
+def test_whatever_the_month_was_the_bill_lies_between_the_bounds(
+    n_bytes: int, used_gib: float, free_gib_left: bool, known: bool
+) -> None:
+    position = used_gib if free_gib_left else max(used_gib, PRICES.free_gib)
+    bill = PRICES.transfer_usd(n_bytes, INTERNET, used_gib=position)
+    one = quote(n_bytes, 0, INTERNET, usage=Usage(used_gib if known else None))
+    assert one.usd_low <= bill * (1 + 1e-9)
+    assert bill <= one.usd_high * (1 + 1e-9)
+    assert one.usd == one.usd_high
+
+
+@given(st.integers(0, 300 * TIB), st.floats(0, 1e6))
+def test_with_the_month_known_the_price_is_one_number_and_more_knowledge_never_widens_the_bounds(
+    n_bytes: int, used_gib: float
+) -> None:
+    nothing = quote(n_bytes, 7, INTERNET)
+    used = quote(n_bytes, 7, INTERNET, usage=Usage(used_gib))
+    everything = quote(n_bytes, 7, INTERNET, usage=Usage(used_gib, free_tier=True))
+    assert everything.usd_low == everything.usd == everything.usd_high
+    tolerance = 1 + 1e-9
+    assert nothing.usd_low <= used.usd_low * tolerance
+    assert used.usd_low <= everything.usd * tolerance
+    assert everything.usd <= used.usd_high * tolerance
+    assert used.usd_high <= nothing.usd_high * tolerance
+
+
+@pytest.mark.parametrize(
+    ("usage", "low", "high"),
+    [
+        (Usage(), 0.0, 90.0 / 1000),
+        (Usage(0.0), 0.0, 90.0 / 1000),
+        (Usage(99.5), 0.045, 0.09),
+        (Usage(99.5, free_tier=True), 0.045, 0.045),
+        (Usage(100.0), 0.09, 0.09),
+        (Usage(10_239.5), 0.0875, 0.0875),
+        (Usage(10_240.0), 0.085, 0.085),
+        (Usage(153_600.0), 0.05, 0.05),
+        (Usage(free_tier=True), 0.0, 0.0),
+    ],
+)
+def test_a_gigabyte_at_each_edge_of_the_month(usage: Usage, low: float, high: float) -> None:
+    one = quote(GIB, 0, INTERNET, usage=usage)
+    assert (one.usd_low, one.usd_high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_without_knowledge_of_the_month_the_lower_bound_is_that_of_the_heaviest_user() -> None:
+    assert quote(4 * TIB, 0, INTERNET).usd_low == pytest.approx(4096 * 0.05)
+    assert quote(4 * TIB, 0, INTERNET, usage=Usage(0.0)).usd_low == pytest.approx((4096 - 100) * 0.09)
+
+
+@pytest.mark.parametrize("used_gib", [-1.0, math.nan, math.inf])
+def test_a_month_that_cannot_be_is_refused(used_gib: float) -> None:
+    with pytest.raises(SelectionError, match="at least 0"):
+        usage_of(used_gib)
+
+
+@pytest.mark.parametrize("destination", [SAME, CROSS])
+def test_the_month_to_the_internet_changes_nothing_inside(destination: Destination) -> None:
+    assert quote(TIB, 5, destination) == quote(TIB, 5, destination, usage=Usage(20_000.0, free_tier=True))
 
 
 @given(st.integers(0, 1 << 50), st.integers(0, 1 << 50), st.floats(0, 1e6))

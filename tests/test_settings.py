@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import dmdata
 from dmdata.cli import main
 from dmdata.errors import BudgetError, SettingsError, SourceError
 from dmdata.prices import GIB, PRICES, Destination, price_table, quote
-from dmdata.settings import config_path, set_in_file, settings, settings_in_force
+from dmdata.settings import Settings, config_path, set_in_file, settings, settings_in_force
 
 NAME = "cifar/50pct/test_margins"
 
@@ -67,6 +68,21 @@ def test_each_setting_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) 
         ("prices: {internet_tiers: [[100, 0.09]]}", r"end with \.inf"),
         ("prices: {internet_tiers: [[100, 0.09], [50, 0.05], [.inf, 0.01]]}", "must rise"),
         ("prices: {cross_region_usd_per_gib: [0.02, 0.01]}", "lowest price"),
+        ("prices: {internet_tiers: []}", "at least 1 item"),
+        ("prices: {internet_tiers: [[100, 0], [.inf, 0.09]]}", "must not rise.*free_gib"),
+        ("prices: {internet_tiers: [[.nan, 0.09], [.inf, 0.09]]}", "greater than 0"),
+        ("prices: {internet_tiers: [[.inf, .nan]]}", "finite|greater"),
+        ("prices: {date: 2027-13-45}", "no YAML"),
+        ("prices: {date: '2027-13-45'}", "should be a day"),
+        ("prices: {date: today}", "should be a day"),
+        ("prices: {date: 2027-01-31 10:00:00}", "should be a day"),
+        ("max_cost: yes", "yes or no"),
+        ("used_gib: .inf", "finite"),
+        ("link: {bytes_per_second: .inf}", "finite"),
+        ("link: {bytes_per_second: 0}", "greater than or equal to 1"),
+        ("link: {seconds_to_first_byte: 1e300}", "less than or equal to 3600"),
+        ("link: {n_connections: 0}", "greater than or equal to 1"),
+        ("5: 5", "no list of settings"),
         ("!!python/object/apply:os.system ['touch /nowhere']", "no YAML"),
     ],
 )
@@ -77,6 +93,69 @@ def test_a_config_file_with_a_fault_is_named_and_spends_nothing(text: str, words
     assert str(config_path()) in str(caught.value)
     with pytest.raises((SettingsError, BudgetError)):
         dmdata.estimate(NAME)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "aws_secret_access_key: hunter2",
+        "catalog: {password: hunter2}",
+        "catalog: [hunter2]",
+        "max_cost: {x: hunter2}",
+        "key: 'hunter2",
+        "{hunter2",
+        "hunter2",
+        "- hunter2",
+    ],
+)
+def test_what_an_error_says_of_the_file_holds_no_secret_from_it(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(text)
+    for arguments in (["config"], ["config", "--json", "--debug"], ["estimate", NAME]):
+        code, out, err = run(capsys, *arguments)
+        assert code == 2
+        assert "hunter2" not in out + err
+
+
+def test_a_catalog_s_url_is_shown_without_its_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    write("catalog: https://me:hunter2@host/c.yaml?X-Amz-Signature=hunter2\n")
+    for arguments in (["config"], ["config", "--json"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, "https://host/c.yaml" in out) == (0, True)
+        assert "hunter2" not in out + err
+    assert "hunter2" in str(settings().catalog), "what is used is what was set"
+
+
+def test_a_day_is_read_with_or_without_quotes() -> None:
+    for text in ("2027-01-31", "'2027-01-31'"):
+        write(f"prices: {{date: {text}}}\n")
+        assert price_table().date == "2027-01-31"
+
+
+def test_every_example_in_an_error_is_a_setting_that_holds() -> None:
+    def examples(model: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, field in model.model_fields.items():
+            yield f"{prefix}{name}", field.examples[0]
+            if hasattr(field.annotation, "model_fields"):
+                yield from examples(field.annotation, f"{name}.")
+
+    listed = list(examples(Settings))
+    assert len(listed) > 12
+    for name, example in listed:
+        config_path().unlink(missing_ok=True)
+        set_in_file(name, example)
+        assert name.split(".")[0] in config_path().read_text()
+        settings()
+
+
+def test_a_file_with_faults_is_mended_by_the_commands_its_errors_name(capsys: pytest.CaptureFixture[str]) -> None:
+    write("max_cots: 5\nmax_cost: lots\nprices: {usd_per_gt: 1}\n")
+    for _ in range(3):
+        code, _, err = run(capsys, "config")
+        assert code == 2
+        command = err.strip().rpartition("dmdata config ")[2]
+        assert run(capsys, "config", *command.split())[0] == 0
+    assert run(capsys, "config")[0] == 0
+    assert settings().max_cost == 5.0
 
 
 @pytest.mark.parametrize(("variable", "text"), [("DMDATA_USED_GIB", "many"), ("DMDATA_OFFLINE", "perhaps")])
@@ -127,13 +206,73 @@ def test_the_config_command_sets_shows_and_unsets(capsys: pytest.CaptureFixture[
     assert shown["max_cost"] == {"value": 2.5, "from": str(config_path())}
     assert shown["prices"]["value"] == {"usd_per_get": 0.000001}
     before = config_path().read_text()
-    for name, value in (("max_cost", "lots"), ("color", "red"), ("prices.color", "red"), ("max_cost.x", "1")):
+    code, _, err = run(capsys, "config", "unset", "max_cots")
+    assert (code, "no setting max_cots; choose max_cost" in err) == (2, True)
+    for name, value in (
+        ("max_cost", "lots"),
+        ("", "1"),
+        ("prices.", "1"),
+        ("prices", "5"),
+        ("color", "red"),
+        ("prices.color", "red"),
+        ("max_cost.x", "1"),
+    ):
         code, _, err = run(capsys, "config", "set", name, value)
         assert code == 2, err
         assert config_path().read_text() == before
     assert run(capsys, "config", "unset", "max_cost")[0] == 0
     assert run(capsys, "config", "unset", "prices.usd_per_get")[0] == 0
     assert settings() == type(settings())()
+
+
+def test_tiers_of_ones_own_are_shown_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = "[[500, 0.09], [.inf, 0.02]]"
+    assert run(capsys, "config", "set", "prices.internet_tiers", tiers)[0] == 0
+    shown = json.loads(run(capsys, "config", "--json")[1])["settings"]
+    assert shown["prices"]["value"] == {"internet_tiers": [[500, 0.09], [None, 0.02]]}
+    assert "internet_tiers: to 500: $0.09; above: $0.02" in run(capsys, "config")[1]
+    assert "internet_tiers as set" in run(capsys, "estimate", NAME)[2], "nobody takes one's own for list prices"
+
+
+def test_set_says_when_a_variable_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DMDATA_MAX_COST", "7")
+    code, out, err = run(capsys, "config", "set", "max_cost", "2.5", "--json")
+    assert (code, json.loads(out)["name"]) == (0, "max_cost")
+    assert "DMDATA_MAX_COST is set too" in err
+    assert json.loads(run(capsys, "config", "path", "--json")[1]) == {"path": str(config_path())}
+
+
+def test_a_fast_link_or_a_slow_one_changes_the_seconds_and_never_the_dollars() -> None:
+    before = dmdata.estimate(NAME, select="0:1000,42")
+    write("link: {bytes_per_second: 1e15, seconds_to_first_byte: 3600, n_connections: 1}\n")
+    after = dmdata.estimate(NAME, select="0:1000,42")
+    assert (after.usd, after.n_bytes) == (before.usd, before.n_bytes)
+    assert after.seconds > 1000 * before.seconds
+    assert after.fastest.n_requests < before.fastest.n_requests
+
+
+def test_spend_by_several_groupings_with_what_is_left_of_the_month(
+    s3: LoopbackS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dmdata.address import Address
+    from dmdata.fetch import Transport
+
+    s3.put("x.npy", b"no array")
+    Transport(Address("s3://madrylab-datamodels/x.npy", requester_pays=True), "x").start(4)
+    assert json.loads(run(capsys, "spend", "--json")[1])["month"]["left_usd"] is None
+    write("max_cost: 2\n")
+    data = json.loads(run(capsys, "spend", "--by", "day", "--by", "artifact", "--by", "destination", "--json")[1])
+    assert list(data["by_artifact"]) == ["x"]
+    assert list(data["by_destination"]) == ["internet"]
+    assert len(data["by_day"]) == 1
+    assert data["month"]["usd"] == data["usd"] > 0
+    assert data["month"]["left_usd"] == pytest.approx(2 - data["usd"])
+    out, err = run(capsys, "spend", "--by", "day", "--by", "artifact")[1:]
+    assert " day " in out
+    assert " artifact " in out
+    assert "of $2.00" in err
 
 
 def test_what_is_known_of_the_month_narrows_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,376 @@
+"""The commands that copy and compare: get, mirror and verify; and how commands that can spend ask before they do."""
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.progress import DownloadColumn, ProgressColumn, Task, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from dmdata import ledger, release
+from dmdata.catalog import Artifact
+from dmdata.completion import complete_artifacts
+from dmdata.console import Talk, ask_consent, talk_options
+from dmdata.errors import IntegrityError
+from dmdata.mirror import DEFAULT_MEMORY_BYTES
+from dmdata.prices import (
+    Destination,
+    Estimate,
+    Quote,
+    Usage,
+    assumed_link,
+    prices_in_words,
+    readable_bytes,
+    readable_usd,
+)
+from dmdata.settings import settings
+from dmdata.verify import Comparison, plan_checks, run_checks
+
+
+def option_catalog(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--catalog``."""
+    return click.option(
+        "--catalog",
+        metavar="FILE",
+        help="catalog.yaml, a folder with one, or its URL. [default: $DMDATA_CATALOG, else the published release's]",
+    )(command)
+
+
+def option_to(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--to``."""
+    return click.option(
+        "--to",
+        type=click.Choice([str(destination) for destination in Destination]),
+        default=lambda: settings().to,
+        show_default="internet, or as set",
+        help="Where the bytes go: decides the price of a byte.",
+    )(command)
+
+
+def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of those that can spend."""
+    for option in (
+        click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
+        click.option(
+            "--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Fail before spending more than this."
+        ),
+        click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
+    ):
+        command = option(command)
+    return option_to(option_catalog(command))
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """Part of what a command will read: its name, price, and whether whoever reads it pays."""
+
+    name: str
+    estimate: Estimate
+    is_paid: bool
+
+    @classmethod
+    def all_of(cls, priced: list[tuple[Artifact, Estimate]]) -> "list[Priced]":
+        """Take artifacts as `dmdata.release` prices them."""
+        return [cls(artifact.name, estimate, artifact.source.requester_pays) for artifact, estimate in priced]
+
+
+@contextlib.contextmanager
+def paid_for(
+    talk: Talk,
+    priced: list[Priced],
+    what: str,
+    *,
+    to: str,
+    catalog: str | None,
+    dry_run: bool,
+    max_cost: float | None,
+    yes: bool,
+) -> Iterator[bool]:
+    """Ask where the work costs something, and hold its budget while it runs; yields whether to go on."""
+    del catalog
+    if max_cost is not None and math.isnan(max_cost):
+        raise click.BadParameter("nan is no number of dollars", param_hint="--max-cost")
+    if dry_run:
+        print_estimate(talk, priced, to=to)
+        yield False
+        return
+    paid = [part.estimate for part in priced if part.is_paid]
+    with contextlib.ExitStack() as stack:
+        if max_cost is not None:
+            stack.enter_context(ledger.budget(usd=max_cost))
+        if paid:
+            price = release.total_of(paid, to=to)
+            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=what)
+            ask_consent(talk, price, what=what, agreed=yes)
+        yield True
+
+
+def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | None = None) -> None:
+    """Print what reads would cost, part by part and in all, the cheapest way and the fastest."""
+
+    def facts(way: Quote) -> dict[str, Any]:
+        return {
+            "bytes": way.n_bytes,
+            "requests": way.n_requests,
+            "usd": way.usd,
+            "usd_low": way.usd_low,
+            "usd_high": way.usd_high,
+            "seconds": way.seconds,
+        }
+
+    def both(price: Estimate) -> dict[str, Any]:
+        return facts(price.cheapest) | {"fastest": facts(price.fastest)}
+
+    total = release.total_of([part.estimate for part in priced], to=to, usage=usage)
+    data = both(total) | {
+        "to": str(total.destination),
+        "price_date": total.price_date,
+        "artifacts": [{"name": part.name} | both(part.estimate) for part in priced],
+    }
+    table = Table("artifact", "bytes", "requests", "dollars", "seconds", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in priced:
+        table.add_row(part.name, *_quote_cells(part.estimate.cheapest))
+        if part.estimate.fastest != part.estimate.cheapest:
+            table.add_row("  fastest", *_quote_cells(part.estimate.fastest))
+    table.add_section()
+    table.add_row("total, cheapest", *_quote_cells(total.cheapest), style="bold")
+    if total.fastest != total.cheapest:
+        table.add_row("total, fastest", *_quote_cells(total.fastest))
+    talk.print_data(data, table)
+    link = assumed_link()
+    known = total.usd_low == total.usd_high
+    talk.remark(
+        ("exactly that" if known else f"between {readable_usd(total.usd_low)} and {readable_usd(total.usd_high)}")
+        + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
+        f"{link.bytes_per_second / 1e6:g} MB/s"
+        + ("" if known or total.destination is not Destination.INTERNET else "; --used-gib and --free-tier narrow it")
+    )
+
+
+@click.command("get")
+@click.argument("name", shell_complete=complete_artifacts)
+@click.option("-o", "--output", metavar="PATH", help="File or folder. [default: the object's own name]")
+@options_spending
+@talk_options
+def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
+    """Download the object of NAME as it is. Run again to resume."""
+    known = release.load_catalog(spending["catalog"])
+    artifact = known.find(known.find(name).object_name)
+    path = release.download_path(artifact, output)
+    priced = Priced.all_of(release.price_download(artifact, path, to=spending["to"]))
+    with paid_for(talk, priced, f"downloading {artifact.name}", **spending) as agreed:
+        if not agreed:
+            return
+        with _bars(talk, priced) as bars:
+            path = release.get(
+                artifact.name,
+                output,
+                to=spending["to"],
+                catalog=known,
+                progress=lambda done, in_all: bars.complete(artifact.name, done, in_all),
+            )
+    talk.print_data(
+        {"path": str(path), "bytes": path.stat().st_size}, lines(f"{path}", readable_bytes(path.stat().st_size))
+    )
+
+
+@click.command("mirror")
+@click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
+@click.argument("destination")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
+@click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')
+@click.option(
+    "--memory",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    default=DEFAULT_MEMORY_BYTES >> 20,
+    show_default=True,
+    help="Bound on the memory of the copy, on a cluster of each thread.",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Copy on the Dask cluster of this scheduler, as tcp://host:8786.")
+@options_spending
+@talk_options
+def mirror(
+    talk: Talk,
+    patterns: tuple[str, ...],
+    destination: str,
+    exclude: tuple[str, ...],
+    select: str | None,
+    memory: int,
+    scheduler: str | None,
+    **spending: Any,
+) -> None:
+    """Copy artifacts into a chunked Zarr store at DESTINATION, a path or s3://bucket/prefix. Run again to resume.
+
+    One exact name makes DESTINATION that array; globs or several names make it a group.
+    """
+    known = release.load_catalog(spending["catalog"])
+    artifacts = release.arrays_of(known.match(patterns, exclude=exclude), known)
+    priced = Priced.all_of(
+        release.price_mirror(
+            artifacts,
+            destination,
+            key=select,
+            to=spending["to"],
+            memory_bytes=memory << 20,
+            alone=release.mirrored_alone(patterns, artifacts),
+        )
+    )
+    with paid_for(talk, priced, f"mirroring {', '.join(patterns)}", **spending) as agreed:
+        if not agreed:
+            return
+        with _bars(talk, priced) as bars:
+            release.mirror(
+                patterns[0] if len(patterns) == 1 else patterns,
+                destination,
+                key=select,
+                exclude=exclude,
+                to=spending["to"],
+                catalog=known,
+                memory_bytes=memory << 20,
+                scheduler=scheduler,
+                received=bars.received,
+            )
+    names = [artifact.name for artifact in artifacts]
+    talk.print_data({"destination": destination, "artifacts": names}, lines(destination, f"{len(names)} artifacts"))
+
+
+@click.command("verify")
+@click.argument("destination")
+@click.argument("names", nargs=-1)
+@click.option("--sample", metavar="USD|N%", help="Also read so much of the source at random: dollars, or 5% of rows.")
+@click.option("--whole", is_flag=True, help="Also read all of the source.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option("--repair", is_flag=True, help="Mark bad blocks as missing: dmdata mirror then makes them again.")
+@options_spending
+@talk_options
+def compare(
+    talk: Talk,
+    destination: str,
+    names: tuple[str, ...],
+    sample: str | None,
+    whole: bool,
+    seed: int,
+    repair: bool,
+    **spending: Any,
+) -> None:
+    """Compare the mirror at DESTINATION with its source; exit with 3 where they differ.
+
+    By itself it compares digests, which is free: the mirror is what was received. A sample or the whole of the source
+    costs what reading that costs. With NAMES only these of a group are compared.
+    """
+    catalog, to = spending["catalog"], spending["to"]
+    checks = plan_checks(destination, names, sample=sample, whole=whole, seed=seed, to=to, catalog=catalog)
+    priced = [Priced(check.name, check.estimate, check.is_paid) for check in checks]
+    with paid_for(talk, priced, f"comparing {destination} with its source", **spending) as agreed:
+        if not agreed:
+            return
+        units = defaultdict(lambda: "rows", {f"{check.name}: digests": "blocks" for check in checks})
+        with talk.stages(units) as show:
+            comparisons = run_checks(checks, repair=repair, progress=show)
+    table = Table("artifact", "blocks", "missing", "bad", "rows compared", "verdict", box=None, header_style="bold")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for found in comparisons:
+        counts = (found.n_blocks, found.n_missing, len(found.bad), found.n_rows_compared)
+        table.add_row(found.name, *(f"{count:,}" for count in counts), "same" if found.is_same else "not the same")
+    talk.print_data(
+        {"same": all(found.is_same for found in comparisons), "artifacts": [_facts(f) for f in comparisons]}, table
+    )
+    if faults := [words for found in comparisons for words in _in_words(found, repaired=repair)]:
+        raise IntegrityError("; ".join(faults), url=destination)
+
+
+def lines(*texts: str) -> Table:
+    """Lay texts out in one line."""
+    table = Table(box=None, show_header=False)
+    table.add_row(*texts)
+    return table
+
+
+def _facts(found: Comparison) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "place": found.place,
+        "same": found.is_same,
+        "blocks": found.n_blocks,
+        "missing": found.n_missing,
+        "damaged": list(found.damaged),
+        "differing": list(found.differing),
+        "faults": list(found.faults),
+        "rows_compared": found.n_rows_compared,
+    }
+
+
+def _in_words(found: Comparison, *, repaired: bool) -> Iterator[str]:
+    """Say what is wrong with a mirror, and what to do."""
+    yield from (f"{found.name}: {fault}" for fault in found.faults)
+    for what, numbers in (("damaged", found.damaged), ("not what the source holds", found.differing)):
+        if numbers:
+            shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+            remedy = "run dmdata mirror again" if repaired else "run dmdata verify --repair, then dmdata mirror again"
+            yield f"{found.name}: {len(numbers)} of {found.n_blocks} blocks are {what} ({shown}); {remedy}"
+    if found.n_missing:
+        yield (
+            f"{found.name}: {found.n_missing} of {found.n_blocks} blocks are not mirrored yet; "
+            "run dmdata mirror again to go on"
+        )
+
+
+def _quote_cells(way: Any) -> tuple[str, str, str, str]:
+    return readable_bytes(way.n_bytes), f"{way.n_requests:,}", readable_usd(way.usd), f"{way.seconds:,.1f}"
+
+
+class _Bars:
+    """A bar for each artifact, and one for all where there are several: bytes fetched of those planned, and dollars."""
+
+    def __init__(self, bars: Any, priced: list[Priced]) -> None:
+        self._bars = bars
+        self._tasks = {}
+        self._total = None
+        usd = {part.name: part.estimate.usd if part.is_paid else 0.0 for part in priced}
+        for part in priced:
+            self._tasks[part.name] = bars.add_task(part.name, total=part.estimate.n_bytes, usd=usd[part.name])
+        if len(priced) > 1:
+            n_bytes = sum(part.estimate.n_bytes for part in priced)
+            self._total = bars.add_task("total", total=n_bytes, usd=sum(usd.values()))
+
+    def received(self, name: str, n_bytes: int) -> None:
+        """Count bytes that have just arrived."""
+        self._bars.advance(self._tasks[name], n_bytes)
+        if self._total is not None:
+            self._bars.advance(self._total, n_bytes)
+
+    def finish(self) -> None:
+        """Show as whole what is: headers that were remembered, and ranges that had landed before, did not arrive."""
+        for task in self._bars.tasks:
+            self._bars.update(task.id, total=task.completed or 1, completed=task.completed or 1)
+
+    def complete(self, name: str, n_bytes: int, n_in_all: int) -> None:
+        """Say how many bytes are complete."""
+        self._bars.update(self._tasks[name], completed=n_bytes, total=n_in_all)
+
+
+@contextlib.contextmanager
+def _bars(talk: Talk, priced: list[Priced]) -> Iterator[_Bars]:
+    with talk.progress(DownloadColumn(binary_units=True), _Dollars(), TransferSpeedColumn()) as bars:
+        shown = _Bars(bars, priced)
+        yield shown
+        shown.finish()
+
+
+class _Dollars(ProgressColumn):
+    """What the bytes so far cost, of what all will."""
+
+    def render(self, task: Task) -> Text:
+        """Write the dollars, requests included."""
+        usd = task.fields["usd"]
+        so_far = usd * min(task.completed / task.total, 1.0) if task.total else 0.0
+        return Text(f"{readable_usd(so_far)} of {readable_usd(usd)}" if usd else "free")

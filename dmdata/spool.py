@@ -1,0 +1,251 @@
+"""What a read has received, kept in a file until it is written for good: whoever is killed does not pay it again.
+
+The memory that a read lands in is the file itself, mapped: the system keeps what is in it, whatever becomes of the
+process, and nothing is copied. A record with a checksum follows each range. Whoever begins the same read again finds
+the ranges whose records and bytes are whole. Records are bound to the read that they belong to: another object,
+selection or plan begins anew.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from dmdata.plan import ReadPlan
+
+# range, first and last byte in the product, checksums of these bytes and of the record itself
+_RECORD = struct.Struct("<QQQII")
+_PIECE_BYTES = 256 << 10
+_NOT_OFFERED = (errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.ENOLCK)
+
+
+def read_key(identity: str, plan: ReadPlan) -> str:
+    """Name a read, so that ranges of another one are never taken for its own.
+
+    Parameters
+    ----------
+    identity : str
+        What changes when the object does.
+    plan : ReadPlan
+    """
+    digest = hashlib.sha256(repr((identity, plan.layout, plan.n_requests, plan.n_bytes, plan.wanted_bytes)).encode())
+    digest.update(repr((plan.max_gap_bytes, plan.max_range_bytes)).encode())
+    digest.update(plan.selection.digest.encode())
+    return digest.hexdigest()
+
+
+class Landing:
+    """The memory that one read after the other lands in; with a file behind it, for as long as one is attached.
+
+    A `dmdata.fetch.Spool`. Its size is that of the largest read so far.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._records: _Records | None = None
+        # the file behind the memory
+        self._path: Path | None = None
+
+    def attach(self, path: Path, key: str, n_bytes: int) -> None:
+        """Keep what the next read receives in files that begin with `path`, and take what is there of the same read.
+
+        Room for all of it is taken at once, so that a full disk is met before anything is paid for. Where another
+        process has the files, or the file system maps none, nothing is kept.
+
+        Parameters
+        ----------
+        path : Path
+        key : str
+            See `read_key`.
+        n_bytes : int
+            Wanted bytes of the read.
+
+        Raises
+        ------
+        OSError
+            If the files cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = _Records.open(path.with_name(f"{path.name}.ranges"), key)
+        if records is None:
+            self._forget_file()
+            return
+        try:
+            self._map(path.with_name(f"{path.name}.bytes"), n_bytes)
+            records.recall(self._memory[:n_bytes])
+        except OSError as error:
+            if records.is_empty:
+                records.remove()
+                path.with_name(f"{path.name}.bytes").unlink(missing_ok=True)
+            records.close()
+            self._forget_file()
+            if error.errno not in _NOT_OFFERED:
+                raise
+            return
+        self._records = records
+
+    def detach(self) -> None:
+        """Let go of the files; what was received and is not written for good stays in them."""
+        if self._records:
+            self._records.close()
+        elif self._path:
+            self._path.unlink(missing_ok=True)
+        self._forget_file()
+
+    def discard(self) -> None:
+        """Remove the record of what was received, because it is written for good; the file is used again."""
+        if self._records:
+            self._records.remove()
+        self._records = None
+
+    def product(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Give the memory; see `dmdata.fetch.Spool`."""
+        if len(self._memory) < n_bytes:
+            self._forget_file()
+            self._memory = np.empty(n_bytes, np.uint8)
+        return self._memory[:n_bytes]
+
+    def has(self, nth: int) -> bool:
+        """Tell whether a range is in memory already."""
+        return self._records is not None and nth in self._records.landed
+
+    def landed(self, nth: int, start: int, stop: int) -> None:
+        """Keep a range that is in memory now."""
+        if self._records:
+            self._records.keep(nth, start, stop, self._memory[start:stop])
+
+    def _map(self, path: Path, n_bytes: int) -> None:
+        """Make a file the memory: the one that is there, else the last one under its new name, else a new one."""
+        if self._path and len(self._memory) >= n_bytes and not path.exists():
+            self._path.rename(path)
+            self._path = path
+            return
+        self._forget_file()
+        with _opened(path) as descriptor:
+            size = max(n_bytes, os.fstat(descriptor).st_size)
+            _take_room(descriptor, size)
+            mapped = mmap.mmap(descriptor, size)
+        self._memory = np.frombuffer(mapped, np.uint8)
+        self._path = path
+
+    def _forget_file(self) -> None:
+        self._records = None
+        if self._path:
+            self._memory = np.empty(0, np.uint8)
+        self._path = None
+
+
+def sweep(directory: Path) -> None:
+    """Remove files of which nothing is on record: a killed process may leave one for each read under way."""
+    for path in directory.glob("*.bytes"):
+        if not path.with_suffix(".ranges").exists():
+            path.unlink(missing_ok=True)
+
+
+class _Records:
+    """Which ranges of a read are in its file. One process has it; the system lets go of it when the process dies."""
+
+    def __init__(self, path: Path, descriptor: int, head: bytes) -> None:
+        self._path, self._descriptor, self._head = path, descriptor, head
+        self._end = len(head)
+        self._lock = threading.Lock()
+        self.landed: set[int] = set()
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> "_Records | None":
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return None
+                raise
+        return cls(path, descriptor, hashlib.sha256(key.encode()).digest())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever entered, of this read or another."""
+        return os.fstat(self._descriptor).st_size <= len(self._head)
+
+    def recall(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Find out what is whole of the same read; write on behind it, over anything else."""
+        stored = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        if stored[: self._end] != self._head:
+            stored = self._head
+            os.ftruncate(self._descriptor, 0)
+            _write_all(self._descriptor, self._head, 0)
+        while record := stored[self._end : self._end + _RECORD.size]:
+            if len(record) < _RECORD.size:
+                break
+            nth, start, stop, checksum, own_checksum = _RECORD.unpack(record)
+            if google_crc32c.value(record[:-4]) != own_checksum or not start <= stop <= len(memory):
+                break
+            self._end += len(record)
+            if _checksum(memory[start:stop]) == checksum:
+                self.landed.add(nth)
+
+    def keep(self, nth: int, start: int, stop: int, received: npt.NDArray[np.uint8]) -> None:
+        """Enter a range whose bytes are in the file."""
+        record = _RECORD.pack(nth, start, stop, _checksum(received), 0)[:-4]
+        record += google_crc32c.value(record).to_bytes(4, "little")
+        with self._lock:
+            # a thread that could not be waited for may come when the read has long ended
+            if self._descriptor >= 0:
+                _write_all(self._descriptor, record, self._end)
+                self._end += len(record)
+                self.landed.add(nth)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self.close()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _take_room(descriptor: int, n_bytes: int) -> None:
+    """Have the disk's blocks at hand: without, a full disk would end the process that writes to the memory."""
+    os.ftruncate(descriptor, n_bytes)
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+
+
+def _write_all(descriptor: int, data: bytes, at: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
+
+
+def _checksum(data: npt.NDArray[np.uint8]) -> int:
+    # it takes nothing but bytes objects, and a range may be long
+    checksum = 0
+    for start in range(0, len(data), _PIECE_BYTES):
+        checksum = google_crc32c.extend(checksum, data[start : start + _PIECE_BYTES].tobytes())
+    return int(checksum)
