@@ -304,7 +304,7 @@ class LazyArray:
         to : {"internet", "same-region", "cross-region"}, optional
             Where the bytes go; by default where the array was opened for.
         used_gib : float, optional
-            GB that the account sent to the internet this month; by default as set, else 0.
+            GB that the account sent to the internet this month; by default as set, else unknown.
         free_tier : bool, optional
             Whether the month's free GB are left but for these; by default as set, else not counted on.
         """

@@ -145,12 +145,12 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | 
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
     link = assumed_link()
-    known = total.usd_low == total.usd_high
+    low, high = readable_usd(total.usd_low), readable_usd(total.usd_high)
+    open_ended = low != high and total.destination is Destination.INTERNET
     talk.remark(
-        ("exactly that" if known else f"between {readable_usd(total.usd_low)} and {readable_usd(total.usd_high)}")
+        (f"between {low} and {high}" if low != high else high)
         + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
-        f"{link.bytes_per_second / 1e6:g} MB/s"
-        + ("" if known or total.destination is not Destination.INTERNET else "; --used-gib and --free-tier narrow it")
+        f"{link.bytes_per_second / 1e6:g} MB/s" + ("; --used-gib and --free-tier narrow it" if open_ended else "")
     )
 
 

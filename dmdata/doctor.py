@@ -157,9 +157,10 @@ def _money(address: Address) -> Iterator[Finding]:
         return
     limit = settings().max_cost
     words = f"{readable_usd(spent.usd)} in {month}; "
-    words += (
-        f"at most ${limit} a month" if limit else f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
-    )
+    if limit is None:
+        words += f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
+    else:
+        words += f"at most {readable_usd(limit)} a month"
     if address.requester_pays:
         words += "; this source charges the reader"
     yield Finding("budget", "ok", words)

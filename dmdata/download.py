@@ -7,7 +7,6 @@ checksums hold and pays only for the block in flight, and for what was damaged o
 
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ import numpy as np
 from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
-from dmdata.formats import Layout, npy_layout, pt_layouts
+from dmdata.formats import NPY_PREFIX_BYTES, Layout, npy_layout, pt_layouts
 from dmdata.locks import only_process_at
 from dmdata.plan import ReadPlan, plan_read
-from dmdata.prices import readable_bytes
 from dmdata.selection import select
+from dmdata.spool import take_room
+
+START_BYTES = {"npy": NPY_PREFIX_BYTES, "pt": 1}
+"""What is read first, beside the object itself: its header, if that is short and in one place."""
 
 _RANGES_AT_ONCE = 8
 _BLOCK_BYTES = _RANGES_AT_ONCE * MAX_RANGE_BYTES
@@ -62,7 +64,7 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with only_process_at(path):
-            _, state = transport.start(1)
+            state = _look_at_start(transport, kind)
             _append_missing(transport, state, part, part.begin(state), progress)
             _check(part.path, str(transport.address), kind, sha256)
             part.path.replace(path)
@@ -74,6 +76,18 @@ def download(
         if isinstance(error, DmdataError):
             raise
         raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+
+
+def _look_at_start(transport: Transport, kind: Literal["npy", "pt"]) -> ObjectState:
+    """Learn an object's size and etag; refuse a ``.npy`` whose header does not fit its size before it is paid for."""
+    head, state = transport.start(START_BYTES[kind])
+
+    def read_at(start: int, stop: int) -> bytes:
+        return head[start:stop] if stop <= len(head) else transport.read(start, stop, etag=state.etag)
+
+    if kind == "npy":
+        npy_layout(read_at, object_bytes=state.n_bytes, url=str(transport.address))
+    return state
 
 
 def n_requests_of(n_bytes: int) -> int:
@@ -154,11 +168,11 @@ def _append_missing(
     progress: Callable[[int, int], object] | None,
 ) -> None:
     with part.path.open("r+b") as file:
+        # a full disk is met before anything is paid for
+        take_room(file.fileno(), state.n_bytes)
         # a block cut short by a crash while it was written is fetched again
         done = file.seek(len(checksums) * _BLOCK_BYTES)
-        file.truncate()
         n_missing = state.n_bytes - done
-        _require_room(part.path, n_missing)
         transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
         while done < state.n_bytes:
             stop = min(done + _BLOCK_BYTES, state.n_bytes)
@@ -172,16 +186,6 @@ def _append_missing(
                 part.record(state, checksums)
             if progress:
                 progress(done, state.n_bytes)
-
-
-def _require_room(path: Path, n_bytes: int) -> None:
-    """Refuse, before anything is paid for, what the disk cannot hold."""
-    free = shutil.disk_usage(path.parent).free
-    if n_bytes > free:
-        raise DmdataError(
-            f"{path} still needs {readable_bytes(n_bytes)}, and its disk has room for {readable_bytes(free)}; nothing "
-            "was fetched: make room, or choose another place"
-        )
 
 
 def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:

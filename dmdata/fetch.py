@@ -103,6 +103,7 @@ class Transport:
         BudgetError, AccessError, ObjectMissingError, SourceError
         """
         source, meter = connect(self.address), self._meter(n_bytes, 1)
+        meter.object_bytes = _MOST_BUFFERED_BYTES  # it may be of any size yet
         tally = meter.tally()
         try:
             while True:

@@ -231,7 +231,7 @@ class Ledger:
             _expire_killed(connection)
             _check(connection, _active_scopes(), _to_pico(usd), artifact=artifact)
 
-    def spent(self, *, by: Grouping | None = None) -> dict[str, Spending]:
+    def spent(self, *, by: Grouping | None = None, since: str = "", month: str = "") -> dict[str, Spending]:
         """Add up receipts and open reservations.
 
         Parameters
@@ -239,6 +239,8 @@ class Ledger:
         by : {"day", "month", "artifact", "destination", "state", "charged"}, optional
             How to group them (days and months in UTC); by default all in one, named "total". "charged" tells what the
             sources themselves confirmed to charge (``x-amz-request-charged``).
+        since, month : str, optional
+            Only from this day on ("2027-01-31"), or of this month ("2027-01"); UTC.
         """
         if not self.path.exists():
             return {}
@@ -246,7 +248,9 @@ class Ledger:
             _expire_killed(connection)
             rows = connection.execute(
                 f"SELECT {_GROUPS[by]}, SUM(pico), SUM(n_requests), SUM(n_bytes), COUNT(*) "  # noqa: S608 - from a dict
-                "FROM reading WHERE state != 'expired' GROUP BY 1 ORDER BY 1"
+                "FROM reading WHERE state != 'expired' AND date(at, 'unixepoch') >= ? AND date(at, 'unixepoch') LIKE ? "
+                "GROUP BY 1 ORDER BY 1",
+                (since, f"{month}%"),
             ).fetchall()
         return {key: Spending(pico / _PICO, requests, size, count) for key, pico, requests, size, count in rows}
 

@@ -29,8 +29,10 @@ _WHAT = {
     type=click.Choice(["day", "month", "artifact", "destination", "state", "charged"]),
     help="Group by; may be given several times. 'charged' is what sources confirmed by x-amz-request-charged.",
 )
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), metavar="DAY", help="Only from this day on, in UTC.")
+@click.option("--month", type=click.DateTime(["%Y-%m"]), metavar="YYYY-MM", help="Only of this month, in UTC.")
 @talk_options
-def spend(talk: Talk, by: tuple[ledger.Grouping, ...]) -> None:
+def spend(talk: Talk, by: tuple[ledger.Grouping, ...], since: datetime | None, month: datetime | None) -> None:
     """Show what was spent through this machine's ledger: an upper bound of the bill, at the prices in force then.
 
     Where no transfer broke it is exact. What the sources themselves said of charging is set beside it, and what is
@@ -38,24 +40,29 @@ def spend(talk: Talk, by: tuple[ledger.Grouping, ...]) -> None:
     """
     books = ledger.Ledger(ledger.home())
     nothing = ledger.Spending(0.0, 0, 0, 0)
-    total = books.spent().get("total", nothing)
-    groups = {grouping: books.spent(by=grouping) for grouping in by}
-    charged = books.spent(by="charged")
-    month = _month_facts(books.spent(by="month"))
+    first_day, of_month = f"{since:%Y-%m-%d}" if since else "", f"{month:%Y-%m}" if month else ""
+
+    def spent(grouping: ledger.Grouping | None = None) -> dict[str, ledger.Spending]:
+        return books.spent(by=grouping, since=first_day, month=of_month)
+
+    total = spent().get("total", nothing)
+    groups = {grouping: spent(grouping) for grouping in by}
+    charged = spent("charged")
+    now = _month_facts(books.spent(by="month"))
     tables = [_spending_table(grouping, parts) for grouping, parts in groups.items()]
     tables.append(_spending_table("", {"total": total}))
     data = _spending_facts(total) | {"charged": {name: _spending_facts(part) for name, part in charged.items()}}
-    data["month"] = month
+    data["month"] = now
     for grouping, parts in groups.items():
         data[f"by_{grouping}"] = {name: _spending_facts(part) for name, part in parts.items()}
     talk.print_data(data, *tables)
     said = ", ".join(f"{readable_usd(part.usd)} {name}" for name, part in charged.items())
     talk.remark(f"ledger: {books.path}" + (f"; by the sources' own word: {said}" if said else ""))
-    spent_of_month = f"{month['month']}: {readable_usd(month['usd'])}"
-    if month["limit_usd"] is None:
+    spent_of_month = f"{now['month']}: {readable_usd(now['usd'])}"
+    if now["limit_usd"] is None:
         talk.remark(f"{spent_of_month}; no budget for the month is set: dmdata config set max_cost 5.00")
     else:
-        talk.remark(f"{spent_of_month} of {readable_usd(month['limit_usd'])}, {readable_usd(month['left_usd'])} left")
+        talk.remark(f"{spent_of_month} of {readable_usd(now['limit_usd'])}, {readable_usd(now['left_usd'])} left")
 
 
 def _month_facts(by_month: dict[str, ledger.Spending]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import zarr.errors
 from dmdata.address import Address
 from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import bytes_complete, download, n_requests_of
+from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
@@ -169,7 +169,7 @@ def estimate(
     to : {"internet", "same-region", "cross-region"}
     catalog : Catalog, path or URL, optional
     used_gib : float, optional
-        GB that the account sent to the internet this month; by default as set, else 0.
+        GB that the account sent to the internet this month; by default as set, else unknown.
     free_tier : bool, optional
         Whether the month's free GB are left but for these; by default as set, else not counted on.
 
@@ -232,7 +232,8 @@ def price_mirror(
 def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    return [(artifact, _same_both_ways(n_missing + 1, n_requests_of(n_missing) + 1, to=to))]
+    n_bytes = n_missing + START_BYTES["pt" if artifact.stored.format == "pt" else "npy"]
+    return [(artifact, _same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
 
 
 def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:

@@ -307,6 +307,7 @@ class _ForkedS3Source(ByPieces):
         except botocore.exceptions.ClientError:
             raise
         except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            vars(error).update(request=None, response=None)  # they hold the token, and Dask pickles causes along
             raise _s3_refusal(self.address, None, None) from error
 
 

@@ -111,7 +111,9 @@ class Settings(_Record):
     )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
     prices: PriceOverrides = Field(
-        default=PriceOverrides(), description="what differs from the list prices", examples=["{usd_per_get: 0.0000004}"]
+        default=PriceOverrides(),
+        description="what differs from the list prices",
+        examples=["{usd_per_get: 0.0000004, free_gib: 100}"],
     )
     link: LinkOverrides = Field(
         default=LinkOverrides(),
@@ -219,7 +221,7 @@ def _replace_file(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(text)
+            beside.write_text(text, encoding="utf-8")
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
@@ -242,7 +244,7 @@ def _variables() -> dict[str, str]:
 
 def _config_text() -> str:
     try:
-        return config_path().read_text()
+        return config_path().read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (OSError, UnicodeDecodeError) as error:
@@ -275,9 +277,10 @@ def _validated(document: Mapping[str, Any], origin: str) -> Settings:
         return Settings.model_validate(document)
     except ValidationError as error:
         fault = error.errors()[0]
+        if fault["type"] in ("extra_forbidden", "invalid_key"):
+            raise _no_such(".".join(str(part) for part in fault["loc"]), origin) from None
+        # numbers count inside a list of tiers
         name = ".".join(part for part in fault["loc"] if isinstance(part, str))
-        if fault["type"] == "extra_forbidden":
-            raise _no_such(name, origin) from None
         value = fault["input"]
         shown = f" is {value!r}, but" if isinstance(value, str | int | float) and name != "catalog" else ":"
         message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]

@@ -133,7 +133,8 @@ class Landing:
         self._forget_file()
         with _opened(path) as descriptor:
             size = max(n_bytes, os.fstat(descriptor).st_size)
-            _take_room(descriptor, size)
+            # without, a full disk would end the process that writes to the memory
+            take_room(descriptor, size)
             mapped = mmap.mmap(descriptor, size)
         self._memory = np.frombuffer(mapped, np.uint8)
         self._path = path
@@ -150,6 +151,22 @@ def sweep(directory: Path) -> None:
     for path in directory.glob("*.bytes"):
         if not path.with_suffix(".ranges").exists():
             path.unlink(missing_ok=True)
+
+
+def take_room(descriptor: int, n_bytes: int) -> None:
+    """Give a file a size, with the disk's blocks at hand, so that a full disk is met now and not in the midst of work.
+
+    Raises
+    ------
+    OSError
+        If the disk has not as much room.
+    """
+    os.ftruncate(descriptor, n_bytes)
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
 
 
 class _Records:
@@ -225,16 +242,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _take_room(descriptor: int, n_bytes: int) -> None:
-    """Have the disk's blocks at hand: without, a full disk would end the process that writes to the memory."""
-    os.ftruncate(descriptor, n_bytes)
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        if error.errno not in _NOT_OFFERED:
-            raise
 
 
 def _write_all(descriptor: int, data: bytes, at: int) -> None:

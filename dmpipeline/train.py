@@ -135,6 +135,11 @@ def _initial_parameters(seed: int, models: npt.NDArray[np.uint64], widths: tuple
     return [_padded(w1, axes=2), _padded(b1, axes=1), _padded(w2, axes=2), b2]
 
 
+def models_at_once() -> int:
+    """Count the models that keep every core busy with a full group."""
+    return GROUP_MODELS * torch.get_num_threads()
+
+
 def _padded(tensor: torch.Tensor, *, axes: int, value: float = 0.0) -> torch.Tensor:
     """Lengthen the last axes to whole cache lines, so that every model's numbers lie alike wherever in a group it is.
 

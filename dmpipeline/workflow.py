@@ -35,12 +35,10 @@ from dmpipeline.masks import draw_masks
 from dmpipeline.recipes import find_recipe
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import ARRAYS, Run, write_beside
-from dmpipeline.train import train_block
+from dmpipeline.train import models_at_once, train_block
 
 FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
-
-_PROBE_MODELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +210,13 @@ def price_of_arrays(run: Run) -> dmdata.Estimate:
     return dmdata.Estimate(way, way, Destination.INTERNET, price_table().date)
 
 
-def probe_seconds_per_model(run: Run, *, n_models: int = _PROBE_MODELS) -> float:
-    """Measure how long a model of a run takes on this machine, by training a few of its own; nothing is kept."""
+def probe_seconds_per_model(run: Run) -> float:
+    """Measure how long a model of a run takes on this machine, by training a few of its own; nothing is kept.
+
+    As many as its first block trains side by side: fewer would leave cores idle and seem slower than they are.
+    """
     spec, dataset = run.spec, run.dataset()
-    rows = range(min(n_models, spec.n_models))
+    rows = spec.blocks[0][: models_at_once()]
     # the first steps of a process pay for what later ones find ready
     for some in (rows[:1], rows):
         masks = draw_masks(spec.seed, spec.subset_indices(some), dataset.n_train, spec.alpha)

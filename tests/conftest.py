@@ -47,13 +47,6 @@ _LEFT_OUT = (
 collect_ignore = _LEFT_OUT
 
 
-def pytest_report_header() -> str:
-    """Name the test files that are left out."""
-    return (
-        f"without torch, so without {', '.join(sorted(_LEFT_OUT))}" if _LEFT_OUT else "with torch: nothing is left out"
-    )
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -79,7 +72,9 @@ def figures(pytestconfig: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the figures."""
+    """Print the figures, and name the test files that are left out."""
+    if _LEFT_OUT:
+        terminalreporter.write_line(f"without torch, so left out: {', '.join(sorted(_LEFT_OUT))}")
     if lines := config.stash.get(_FIGURES, []):
         terminalreporter.section("figures")
         for line in lines:

@@ -8,6 +8,7 @@ kind is printed when all tests have run.
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import random
@@ -37,6 +38,9 @@ from dmdata.errors import DmdataError, FormatError
 from dmdata.formats import Layout, npy_layout, pt_layouts
 from dmdata.headers import read_header
 from dmdata.ledger import Grouping, Ledger, home
+from dmdata.prices import Destination, quote
+from dmdata.settings import config_path
+from dmdata.settings import settings as settings_in_force
 
 N_CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 SEED = os.environ.get("FUZZ_SEED", "0")
@@ -310,6 +314,20 @@ def test_a_damaged_catalog_is_refused_or_means_the_same_when_written_again(fuzz:
     texts = "&a |*a|<<: |!!python/object:os.system |!!binary |!!timestamp |..|/|null|.inf|.nan|- |: |? |{|[|2001-01-01"
     tokens = [text.encode() for text in (*texts.split("|"), "0o17", "%YAML 9.9\n", "\t", "\u2028")]
     fuzz("catalogs", [path.read_bytes()], attempt, tokens=tokens)
+
+
+def test_damaged_settings_are_refused_or_hold_prices_that_can_be_paid(fuzz: Fuzz) -> None:
+    config_path().parent.mkdir(parents=True)
+    text = b"max_cost: 5\nto: internet\nprices: {usd_per_get: 0.0000004, internet_tiers: [[100, 0.09], [.inf, 0.05]]}\n"
+
+    def attempt(damaged: bytes) -> None:
+        config_path().write_bytes(damaged)
+        limit = settings_in_force().max_cost
+        assert limit is None or limit >= 0
+        assert 0 <= quote(1 << 30, 1000, Destination.INTERNET).usd < math.inf
+
+    tokens = [b"-1", b".inf", b".nan", b"null", b"[]", b"{}", b"&a ", b"*a", b"!!binary ", b"1e999", b"0x10"]
+    fuzz("settings", [text], attempt, tokens=tokens)
 
 
 # What dmdata itself has written

@@ -1,5 +1,6 @@
 """A mirror is its source, is resumed without paying twice, and says why where it cannot be made."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from servers.loopback import Fault, LoopbackS3
 from small_release import Pt, npy, publish, write_locally
-from zarr.codecs import BloscCodec
 
 import dmdata
 from dmdata.errors import AccessError, BudgetError, DmdataError, IntegrityError, SelectionError
@@ -74,9 +74,10 @@ def test_a_mirror_is_plain_zarr_that_names_its_dimensions_and_its_blocks(
     assert copy.metadata.zarr_format == 3
     assert (copy.shape, copy.dtype) == (VALUES.shape, VALUES.dtype)
     assert copy.metadata.dimension_names == ("model", "example")
-    (codec,) = copy.compressors
-    assert isinstance(codec, BloscCodec)
-    assert (codec.cname.value, codec.shuffle.value) == ("zstd", "shuffle")
+    # as it is written: how zarr-python spells it in memory changes between its versions
+    _, codec = json.loads((tmp_path / "m.zarr/zarr.json").read_text())["codecs"]
+    assert codec["name"] == "blosc"
+    assert (codec["configuration"]["cname"], codec["configuration"]["shuffle"]) == ("zstd", "shuffle")
     digests = zarr.open_array(tmp_path / "m.zarr" / DIGESTS, mode="r")
     chunks = [sorted((tmp_path / f"m.zarr/c/{n}").iterdir()) for n in range(16)]
     assert [bytes(digest) for digest in np.asarray(digests[...])] == [

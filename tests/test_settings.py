@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from servers.loopback import LoopbackS3
 
 import dmdata
 from dmdata.cli import main
 from dmdata.errors import BudgetError, SettingsError, SourceError
 from dmdata.prices import GIB, PRICES, Destination, price_table, quote
-from dmdata.settings import Settings, config_path, set_in_file, settings, settings_in_force
+from dmdata.settings import (
+    LinkOverrides,
+    PriceOverrides,
+    Settings,
+    config_path,
+    set_in_file,
+    settings,
+    settings_in_force,
+)
 
 NAME = "cifar/50pct/test_margins"
 
@@ -273,6 +285,18 @@ def test_spend_by_several_groupings_with_what_is_left_of_the_month(
     assert " day " in out
     assert " artifact " in out
     assert "of $2.00" in err
+    day = next(iter(data["by_day"]))
+    for flags, n_reads in (
+        (["--since", day], 1),
+        (["--since", "2999-01-01"], 0),
+        (["--month", day[:7]], 1),
+        (["--month", "2001-01"], 0),
+        (["--month", day[:7], "--since", "2999-01-01"], 0),
+    ):
+        shown = json.loads(run(capsys, "spend", *flags, "--by", "artifact", "--json")[1])
+        assert (shown["reads"], len(shown["by_artifact"])) == (n_reads, n_reads)
+        assert shown["month"] == data["month"], "the budget is of the month that is"
+    assert run(capsys, "spend", "--since", "yesterday")[0] == 2
 
 
 def test_what_is_known_of_the_month_narrows_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,9 +338,96 @@ def test_spend_sets_the_sources_own_word_beside_the_ledger(s3: LoopbackS3, capsy
     )
 
 
+def settings_fault() -> str:
+    try:
+        settings()
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.dates(),
+    st.datetimes(),
+    st.binary(max_size=4),
+    st.sampled_from(["internet", "2027-01-31", "0.09", 100, 0.09, math.inf]),
+)
+_NAMES = st.one_of(
+    st.sampled_from([*Settings.model_fields, *PriceOverrides.model_fields, *LinkOverrides.model_fields]), _SCALARS
+)
+_DOCUMENTS = st.recursive(
+    _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3), max_leaves=12
+)
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(document=st.dictionaries(_NAMES, _DOCUMENTS, max_size=3), to=st.sampled_from(Destination))
+def test_whatever_the_file_holds_it_is_settings_that_price_a_read_or_a_named_fault(
+    document: Any, to: Destination
+) -> None:
+    write(yaml.safe_dump(document))
+    if fault := settings_fault():
+        assert str(config_path()) in fault
+        return
+    json.dumps([str(setting.value) for setting in settings_in_force()])
+    price = dmdata.estimate(NAME, select="0:1000,42", to=to)
+    for way in (price.cheapest, price.fastest):
+        assert 0 <= way.usd_low <= way.usd == way.usd_high < math.inf
+        assert 0 <= way.seconds < math.inf
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_is_settings_or_a_named_fault(text: str) -> None:
+    config_path().parent.mkdir(parents=True, exist_ok=True)
+    config_path().write_text(text, encoding="utf-8")
+    assert str(config_path()) in (settings_fault() or str(config_path()))
+
+
+@settings_of_hypothesis(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["max_cost", "to", "prices", "prices.date", "link.n_connections", "x", "prices.x", "."]),
+    text=st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from(["1", "{}", "[1]", "null"])
+    ),
+)
+def test_what_set_accepts_can_be_read_again_and_what_it_refuses_leaves_the_file(name: str, text: str) -> None:
+    write("used_gib: 5\n")
+    before = config_path().read_text()
+    try:
+        set_in_file(name, text)
+    except SettingsError:
+        assert config_path().read_text() == before
+    else:
+        assert settings().used_gib == 5
+
+
 @pytest.mark.parametrize("name", ["max_cost", "to"])
 def test_a_file_that_cannot_be_written_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("dear")
     monkeypatch.setenv("DMDATA_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(SettingsError, match="DMDATA_HOME"):
         set_in_file(name, {"max_cost": "1", "to": "internet"}[name])
+
+
+@pytest.mark.parametrize(("text", "words"), [("max_cost: 0", "at most $0.00 a month"), ("", "no monthly budget")])
+def test_the_doctor_tells_a_budget_of_nothing_from_none(
+    text: str, words: str, s3: LoopbackS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(text)
+    assert words in run(capsys, "doctor")[1]
+
+
+def test_an_estimate_says_its_bounds_and_how_to_narrow_them(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "estimate", "cifar/**")[2]
+    assert "between $204" in said
+    assert "--used-gib and --free-tier narrow it" in said
+    said = run(capsys, "estimate", "cifar/**", "--used-gib", "0", "--free-tier")[2]
+    assert "between" not in said
+    assert "narrow" not in said
+    assert "between" not in run(capsys, "estimate", "cifar/**", "--to", "same-region")[2]
