@@ -39,6 +39,8 @@ _LARGEST_SIZE = 1 << 50
 _DEEPEST_NESTING = 4
 _FLAT: tuple[int, tuple[Any, ...]] = (1, ())
 _PT_TAIL_BYTES = 4096
+# bits 0, 5, 6 and 13 of a zip member's flags, by PKWARE's APPNOTE 4.4.4
+_ENCRYPTED_OR_PATCHED = 0x2061
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +286,8 @@ def _small_member(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo],
 
 
 def _require_stored(info: zipfile.ZipInfo, url: str) -> None:
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+    is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED_OR_PATCHED
+    if not is_plain or info.compress_size != info.file_size:
         raise FormatError(
             f"{url} is compressed or encrypted ({info.filename}), so its tensors cannot be read in place; "
             "load it in torch with weights_only=True and save it again",

@@ -374,6 +374,29 @@ def test_an_object_of_another_length_than_its_header_promises_is_refused(
     table.enter("object of a wrong length, then mended", server, [(got, WAYS[way].of(VALUES))], n_faults=1, n_errors=1)
 
 
+@ways
+def test_another_range_than_was_asked_for_is_never_taken_for_it(
+    server: LoopbackS3, catalog: str, table: Table, tmp_path: Path, way: str
+) -> None:
+    storm = Storm(server, Fault(shift=64), tries=1)
+    got = WAYS[way].read(NAME, catalog, tmp_path)
+    table.enter("another range than asked for", server, [(got, WAYS[way].of(VALUES))], n_faults=storm.n_faults)
+    assert storm.n_faults >= 2
+
+
+@pytest.mark.parametrize("claim", [0, 1, 128, VALUES.nbytes, VALUES.nbytes + NPY_PREFIX_BYTES + 1, 1 << 60], ids=str)
+def test_a_store_that_lies_about_the_length_of_an_object_is_not_believed(
+    server: LoopbackS3, catalog: str, table: Table, claim: int
+) -> None:
+    server.inject(Fault(claimed_size=claim), times=math.inf)
+    with pytest.raises((FormatError, SourceError)):
+        dmdata.open(NAME, catalog=catalog)
+    n_faults = server.n_requests
+    server.clear_faults()
+    got = dmdata.open(NAME, catalog=catalog)[ROWS]
+    table.enter("a lie about the length, then mended", server, [(got, VALUES[ROWS])], n_faults=n_faults, n_errors=1)
+
+
 # Kills
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from small_release import npy, pt_pickle
+from small_release import npy, pt, pt_pickle
 
 from dmdata.errors import FormatError
 from dmdata.formats import PT_HEAD_BYTES, Layout, npy_header, npy_layout, pt_layouts
@@ -452,6 +452,16 @@ def test_a_compressed_pt_says_how_to_save_it_again() -> None:
                 new.writestr(info.filename, old.read(info))
         with pytest.raises(FormatError, match="compressed"):
             read_pt(buffer.getvalue())
+
+
+@pytest.mark.parametrize("bit", [0, 5, 6, 13])
+def test_a_pt_with_an_encrypted_or_patched_member_is_refused(bit: int) -> None:
+    blob = bytearray(pt({"x": np.arange(6, dtype=np.float32)}))
+    directory = blob.rindex(b"PK\x01\x02", 0, blob.rindex(b"archive/data/0"))
+    flags = int.from_bytes(blob[directory + 8 : directory + 10], "little") | 1 << bit
+    blob[directory + 8 : directory + 10] = flags.to_bytes(2, "little")
+    with pytest.raises(FormatError, match="compressed or encrypted"):
+        read_pt(bytes(blob))
 
 
 def test_a_big_endian_pt_is_refused() -> None:

@@ -71,6 +71,8 @@ class Fault:
     shorten_to: int | None = None  # serve only so many bytes of the range, with an honest Content-Length
     stall_seconds: float = 0.0  # fall silent so long ...
     stall_after: int | None = None  # ... after so many body bytes, else before the status line
+    shift: int = 0  # serve a range that begins so many bytes further, and say so in Content-Range
+    claimed_size: int | None = None  # say in Content-Range that the object has so many bytes
     whole: bool = False  # answer 200 and the whole object where 206 is due
     replace: bytes | None = None  # another writer stores these bytes under the key just before the answer
 
@@ -409,7 +411,9 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = span if span is not None and status == 206 else (0, source.size)
             headers = source.headers()
             if status == 206:
-                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{source.size}"
+                start, stop = (min(at + fault.shift, source.size) for at in (start, stop))
+                size = source.size if fault.claimed_size is None else fault.claimed_size
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
             if fault.shorten_to is not None:
                 stop = min(stop, start + fault.shorten_to)
             answered = replace(request, status=status, charged=s3.requester_pays and not owner)
