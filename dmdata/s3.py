@@ -258,11 +258,22 @@ class _ForkedS3Source(ByPieces):
                 return b"", ObjectState(0, None)
             raise
         with contextlib.closing(answer["Body"]) as body, self._broken_in_words():
-            size = int(answer["ContentRange"].rpartition("/")[2])
+            size = _size_said(answer.get("ContentRange", ""))
+            if size is None:
+                raise SourceError(
+                    f"{self.address} was answered with another range than was asked for; try again",
+                    url=str(self.address),
+                    transient=True,
+                )
             charged = answer.get("RequestCharged") == "requester" if self.address.requester_pays else None
             head = body.read(n_bytes)
         if len(head) != min(n_bytes, size):
-            raise ended_short(self.address, len(head), transient=True)
+            raise SourceError(
+                f"{self.address} sent {len(head)} bytes where an object of {size} has {min(n_bytes, size)}; try again, "
+                "or ask its publisher whether it is whole",
+                url=str(self.address),
+                transient=True,
+            )
         return head, ObjectState(size, answer["ETag"], charged)
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
@@ -309,6 +320,12 @@ class _ForkedS3Source(ByPieces):
         except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
             vars(error).update(request=None, response=None)  # they hold the token, and Dask pickles causes along
             raise _s3_refusal(self.address, None, None) from error
+
+
+def _size_said(content_range: str) -> int | None:
+    """Read an object's size from the answer to a request for its start; None where another range was sent."""
+    found = re.fullmatch(r"bytes 0-\d+/(\d+)", content_range)
+    return int(found[1]) if found else None
 
 
 def _bucket_and_key(address: Address) -> tuple[str, str]:
