@@ -95,13 +95,14 @@ def paid_for(
         print_estimate(talk, priced, to=to)
         yield False
         return
-    paid = [part.estimate for part in priced if part.is_paid]
+    paid = [part for part in priced if part.is_paid]
     with contextlib.ExitStack() as stack:
         if max_cost is not None:
             stack.enter_context(ledger.budget(usd=max_cost))
         if paid:
-            price = release.total_of(paid, to=to)
-            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=what)
+            price = release.total_of([part.estimate for part in paid], to=to)
+            read = paid[0].name if len(paid) == 1 else f"{len(paid)} artifacts"
+            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=read)
             ask_consent(talk, price, what=what, agreed=yes)
         yield True
 

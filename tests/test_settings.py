@@ -443,7 +443,7 @@ def test_whoever_agrees_is_told_what_the_budget_will_reserve_whatever_is_set_of_
     assert dmdata.estimate(NAME).usd < 0.01
     assert run(capsys, *arguments) == asked
     code, _, err = run(capsys, *arguments, "-y", "--max-cost", "0.3")
-    assert (code, "$0.52" in err) == (8, True)
+    assert (code, f"reading {NAME} would cost up to $0.52" in err) == (8, True)
     assert json.loads(run(capsys, *arguments, "--dry-run", "--json")[1])["usd"] == pytest.approx(0.52, rel=0.01)
 
 
