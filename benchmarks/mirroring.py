@@ -36,7 +36,7 @@ def masks(bench: Bench, server: Nginx, percent: int, n_models: int) -> None:
     key = f"masks_{percent}.npy"
     write_masks(server.objects / key, n_models, percent / 100)
     what = f"mirror masks of {percent}%, {n_models * N_TRAIN / 1e6:,.0f} MB"
-    n_bytes = against_download(bench, key, what, bar=">= 1" if percent == 50 else "")
+    n_bytes = against_download(bench, key, what, bar=">= 1")
     alpha = percent / 100
     bound = -(alpha * math.log2(alpha) + (1 - alpha) * math.log2(1 - alpha)) / 8 * n_models * N_TRAIN
     bench.add(

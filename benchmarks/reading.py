@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,15 +18,15 @@ import boto3
 import numpy as np
 import obstore
 from obstore.store import S3Store
-from server import BUCKET, Nginx, nginx
-from timing import Bench
+from server import BUCKET, SLOW_BYTES_PER_SECOND, SLOW_SECONDS_TO_FIRST_BYTE, Nginx, nginx
+from timing import Bench, timed
 
 import dmdata
 from dmdata.formats import npy_header
 
 KEY = "whole.npy"
 ROW_BYTES = 20_000
-PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
+PEERS = Path(__file__).parents[1] / ".venv-peers"
 
 
 def run(bench: Bench, *, small: bool) -> None:
@@ -65,8 +66,8 @@ def whole(bench: Bench, server: Nginx) -> None:
     }
     bars = {"obstore, ranges into a buffer": ">= 0.85", "boto3 download_file": ">= 3", "s3fs cat_ranges": ">= 3"}
     with s3fs_peer(server.endpoint, f"{BUCKET}/{KEY}", size) as s3fs:
-        for way in ("cat_ranges", "open") if s3fs else ():
-            peers[f"s3fs {way}"] = functools.partial(s3fs, way)
+        if s3fs is not None:
+            peers |= {f"s3fs {how}": functools.partial(s3fs, how) for how in ("cat_ranges", "open")}
         bench.compare(f"whole array, {size / 1e6:,.0f} MB", lambda: lazy[...], peers, bars)
     target.unlink()
 
@@ -90,7 +91,7 @@ def scattered(bench: Bench, server: Nginx, n_rows: int) -> None:
         bench.add(f"{what}: bytes served", f"{served[1]:,} B", "the plan's", [served[1] / plan.n_bytes], bar="= 1")
         bench.add(f"{what}: requests", f"{served[0]:,}", "the plan's", [served[0] / plan.n_requests], bar="= 1")
         ranges = plan.ranges.tolist()
-        peers = {f"bare get_range, {n} threads": bare_requests(store, ranges, plan.n_bytes, n) for n in (8,)}
+        peers = {"bare get_range, 8 threads": bare_requests(store, ranges, plan.n_bytes, 8)}
         bars = dict.fromkeys(peers, ">= 0.833")  # at most 1.2 times their time
         peers["obstore get_ranges, in one call"] = lambda ranges=ranges: obstore.get_ranges(
             store, KEY, starts=[a for a, _ in ranges], ends=[b for _, b in ranges], coalesce=0
@@ -110,15 +111,28 @@ def slow(bench: Bench, server: Nginx, n_rows: int) -> None:
             while body.read(8 << 20):
                 pass
 
-        began = Bench(repeats=min(bench.repeats, 2), rows=bench.rows)
-        began.compare(
+        store, ranges = bare_store(server.slow_endpoint), (1 << 20, 16 << 20, 64 << 20)
+        for n_bytes in ranges:
+            seconds = timed(lambda n_bytes=n_bytes: obstore.get_range(store, KEY, start=0, length=n_bytes))
+            due = slow_seconds(n_bytes)
+            what = f"the slow link itself: one range of {n_bytes >> 20} MiB"
+            bench.add(what, f"{seconds:.3f} s", f"{due:.3f} s", [seconds / due], bar=">= 0.95")
+        # nginx keeps no exact pace on a busy machine: a stream that lags would flatter us
+        reckoned = "one stream, reckoned"
+        few = Bench(repeats=min(bench.repeats, 2), rows=bench.rows)
+        few.compare(
             f"whole array, {n_rows * ROW_BYTES / 1e6:,.0f} MB, 50 MB/s a connection, 30 ms",
             lambda: lazy[...],
-            {"boto3 one stream": one_stream},
-            {"boto3 one stream": ">= 12"},
+            {"boto3 one stream": one_stream, reckoned: lambda: slow_seconds(lazy.nbytes + 128)},
+            {"boto3 one stream": ">= 12", reckoned: ">= 12"},
         )
     finally:
         os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
+
+
+def slow_seconds(n_bytes: int) -> float:
+    """Reckon the time of one answer over the slow link."""
+    return SLOW_SECONDS_TO_FIRST_BYTE + n_bytes / SLOW_BYTES_PER_SECOND
 
 
 def planning(bench: Bench) -> None:
@@ -137,8 +151,20 @@ def planning(bench: Bench) -> None:
             for _ in range(bench.repeats)
         ]
     seconds, megabytes = ([float(figure) for figure in figures] for figures in zip(*runs, strict=True))
-    bench.add("plan a column of 1,510,000 rows, seconds", f"{min(seconds):.2f} s", "a second", seconds, bar="< 1")
-    bench.add("plan a column of 1,510,000 rows, MB", f"{max(megabytes):.0f} MB", "300 MB", megabytes, bar="< 300")
+    bench.add(
+        "plan a column of 1,510,000 rows, seconds",
+        f"{statistics.median(seconds):.2f} s",
+        "a second",
+        seconds,
+        bar="< 1",
+    )
+    bench.add(
+        "plan a column of 1,510,000 rows, MB",
+        f"{statistics.median(megabytes):.0f} MB",
+        "300 MB",
+        megabytes,
+        bar="< 300",
+    )
 
 
 def plan_a_column(path: str) -> None:
@@ -220,19 +246,27 @@ def _by_threads(store: S3Store, key: str, ranges: Any, buffer: Any, places: list
 @contextlib.contextmanager
 def s3fs_peer(endpoint: str, path: str, size: int) -> Iterator[Callable[[str], float] | None]:
     """Start s3fs in its own environment, where `make bench` has made one."""
-    if not PEERS.exists():
-        print("  no .venv-peers, so without s3fs: make .venv-peers")
+    if not (PEERS / ".installed").exists():
+        print("  without s3fs, for it is not installed: make bench")
         yield None
         return
-    command = [str(PEERS), str(Path(__file__).with_name("peer_s3fs.py")), endpoint, path, str(size)]
+    command = [
+        str(PEERS / "bin" / "python"),
+        "-I",
+        str(Path(__file__).with_name("peer_s3fs.py")),
+        endpoint,
+        path,
+        str(size),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
-        assert stdout.readline().strip() == "ready"
+        if stdout.readline().strip() != "ready":
+            raise SystemExit("s3fs does not start, see above; rm -r .venv-peers; make bench")
 
-        def read(way: str) -> float:
-            stdin.write(f"{way}\n")
+        def read(how: str) -> float:
+            stdin.write(how + "\n")
             stdin.flush()
             return float(stdout.readline())
 

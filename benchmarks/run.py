@@ -1,7 +1,8 @@
 """How fast it is, beside peers in the same run: ratios with their spread, for this machine and no other.
 
-A ratio above 1 says ours is faster. Bars are for the full size; the small one shows that all of it works. Needs nginx
-(apt-get install nginx-light libnginx-mod-http-lua) for reading and mirroring; s3fs takes part where `.venv-peers` is.
+A ratio above 1 says ours is faster. The bars are those of the full size; a small run shows that all of it works.
+Reading and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
+`.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
     python benchmarks/run.py reading mirroring        # some of reading, mirroring, fitting, training

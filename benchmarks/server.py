@@ -18,8 +18,8 @@ BUCKET = "madrylab-datamodels"
 SLOW_BYTES_PER_SECOND = 50_000_000
 SLOW_SECONDS_TO_FIRST_BYTE = 0.03
 
+# what the largest benchmark puts there
 _MOST_OBJECT_BYTES = 4 << 30
-
 _MODULES = Path("/usr/share/nginx/modules")
 _CONFIG = """
 load_module {modules}/ndk_http_module.so;
@@ -120,7 +120,7 @@ def nginx() -> Iterator[Nginx]:
         os.environ |= environment
         with subprocess.Popen(["nginx", "-c", str(config)], stderr=subprocess.DEVNULL) as process:
             try:
-                _wait_for(ports)
+                _wait_for(ports, Path(folder) / "error.log")
                 yield Nginx(objects, Path(folder) / "access.log", *endpoints)
             finally:
                 process.terminate()
@@ -132,18 +132,22 @@ def _memory() -> str | None:
     return shared if os.path.isdir(shared) and shutil.disk_usage(shared).free > _MOST_OBJECT_BYTES else None
 
 
+def _said(errors: Path) -> str:
+    return errors.read_text().strip() if errors.exists() else "it could not read its configuration"
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def _wait_for(ports: list[int]) -> None:
+def _wait_for(ports: list[int], errors: Path) -> None:
     deadline = time.monotonic() + 10
     for port in ports:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
             if time.monotonic() > deadline:
-                raise SystemExit("nginx did not start; see its error.log")
+                raise SystemExit(f"nginx did not start: {_said(errors)}")
             time.sleep(0.05)

@@ -274,7 +274,7 @@ class Ledger:
                 _prepare(connection)
                 yield connection
                 connection.execute("COMMIT")
-        except (OSError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        except (OSError, sqlite3.Error, ValueError, TypeError, OverflowError, AttributeError) as error:
             # a damaged file shows in what SQLite says, in text that is none, or in a value of another kind
             if isinstance(error, FactualError):
                 raise

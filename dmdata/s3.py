@@ -24,7 +24,8 @@ import obstore
 import obstore.exceptions
 
 from dmdata.address import Address, Buffer, ByPieces, ObjectState, Put, Source, changed, ended_short
-from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
+from dmdata.errors import AccessError, SourceError
+from dmdata.refusals import not_by_range, s3_refusal, store_error
 
 if TYPE_CHECKING:
     import boto3
@@ -210,7 +211,7 @@ class _StoreSource:
         try:
             yield
         except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
-            raise _store_error(self.address, error) from None
+            raise store_error(self.address, error) from None
 
 
 class _WebSource(_StoreSource):
@@ -258,11 +259,22 @@ class _ForkedS3Source(ByPieces):
                 return b"", ObjectState(0, None)
             raise
         with contextlib.closing(answer["Body"]) as body, self._broken_in_words():
-            size = int(answer["ContentRange"].rpartition("/")[2])
+            size = _size_said(answer.get("ContentRange", ""))
+            if size is None:
+                raise SourceError(
+                    f"{self.address} was answered with another range than was asked for; try again",
+                    url=str(self.address),
+                    transient=True,
+                )
             charged = answer.get("RequestCharged") == "requester" if self.address.requester_pays else None
             head = body.read(n_bytes)
         if len(head) != min(n_bytes, size):
-            raise ended_short(self.address, len(head), transient=True)
+            raise SourceError(
+                f"{self.address} sent {len(head)} bytes where an object of {size} has {min(n_bytes, size)}; try again, "
+                "or ask its publisher whether it is whole",
+                url=str(self.address),
+                transient=True,
+            )
         return head, ObjectState(size, answer["ETag"], charged)
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
@@ -288,10 +300,10 @@ class _ForkedS3Source(ByPieces):
                 )
         except botocore.exceptions.ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            raise _s3_refusal(self.address, status, error.response["Error"]["Code"]) from None
+            raise s3_refusal(self.address, status, error.response["Error"]["Code"]) from None
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
             answer["Body"].close()
-            raise _not_by_range(self.address)
+            raise not_by_range(self.address)
         if etag is not None and answer["ETag"] != etag:
             answer["Body"].close()
             raise changed(self.address)
@@ -308,7 +320,13 @@ class _ForkedS3Source(ByPieces):
             raise
         except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
             vars(error).update(request=None, response=None)  # they hold the token, and Dask pickles causes along
-            raise _s3_refusal(self.address, None, None) from error
+            raise s3_refusal(self.address, None, None) from error
+
+
+def _size_said(content_range: str) -> int | None:
+    """Read an object's size from the answer to a request for its start; None where another range was sent."""
+    found = re.fullmatch(r"bytes 0-\d+/(\d+)", content_range)
+    return int(found[1]) if found else None
 
 
 def _bucket_and_key(address: Address) -> tuple[str, str]:
@@ -461,103 +479,6 @@ def _ask_region(session: "boto3.Session", bucket: str) -> str | None:
     return answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region") or session.region_name
 
 
-def _store_error(address: Address, error: Exception) -> DmdataError:
-    """Say what a store refused, and why, in our own words: its texts may quote keys, so they are not chained either."""
-    text = str(error)
-    found = re.search(r"status code: (\d{3})", text)
-    status = int(found[1]) if found else None
-    found = re.search(r"<Code>(\w+)</Code>", text)
-    code = found[1] if found else None
-    if isinstance(error, obstore.exceptions.NotFoundError | FileNotFoundError):
-        status = 404
-    elif isinstance(error, obstore.exceptions.PreconditionError):
-        status = 412
-    elif status is None and isinstance(
-        error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError
-    ):
-        status = 403
-    elif isinstance(error, ValueError) or "non-partial response" in text:
-        return _not_by_range(address)
-    return _s3_refusal(address, status, code)
-
-
-def _s3_refusal(address: Address, status: int | None, code: str | None) -> DmdataError:
-    """Say in words what an answer means; without a status the connection itself failed."""
-    if status == 404:
-        return ObjectMissingError(
-            f"nothing is at {address} ({code or status}); check the name",
-            url=str(address),
-            transient=False,
-            refused=True,
-        )
-    if status == 412:
-        return changed(address, refused=True)
-    if status in (401, 403):
-        return _refused(address, code)
-    if status == 416:
-        return ended_short(address, None, transient=False)
-    if status in (301, 400) and code != "RequestTimeout":
-        return SourceError(
-            f"{address} was refused with {status} {code or ''}: the region or endpoint is likely wrong; set AWS_REGION "
-            "to the bucket's, or unset AWS_ENDPOINT_URL",
-            url=str(address),
-            transient=False,
-            refused=True,
-        )
-    what = f"{status} {code or ''}".strip() if status else "the connection broke, stalled or could not be made"
-    transient = status is None or status >= 500 or status in (400, 408, 429)
-    return SourceError(
-        f"{address} could not be read: {what}",
-        url=str(address),
-        transient=transient,
-        refused=status is not None,
-    )
-
-
-def _not_by_range(address: Address) -> SourceError:
-    return SourceError(
-        f"{address} cannot be read by ranges: the server sends the whole object, or does not know such a key; "
-        "is it an S3 endpoint?",
-        url=str(address),
-        transient=False,
-        whole=True,
-    )
-
-
-_BAD_CREDENTIALS = {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "TokenRefreshRequired",
-}
-
-
-def _refused(address: Address, code: str | None) -> AccessError:
-    """Tell the causes of a 403 apart as far as can be: credentials, requester pays, no such key, no rights."""
-    if code in _BAD_CREDENTIALS:
-        cause, words = "bad_credentials", (
-            f"the AWS credentials in use are not valid there ({code}); renew them (aws sso login, aws configure), or "
-            "choose others with AWS_PROFILE"
-        )  # fmt: skip
-    elif not address.requester_pays:
-        cause, words = "requester_pays", (
-            "no offer to pay was sent; if the bucket is requester pays, set requester_pays: true in its catalog. "
-            "Otherwise these credentials may not read it, or there is no such key"
-        )  # fmt: skip
-    elif not address.listed:
-        cause, words = "not_in_release", (
-            "no catalog lists this key, and S3 answers 403, not 404, for keys that do not exist; find the name with "
-            "dmdata ls. If the key does exist, these credentials may not read it"
-        )  # fmt: skip
-    else:
-        cause, words = "denied", (
-            "the key is catalogued and the offer to pay was sent, so these credentials' own policy is likely in the "
-            "way: they need s3:GetObject on the bucket; see which ones are used with aws sts get-caller-identity"
-        )  # fmt: skip
-    return AccessError(f"{address} was refused: {words}", url=str(address), cause=cause, code=code, refused=True)
-
-
 def writable_store(url: str) -> Any:
     """Make an obstore store of all keys below an S3 address, read and written with the caller's own credentials.
 
@@ -597,4 +518,4 @@ def writable_store(url: str) -> Any:
             client_options={"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "600s"},
         )
 
-    return _client_once((url, "writable"), make)
+    return _client_once((url, "writable", "obstore"), make)
