@@ -22,6 +22,7 @@ from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
 from dmdata.plan import ReadPlan, plan_read, product_array
 from dmdata.prices import (
+    ANY_MONTH,
     Destination,
     Estimate,
     Usage,
@@ -442,7 +443,7 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage | None = None) -> Estimate:
+def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage = ANY_MONTH) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -450,13 +451,13 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usag
     layout : Layout
     selection : Selection
     to : Destination
-    usage : Usage, optional
-        What is known of the month; by default what is set.
+    usage : Usage
+        What is known of the month; by default nothing, as a budget reckons.
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage or usage_of()) for plan in plans)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
     return Estimate(cheapest, fastest, to, price_table().date)

@@ -9,7 +9,7 @@ from rich.table import Table
 from dmdata import money_commands, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
 from dmdata.completion import complete_artifacts, completion_command
-from dmdata.console import Talk, run, talk_options
+from dmdata.console import AMOUNT, Talk, run, talk_options
 from dmdata.copy_commands import Priced, compare, get, mirror, option_catalog, option_to, print_estimate
 from dmdata.prices import GIB, Destination, readable_bytes, readable_usd, usage_of
 
@@ -108,7 +108,7 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 @click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
-@click.option("--used-gib", type=click.FloatRange(min=0), metavar="GB", help="Sent to the internet this month already.")
+@click.option("--used-gib", type=AMOUNT, metavar="GB", help="Sent to the internet this month already.")
 @click.option("--free-tier/--no-free-tier", default=None, help="Whether the month's free GB are left but for these.")
 @option_to
 @option_catalog

@@ -8,6 +8,7 @@ command line, 6 where consent is needed and there is no terminal to ask at, and 
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -28,6 +29,20 @@ from dmdata.prices import Estimate, prices_in_words, readable_bytes, readable_us
 EXIT_USAGE = 2
 EXIT_CONSENT = 6
 EXIT_INTERRUPTED = 130
+
+
+class _Amount(click.FloatRange):
+    """A number of at least 0 that is finite: click's own range lets nan and inf pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+AMOUNT = _Amount(min=0)
+"""Type of an option that takes dollars, seconds or sizes."""
 
 
 class ConsentError(FactualError):

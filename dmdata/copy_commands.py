@@ -1,7 +1,6 @@
 """The commands that copy and compare: get, mirror and verify; and how commands that can spend ask before they do."""
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from rich.text import Text
 from dmdata import ledger, release
 from dmdata.catalog import Artifact
 from dmdata.completion import complete_artifacts
-from dmdata.console import Talk, ask_consent, talk_options
+from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.errors import IntegrityError
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.prices import (
+    ANY_MONTH,
     Destination,
     Estimate,
     Quote,
@@ -56,9 +56,7 @@ def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of those that can spend."""
     for option in (
         click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
-        click.option(
-            "--max-cost", type=click.FloatRange(min=0), metavar="USD", help="Fail before spending more than this."
-        ),
+        click.option("--max-cost", type=AMOUNT, metavar="USD", help="Fail before spending more than this."),
         click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
     ):
         command = option(command)
@@ -93,24 +91,23 @@ def paid_for(
 ) -> Iterator[bool]:
     """Ask where the work costs something, and hold its budget while it runs; yields whether to go on."""
     del catalog
-    if max_cost is not None and math.isnan(max_cost):
-        raise click.BadParameter("nan is no number of dollars", param_hint="--max-cost")
     if dry_run:
         print_estimate(talk, priced, to=to)
         yield False
         return
-    paid = [part.estimate for part in priced if part.is_paid]
+    paid = [part for part in priced if part.is_paid]
     with contextlib.ExitStack() as stack:
         if max_cost is not None:
             stack.enter_context(ledger.budget(usd=max_cost))
         if paid:
-            price = release.total_of(paid, to=to)
-            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=what)
+            price = release.total_of([part.estimate for part in paid], to=to)
+            read = paid[0].name if len(paid) == 1 else f"{len(paid)} artifacts"
+            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=read)
             ask_consent(talk, price, what=what, agreed=yes)
         yield True
 
 
-def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | None = None) -> None:
+def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = ANY_MONTH) -> None:
     """Print what reads would cost, part by part and in all, the cheapest way and the fastest."""
 
     def facts(way: Quote) -> dict[str, Any]:
@@ -150,7 +147,8 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage | 
     talk.remark(
         (f"between {low} and {high}" if low != high else high)
         + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
-        f"{link.bytes_per_second / 1e6:g} MB/s" + ("; --used-gib and --free-tier narrow it" if open_ended else "")
+        f"{link.bytes_per_second / 1e6:g} MB/s"
+        + ("; dmdata estimate --used-gib and --free-tier narrow it" if open_ended else "")
     )
 
 

@@ -146,7 +146,7 @@ def price_table() -> PriceTable:
 def prices_in_words() -> str:
     """Say which prices dollars are reckoned with: of which day, and what is the user's own."""
     own = settings().prices.model_dump(exclude_none=True, exclude={"date"})
-    return f"list prices of {price_table().date}" + (f" with {', '.join(own)} as set" if own else "")
+    return f"list prices of {price_table().date}" + (f" with your own {', '.join(own)}" if own else "")
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,6 +168,10 @@ class Usage:
 
     used_gib: float | None = None
     free_tier: bool = False
+
+
+ANY_MONTH = Usage()
+"""Nothing is known: the bounds hold for every month. Budgets and consent reckon so."""
 
 
 def usage_of(used_gib: float | None = None, free_tier: bool | None = None) -> Usage:
@@ -290,7 +294,7 @@ class Estimate:
         return self.cheapest.seconds
 
 
-def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usage = Usage()) -> Quote:
+def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usage = ANY_MONTH) -> Quote:
     """Price a transfer by the price table in force.
 
     Parameters

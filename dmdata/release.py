@@ -31,7 +31,7 @@ from dmdata.ledger import Ledger, home
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
 from dmdata.mirror import mirror as mirror_array
 from dmdata.place import Place
-from dmdata.prices import Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
+from dmdata.prices import ANY_MONTH, Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
 from dmdata.selection import Selection, parse_selection, select
 from dmdata.settings import settings
 
@@ -184,9 +184,12 @@ def estimate(
 
 
 def price_artifacts(
-    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage | None = None
+    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage = ANY_MONTH
 ) -> list[tuple[Artifact, Estimate]]:
-    """Price a selection of each artifact, or all of it, by what its catalog claims, header included."""
+    """Price a selection of each artifact, or all of it, by what its catalog claims, header included.
+
+    By default as a budget will reckon, which knows nothing of the month.
+    """
     priced = []
     for artifact in artifacts:
         if key is None:
@@ -250,7 +253,7 @@ def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]
 
 
 def total_of(
-    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage | None = None, with_headers: int = 0
+    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage = ANY_MONTH, with_headers: int = 0
 ) -> Estimate:
     """Price several reads together, and the headers of so many objects."""
     parts = [(estimate, 1) for estimate in estimates]
@@ -414,8 +417,8 @@ def _require_budget(work: Sequence[tuple[LazyArray, Place, Selection]], memory_b
         Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
 
 
-def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage | None = None) -> Estimate:
-    way = quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
+def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage = ANY_MONTH) -> Estimate:
+    way = quote(n_bytes, n_requests, destination_of(to), usage=usage)
     return Estimate(way, way, destination_of(to), price_table().date)
 
 
@@ -423,7 +426,7 @@ def _totalled(
     estimates: Sequence[tuple[Estimate, int]],
     *,
     to: str | None,
-    usage: Usage | None = None,
+    usage: Usage = ANY_MONTH,
     extra_bytes: int = 0,
     extra_requests: int = 0,
 ) -> Estimate:
@@ -433,9 +436,12 @@ def _totalled(
         quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
         n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
         n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
-        return quote(n_bytes, n_requests, destination_of(to), usage=usage or usage_of())
+        return quote(n_bytes, n_requests, destination_of(to), usage=usage)
 
-    return Estimate(together("cheapest"), together("fastest"), destination_of(to), price_table().date)
+    ways = together("cheapest"), together("fastest")
+    # part by part the fastest splits ranges for connections that all parts together keep busy anyway
+    fastest = min(reversed(ways), key=lambda way: way.seconds)
+    return Estimate(ways[0], fastest, destination_of(to), price_table().date)
 
 
 def _claimed_layout(artifact: Artifact) -> Layout:

@@ -11,7 +11,7 @@ from dmdata import release
 from dmdata.address import Address
 from dmdata.catalog import Catalog
 from dmdata.completion import complete_artifacts
-from dmdata.console import Talk, ask_consent, talk_options
+from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
 from dmdata.errors import CatalogError
 from dmdata.ledger import Ledger, home
@@ -84,7 +84,7 @@ def cache(context: click.Context, talk: Talk) -> None:
 
 
 @cache.command("clear")
-@click.option("--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS", help="Leave what is newer.")
+@click.option("--older-than", type=AMOUNT, default=0.0, metavar="DAYS", help="Leave what is newer.")
 @talk_options
 def clear(talk: Talk, older_than: float) -> None:
     """Forget what is remembered. What was spent, and what was mirrored or downloaded, stays."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmdata.completion import complete_artifacts, completion_command
-from dmdata.console import Talk, run, talk_options
+from dmdata.console import AMOUNT, Talk, run, talk_options
 from dmdata.prices import prices_in_words, readable_bytes, readable_seconds, readable_usd
 from dmdata.release import estimate, load_catalog
 from dmpipeline.errors import VerificationError, explain_missing_extra
@@ -117,11 +117,11 @@ def init(
 
 @commands.command("plan")
 @click.argument("target", shell_complete=complete_artifacts)
-@click.option("--seconds-per-model", type=click.FloatRange(min=0), help="Instead of what is measured or published.")
+@click.option("--seconds-per-model", type=AMOUNT, help="Instead of what is measured or published.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices at work side by side.")
 @click.option(
     "--gpu-usd-per-hour",
-    type=click.FloatRange(min=0),
+    type=AMOUNT,
     help=f"Of one device. [default: {GPU_USD_PER_HOUR} for the release, 0 for a run on this machine]",
 )
 @talk_options
@@ -144,8 +144,10 @@ def plan(talk: Talk, target: str, seconds_per_model: float | None, gpus: int, gp
     talk.remark(
         f"{gpus} device{'s' if gpus > 1 else ''} at {readable_usd(usd_per_hour)} an hour"
         + (f" (an A100 of {GPU_PRICE_DATE}, an assumption)" if assumed else "")
-        + f"; seconds a model {', '.join(sorted(known))}; the download at {prices_in_words()}, an upper bound"
+        + f"; seconds a model {', '.join(sorted(known))}; the download at {prices_in_words()} "
+        f"to {compared.download.destination}, an upper bound"
         + (f"; training costs less below {readable_usd(even)} a device-hour" if even else "")
+        + ("; fitting the datamodels anew comes on top" if compared.has_datamodels else "")
     )
 
 
@@ -170,6 +172,7 @@ def _plan_facts(plan: Comparison) -> dict[str, Any]:
         "train": parts,
         "download": fetched | {"seconds": price.seconds},
         "break_even_gpu_usd_per_hour": plan.break_even_usd_per_hour,
+        "fitting_left_out": plan.has_datamodels,
     }
 
 
@@ -334,13 +337,14 @@ def _plan_of_release(pattern: str, seconds_per_model: float | None, gpus: int, u
     patterns = [pattern, f"{pattern.rstrip('/')}/**"] if pattern.count("/") < 2 else [pattern]
     catalog = load_catalog()
     wanted = [name for name in patterns if catalog.has(name)] or patterns[:1]
-    jobs = {}
-    for (dataset, alpha_name), (n_models, alpha) in release_models(catalog.match(wanted)).items():
+    jobs, artifacts = {}, catalog.match(wanted)
+    for (dataset, alpha_name), (n_models, alpha) in release_models(artifacts).items():
         published = seconds_per_model is None
         seconds = release_seconds_per_model(dataset, alpha) if seconds_per_model is None else seconds_per_model
         basis: Basis = "published" if published else "given"
         jobs[f"{dataset}/{alpha_name}"] = Regeneration(n_models, seconds, gpus, usd_per_hour, basis)
-    return Comparison(jobs, estimate(wanted))
+    fitted = any(artifact.stored.format == "pt" for artifact in artifacts)
+    return Comparison(jobs, estimate(wanted), has_datamodels=fitted)
 
 
 def _print_status(talk: Talk, opened: "Run") -> None:

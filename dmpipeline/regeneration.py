@@ -75,10 +75,13 @@ class Comparison:
         One for each dataset and alpha, one after the other on the same devices.
     download : dmdata.Estimate
         Of what is wanted.
+    has_datamodels : bool
+        Whether fitted datamodels are among what is wanted: fitting them anew comes on top of the jobs.
     """
 
     jobs: Mapping[str, Regeneration]
     download: Estimate
+    has_datamodels: bool = False
 
     @property
     def n_models(self) -> int:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import dmdata
 from dmdata.download import n_requests_of
 from dmdata.errors import FormatError
-from dmdata.prices import Destination, price_table, prices_in_words, quote, readable_bytes, readable_usd
+from dmdata.prices import destination_of, price_table, prices_in_words, quote, readable_bytes, readable_usd, usage_of
 from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
@@ -203,11 +203,15 @@ def download_price(run: Run) -> dmdata.Estimate:
 
 
 def price_of_arrays(run: Run) -> dmdata.Estimate:
-    """Price a download of all that a run will hold, trained or not, were it on a requester-pays bucket."""
+    """Price a download of all that a run will hold, trained or not, were it on a requester-pays bucket.
+
+    To where bytes are set to go, and with what is set of the month, as `dmdata.estimate` has it.
+    """
     sizes = [int(run.array(name).nbytes) for name in ARRAYS]
     n_requests = sum(n_requests_of(size) + 1 for size in sizes)
-    way = quote(sum(sizes), n_requests, Destination.INTERNET)
-    return dmdata.Estimate(way, way, Destination.INTERNET, price_table().date)
+    to = destination_of(None)
+    way = quote(sum(sizes), n_requests, to, usage=usage_of())
+    return dmdata.Estimate(way, way, to, price_table().date)
 
 
 def probe_seconds_per_model(run: Run) -> float:
@@ -271,7 +275,7 @@ def _costs(run: Run) -> dict[str, object]:
     return {
         "a download of the same from a requester-pays bucket": (
             f"{readable_usd(price.usd)} for {readable_bytes(price.n_bytes)} in {price.n_requests:,} requests, "
-            f"{prices_in_words()} to the internet"
+            f"{prices_in_words()} to {price.destination}"
         ),
         "spent through this machine's ledger": f"{readable_usd(spent.usd)} in {spent.n_requests:,} requests",
         "time of the fit": f"{facts['seconds']:,.1f} s" if "seconds" in facts else "not recorded",

@@ -102,3 +102,28 @@ def test_a_plan_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None
     assert "2 devices at $1.00" in said
     assert "as given" in said
     assert "assumption" not in said
+
+
+def test_a_plan_says_where_fitting_comes_on_top(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, left_out in (("cifar/50pct", True), ("cifar/50pct/*_datamodels", True), ("cifar/50pct/*_margins", False)):
+        code, out, err = run(capsys, "plan", name, "--json")
+        assert (code, json.loads(out)["fitting_left_out"], "fitting" in err) == (0, left_out, left_out)
+
+
+@pytest.mark.parametrize("option", ["--seconds-per-model", "--gpu-usd-per-hour"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "many"])
+def test_a_plan_takes_finite_numbers_only(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "plan", "cifar/50pct", option, number)
+    assert (code, out, option in err) == (2, "", True)
+
+
+def test_the_download_of_a_run_goes_where_bytes_are_set_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(tmp_path / "run")
+    run(capsys, "init", directory, "--models", "30", "--held-out", "2", "--retrainings", "2")
+    monkeypatch.setenv("DMDATA_TO", "same-region")
+    code, out, err = run(capsys, "plan", directory, "--seconds-per-model", "1", "--json")
+    download = json.loads(out)["download"]
+    assert (code, "to same-region" in err) == (0, True)
+    assert download["usd"] == pytest.approx(download["requests"] * 0.0004 / 1000)

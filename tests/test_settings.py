@@ -243,7 +243,7 @@ def test_tiers_of_ones_own_are_shown_as_json_and_as_a_table(capsys: pytest.Captu
     shown = json.loads(run(capsys, "config", "--json")[1])["settings"]
     assert shown["prices"]["value"] == {"internet_tiers": [[500, 0.09], [None, 0.02]]}
     assert "internet_tiers: to 500: $0.09; above: $0.02" in run(capsys, "config")[1]
-    assert "internet_tiers as set" in run(capsys, "estimate", NAME)[2], "nobody takes one's own for list prices"
+    assert "with your own internet_tiers" in run(capsys, "estimate", NAME)[2], "nobody takes one's own for list prices"
 
 
 def test_set_says_when_a_variable_comes_first(
@@ -431,3 +431,39 @@ def test_an_estimate_says_its_bounds_and_how_to_narrow_them(capsys: pytest.Captu
     assert "between" not in said
     assert "narrow" not in said
     assert "between" not in run(capsys, "estimate", "cifar/**", "--to", "same-region")[2]
+
+
+def test_whoever_agrees_is_told_what_the_budget_will_reserve_whatever_is_set_of_the_month(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("mirror", NAME, str(tmp_path / "m.zarr"))
+    asked = run(capsys, *arguments)
+    assert (asked[0], "cost up to $0.52" in asked[2]) == (6, True)
+    write("free_tier: true\nused_gib: 0\n")
+    assert dmdata.estimate(NAME).usd < 0.01
+    assert run(capsys, *arguments) == asked
+    code, _, err = run(capsys, *arguments, "-y", "--max-cost", "0.3")
+    assert (code, f"reading {NAME} would cost up to $0.52" in err) == (8, True)
+    assert json.loads(run(capsys, *arguments, "--dry-run", "--json")[1])["usd"] == pytest.approx(0.52, rel=0.01)
+
+
+@pytest.mark.parametrize("select", [None, "0:1000,42", ":,42", "::7"])
+def test_the_fastest_of_several_reads_is_never_slower_than_the_cheapest(
+    select: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--select", select) if select else ()
+    for arguments in (("estimate", "cifar/50pct/*_margins"), ("mirror", NAME, str(tmp_path / "m.zarr"), "--dry-run")):
+        price = json.loads(run(capsys, *arguments, *chosen, "--json")[1])
+        for part in (price, *price["artifacts"]):
+            assert part["fastest"]["seconds"] <= part["seconds"]
+            assert part["usd"] <= part["fastest"]["usd"]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("arguments", [["get", NAME, "-y", "--max-cost"], ["estimate", NAME, "--used-gib"]])
+def test_amounts_on_the_command_line_are_finite(
+    arguments: list[str], number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments, number)
+    assert (code, out, arguments[-1] in err) == (2, "", True)
