@@ -161,15 +161,7 @@ class Place:
             raise
         except obstore.exceptions.BaseError as error:
             raise self._refused(what, error) from None
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            RuntimeError,
-            zarr.errors.BaseZarrError,
-        ) as error:
+        except _FOREIGN_ERRORS as error:
             raise self._failed(what, str(error) or type(error).__name__) from error
 
     def _refused(self, what: str, error: Exception) -> DmdataError:
