@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def whole(bench: Bench, server: Nginx) -> None:
     peers: dict[str, Callable[[], object]] = {
         "obstore, ranges into a buffer": lambda: bare_ranges(store, KEY, size, range_bytes=8 << 20, n_threads=8),
         "obstore get_ranges": lambda: obstore.get_ranges(store, KEY, starts=starts, ends=ends, coalesce=0),
+        "plain sockets, the wire itself": lambda: bare_sockets(
+            server.endpoint, size, range_bytes=16 << 20, n_threads=8
+        ),
         "boto3 one stream": one_stream,
         "boto3 download_file": lambda: client.download_file(
             BUCKET, KEY, str(target), ExtraArgs={"RequestPayer": "requester"}
@@ -68,7 +72,7 @@ def whole(bench: Bench, server: Nginx) -> None:
     with s3fs_peer(server.endpoint, f"{BUCKET}/{KEY}", size) as s3fs:
         if s3fs is not None:
             peers |= {f"s3fs {how}": functools.partial(s3fs, how) for how in ("cat_ranges", "open")}
-        bench.compare(f"whole array, {size / 1e6:,.0f} MB", lambda: lazy[...], peers, bars)
+        bench.compare(f"whole array, {size / 1e6:,.0f} MB", lambda: lazy[...], peers, bars, memory_bytes=2 * size)
     target.unlink()
 
 
@@ -125,6 +129,7 @@ def slow(bench: Bench, server: Nginx, n_rows: int) -> None:
             lambda: lazy[...],
             {"boto3 one stream": one_stream, reckoned: lambda: slow_seconds(lazy.nbytes + 128)},
             {"boto3 one stream": ">= 12", reckoned: ">= 12"},
+            memory_bytes=2 * lazy.nbytes,
         )
     finally:
         os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
@@ -217,6 +222,30 @@ def bare_ranges(store: S3Store, key: str, size: int, *, range_bytes: int, n_thre
     _by_threads(store, key, ranges, buffer, [start for start, _ in ranges], n_threads)
 
 
+def bare_sockets(endpoint: str, size: int, *, range_bytes: int, n_threads: int) -> None:
+    """Read an object in ranges into one buffer with nothing between it and the kernel: no client can be much faster."""
+    buffer = np.empty(size, np.uint8)
+    starts = iter(range(0, size, range_bytes))
+    host, port = endpoint.removeprefix("http://").split(":")
+
+    def work() -> None:
+        with socket.create_connection((host, int(port))) as connection:
+            for start in starts:
+                at, stop = start, min(start + range_bytes, size)
+                head = f"GET /{BUCKET}/{KEY} HTTP/1.1\r\nHost: {host}\r\nx-amz-request-payer: requester\r\n"
+                connection.sendall(f"{head}Range: bytes={start}-{stop - 1}\r\n\r\n".encode())
+                answer = b""
+                while b"\r\n\r\n" not in answer:
+                    answer += connection.recv(4096)
+                body = answer.partition(b"\r\n\r\n")[2]
+                buffer[at : at + len(body)] = np.frombuffer(body, np.uint8)
+                at += len(body)
+                while at < stop:
+                    at += connection.recv_into(buffer[at:stop].data)
+
+    _in_threads(work, n_threads)
+
+
 def bare_requests(store: S3Store, ranges: list[list[int]], n_bytes: int, n_threads: int) -> Callable[[], object]:
     """Make the reading of given ranges, one after the other into a buffer, by several threads."""
     places = np.cumsum([0, *(stop - start for start, stop in ranges)]).tolist()
@@ -236,6 +265,10 @@ def _by_threads(store: S3Store, key: str, ranges: Any, buffer: Any, places: list
             data = obstore.get_range(store, key, start=start, end=stop)
             buffer[places[nth] : places[nth] + stop - start] = np.frombuffer(data, np.uint8)
 
+    _in_threads(work, n_threads)
+
+
+def _in_threads(work: Callable[[], None], n_threads: int) -> None:
     threads = [threading.Thread(target=work) for _ in range(n_threads)]
     for thread in threads:
         thread.start()

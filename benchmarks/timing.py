@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -53,19 +54,25 @@ class Bench:
         ours: Callable[[], object],
         peers: dict[str, Callable[[], float | object]],
         bars: dict[str, str] | None = None,
+        *,
+        memory_bytes: int = 0,
     ) -> None:
         """Time ours and each peer by turns; the figure is how many times faster ours is.
 
         A peer that returns a float timed itself. Every other round goes backwards, so that nobody always has the same
-        predecessor.
+        predecessor. A virtual machine gives memory that is free for seconds back to its host, and whoever needs it next
+        waits: `memory_bytes` are claimed and freed just before each turn, so that nobody pays for a slow predecessor.
         """
         works = {"": ours, **peers}
         for work in works.values():
             work()
-        rounds = []
+        rounds: list[dict[str, float]] = []
         for nth in range(self.repeats):
             order = list(works) if nth % 2 == 0 else list(reversed(works))
-            rounds.append({name: timed(works[name]) for name in order})
+            rounds.append({})
+            for name in order:
+                np.ones(memory_bytes, np.uint8)
+                rounds[-1][name] = timed(works[name])
         own = statistics.median(seconds[""] for seconds in rounds)
         for name in peers:
             ratios = [seconds[name] / seconds[""] for seconds in rounds]

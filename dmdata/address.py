@@ -3,7 +3,7 @@
 An `Address` travels between processes and holds no credentials; written out it shows no user, password or query.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
@@ -99,6 +99,9 @@ class Source(Protocol):
     def piece(self, start: int, stop: int, *, etag: str | None) -> Buffer:
         """Read a short range in one request, and one piece; raises as `read` does."""
 
+    def pieces(self, starts: Sequence[int], stops: Sequence[int], *, etag: str | None) -> Sequence[Buffer]:
+        """Read short ranges, each in one request; raises as `read` does, if only one of them fails."""
+
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
         """Read a range in one request, handing over its bytes in order as they arrive; all of them, unless `stopped`.
 
@@ -126,6 +129,10 @@ class ByPieces:
         parts: list[bytes] = []
         self.read(start, stop, etag=etag, put=lambda chunk: parts.append(chunk.tobytes()), stopped=lambda: False)
         return b"".join(parts)
+
+    def pieces(self: "Source", starts: Sequence[int], stops: Sequence[int], *, etag: str | None) -> Sequence[Buffer]:
+        """Read short ranges, one after the other."""
+        return [self.piece(start, stop, etag=etag) for start, stop in zip(starts, stops, strict=True)]
 
 
 def changed(address: Address, *, refused: bool = False) -> IntegrityError:

@@ -35,19 +35,24 @@ LEAST_RANGE_BYTES = 4 << 20
 """Shortest range that a short read is split into for concurrency; splitting costs 0.1% of its price at most."""
 
 CONNECTIONS = 32
-"""Most ranges in flight at a time. A read of short ranges begins with 8, and more where answers are slow to come."""
+"""Most long ranges in flight at a time; of many short ones, 8 threads ask for several each."""
 
-_FIRST_CONNECTIONS = 8
 _LONG_RANGE_BYTES = 1 << 20
-# an answer that took longer than this was waited for, so that more at a time is faster
-_SLOW_ANSWER_SECONDS = 0.01
+# a server that sends faster than this a connection is so near that more than 8 would be in each other's way; a read
+# must be large to be worth the look
+_FEW_CONNECTIONS = 8
+_NEAR_BYTES_PER_SECOND = 100e6
+_LARGE_READ_BYTES = 256 << 20
+_LOOK_SECONDS = 0.02
 _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
 # what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
 _DRAW_BYTES = 64 << 20
 _DRAW_REQUESTS = 4096
-_MOST_RANGES_IN_HAND = 32
+_MOST_RANGES_IN_HAND = 128
+# after a failure, a thread asks so often for its ranges one by one, so that a storm does not cost each of them twice
+_HANDFULS_ONE_BY_ONE = 8
 _LISTED_AT_ONCE = 4096
 # how long others may take to notice that a read has failed, before it ends without them
 _GRACE_SECONDS = 0.25
@@ -111,7 +116,8 @@ class Transport:
                 try:
                     head, state = source.start(n_bytes)
                 except DmdataError as error:
-                    _patience(error, tally, meter, threading.Event())
+                    n_tries = tally.n_requests
+                    _patience(error, tally, meter, threading.Event(), fruitless=n_tries, n_tries=n_tries)
                     continue
                 tally.arrived(len(head))
                 tally.in_flight = 0
@@ -169,30 +175,21 @@ class Transport:
         source, meter = connect(self.address), self._meter(n_bytes, n_requests, progress)
         meter.object_bytes = plan.layout.stop
         stopping = threading.Event()
-        ranges = _Queue(plan, spool, n_requests)
 
         def work() -> None:
-            tally = meter.tally()
+            reader = _Reader(source, plan, product, etag, meter, stopping, spool)
             while not stopping.is_set() and (in_hand := ranges.take()):
                 meter.draw(in_hand)
-                for nth, start, stop, at, end in in_hand:
-                    if stopping.is_set():
-                        return
-                    began = time.perf_counter()
-                    arrivals = _Arrivals(plan, product, tally, start, stop, at, end)
-                    _read_range(source, arrivals, stop, etag, tally, meter, stopping)
-                    if spool is not None and not stopping.is_set():
-                        spool.landed(nth, at, end)
-                    if time.perf_counter() - began > _SLOW_ANSWER_SECONDS:
-                        crew.add(most=n_most)
+                reader.read(in_hand)
 
-        n_most = min(CONNECTIONS, n_requests)
-        # short ranges from a near server are worked for, not waited for, and more threads would be in each other's way
-        n_first = n_most if n_bytes >= _LONG_RANGE_BYTES * n_requests else min(_FIRST_CONNECTIONS, n_most)
+        # many short ranges are worked for more than waited for, and more threads would be in each other's way
+        is_short = n_bytes < _LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS
+        n_threads = _FEW_CONNECTIONS if is_short else min(CONNECTIONS, n_requests)
+        n_first = min(_FEW_CONNECTIONS, n_threads) if n_bytes >= _LARGE_READ_BYTES else n_threads
+        ranges = _Queue(plan, spool, n_requests, n_threads)
         try:
             product = _product(plan, spool)
-            crew = _Crew(work, stopping)
-            crew.run(n_first)
+            _work_together(work, n_first, n_threads, lambda: meter.received_bytes, stopping)
         finally:
             meter.settle()
         return product
@@ -242,17 +239,22 @@ def _product(plan: ReadPlan, spool: Spool | None) -> npt.NDArray[np.uint8]:
 class _Queue:
     """Hands the ranges of a plan to the threads: one at a time where they are long, several where they are short."""
 
-    def __init__(self, plan: ReadPlan, spool: Spool | None, n_missing: int) -> None:
+    def __init__(self, plan: ReadPlan, spool: Spool | None, n_missing: int, n_threads: int) -> None:
         self._ranges = self._walk(plan, spool)
         self._left = n_missing
-        self._most = max(min(_MOST_RANGES_IN_HAND, _LONG_RANGE_BYTES * plan.n_requests // plan.n_bytes), 1)
+        self._n_threads = n_threads
         self._lock = threading.Lock()
 
     def take(self) -> list[_Range]:
         """Take the next ranges; none are left where the list is empty."""
+        taken: list[_Range] = []
         with self._lock:
-            n = max(min(self._most, self._left // (2 * CONNECTIONS)), 1)
-            taken = list(itertools.islice(self._ranges, n))
+            n_bytes, n_most = 0, max(min(_MOST_RANGES_IN_HAND, self._left // (2 * self._n_threads)), 1)
+            for one in itertools.islice(self._ranges, n_most):
+                taken.append(one)
+                n_bytes += one[2] - one[1]
+                if n_bytes >= _LONG_RANGE_BYTES:
+                    break
             self._left -= len(taken)
         return taken
 
@@ -295,32 +297,92 @@ class _Arrivals:
         self._tally.arrived(n_bytes)
 
 
-def _read_range(
-    source: Source,
-    arrivals: _Arrivals,
-    stop: int,
-    etag: str | None,
-    tally: "_Tally",
-    meter: "_Meter",
-    stopping: threading.Event,
-) -> None:
-    """Read a range, going on after each broken transfer from the byte it broke at; less only if stopped."""
-    n_tries = fruitless = 0
-    while True:
-        began = arrivals.position
-        n_tries += 1
-        tally.sending(stop - began)
+class _Reader:
+    """Reads ranges into the product, for one thread."""
+
+    def __init__(
+        self,
+        source: Source,
+        plan: ReadPlan,
+        product: npt.NDArray[np.uint8],
+        etag: str | None,
+        meter: "_Meter",
+        stopping: threading.Event,
+        spool: Spool | None,
+    ) -> None:
+        self._source, self._plan, self._product, self._etag = source, plan, product, etag
+        self._meter, self._stopping, self._spool = meter, stopping, spool
+        self._tally = meter.tally()
+        self._one_by_one = 0
+
+    def read(self, ranges: list[_Range]) -> None:
+        """Read some ranges; less only if stopped.
+
+        The first is asked for alone, and whose bytes these are is looked at: the others, asked for together, show no
+        headers.
+        """
+        first, others = ranges[:1], ranges[1:]
+        if self._one_by_one:
+            self._one_by_one -= 1
+            first, others = ranges, []
+        for one in first:
+            self._read_one(*one)
+        if others and not self._stopping.is_set() and not self._read_together(others):
+            for one in others:
+                self._read_one(*one)
+
+    def _read_one(self, nth: int, start: int, stop: int, at: int, end: int) -> None:
+        """Read a range, going on after each broken transfer from the byte it broke at."""
+        source, tally = self._source, self._tally
+        arrivals = _Arrivals(self._plan, self._product, tally, start, stop, at, end)
+        n_tries = fruitless = 0
+        while not self._stopping.is_set():
+            began = arrivals.position
+            n_tries += 1
+            tally.sending(stop - began)
+            try:
+                if stop - began > SHORT_RANGE_BYTES:
+                    source.read(began, stop, etag=self._etag, put=arrivals.put, stopped=self._stopping.is_set)
+                else:
+                    arrivals.put(np.frombuffer(source.piece(began, stop, etag=self._etag), np.uint8))
+                if arrivals.position == stop:
+                    self._landed(nth, at, end)
+                elif not self._stopping.is_set():
+                    raise ended_short(source.address, arrivals.position, transient=True)
+                return
+            except DmdataError as error:
+                fruitless = 0 if arrivals.position > began else fruitless + 1
+                _patience(error, tally, self._meter, self._stopping, fruitless=fruitless, n_tries=n_tries)
+
+    def _read_together(self, ranges: list[_Range]) -> bool:
+        """Read short ranges in one call, or tell that it did not go well, and nothing has landed."""
+        tally = self._tally
+        _, starts, stops, ats, ends = zip(*ranges, strict=True)
+        sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        if max(sizes) > SHORT_RANGE_BYTES:
+            return False
+        tally.sending(sum(sizes), n_requests=len(ranges))
         try:
-            if stop - began > SHORT_RANGE_BYTES:
-                source.read(began, stop, etag=etag, put=arrivals.put, stopped=stopping.is_set)
-                return
-            arrivals.put(np.frombuffer(source.piece(began, stop, etag=etag), np.uint8))
-            if arrivals.position == stop:
-                return
-            raise ended_short(source.address, arrivals.position, transient=True)
+            pieces = self._source.pieces(starts, stops, etag=self._etag)
+            if [len(piece) for piece in pieces] != sizes:
+                raise ended_short(self._source.address, stops[0], transient=True)
         except DmdataError as error:
-            fruitless = 0 if arrivals.position > began else fruitless + 1
-            _patience(error, tally, meter, stopping, fruitless=fruitless, n_tries=n_tries)
+            self._one_by_one = _HANDFULS_ONE_BY_ONE
+            _patience(error, tally, self._meter, self._stopping, fruitless=1, n_tries=1)
+            return False
+        if ends[-1] - ats[0] == sum(sizes) == sum(ends) - sum(ats):  # wanted to the byte, and nothing between them
+            self._product[ats[0] : ends[-1]] = np.frombuffer(b"".join(pieces), np.uint8)
+            tally.arrived(sum(sizes))
+        else:
+            for piece, (_, start, stop, at, end) in zip(pieces, ranges, strict=True):
+                _Arrivals(self._plan, self._product, tally, start, stop, at, end).put(np.frombuffer(piece, np.uint8))
+        for nth, _, _, at, end in ranges:
+            self._landed(nth, at, end)
+        return True
+
+    def _landed(self, nth: int, at: int, end: int) -> None:
+        if self._spool is not None:
+            self._spool.landed(nth, at, end)
 
 
 def _patience(
@@ -329,12 +391,11 @@ def _patience(
     meter: "_Meter",
     stopping: threading.Event,
     *,
-    fruitless: int | None = None,
-    n_tries: int | None = None,
+    fruitless: int,
+    n_tries: int,
 ) -> None:
     """Account for a failed try; then wait a while if another one may go well, else raise what it failed for."""
-    n_tries = tally.n_requests if n_tries is None else n_tries
-    fruitless = n_tries if fruitless is None else fruitless
+    n_requests = tally.requests_in_flight
     may_be_billed = tally.break_off(error, meter.object_bytes)
     if not (isinstance(error, SourceError) and error.facts.get("transient")) or stopping.is_set():
         raise error
@@ -343,7 +404,7 @@ def _patience(
         raise SourceError(
             f"{error}; given up after {what}: try again later", **error.facts | {"n_tries": n_tries}
         ) from error
-    meter.extend(may_be_billed)
+    meter.extend(may_be_billed, n_requests)
     pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
     stopping.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
 
@@ -356,10 +417,11 @@ class _Tally:
     n_requests: int = 0
     n_bytes: int = 0
     in_flight: int = 0
+    requests_in_flight: int = 0
 
-    def sending(self, n_bytes: int) -> None:
-        self.n_requests += 1
-        self.in_flight = n_bytes
+    def sending(self, n_bytes: int, *, n_requests: int = 1) -> None:
+        self.n_requests += n_requests
+        self.in_flight, self.requests_in_flight = n_bytes, n_requests
 
     def arrived(self, n_bytes: int) -> None:
         self.n_bytes += n_bytes
@@ -369,9 +431,10 @@ class _Tally:
 
     def break_off(self, error: DmdataError, object_bytes: int) -> int:
         """Count what is still in flight as billed, unless the source refused to send it; return how much."""
-        n_bytes = 0 if error.facts.get("refused") else self.in_flight
+        # of several requests one was refused, and the others may have been answered
+        n_bytes = 0 if error.facts.get("refused") and self.requests_in_flight == 1 else self.in_flight
         if error.facts.get("whole"):
-            n_bytes = max(n_bytes, min(object_bytes, _MOST_BUFFERED_BYTES))
+            n_bytes = max(n_bytes, self.requests_in_flight * min(object_bytes, _MOST_BUFFERED_BYTES))
         self.n_bytes += n_bytes
         self.in_flight = 0
         return n_bytes
@@ -421,11 +484,17 @@ class _Meter:
             if not self.is_settled and (n_bytes > self.drawn[0] or n_requests > self.drawn[1]):
                 self.reservation.draw(self.next_draw(n_bytes, n_requests))
 
-    def extend(self, n_bytes: int) -> None:
-        """Set aside one more request, and bytes that must be fetched again although they may be billed already."""
+    def extend(self, n_bytes: int, n_requests: int) -> None:
+        """Set aside requests that must be sent again, and bytes that may be billed although they did not arrive."""
         with self.lock:
             if self.reservation and not self.is_settled:
-                self.reservation.extend(Amount(quote(n_bytes, 1, self.destination).usd, n_bytes, 1))
+                usd = quote(n_bytes, n_requests, self.destination).usd
+                self.reservation.extend(Amount(usd, n_bytes, n_requests))
+
+    @property
+    def received_bytes(self) -> int:
+        """Count what arrived until now, and what is billed without having arrived."""
+        return sum(tally.n_bytes for tally in self.tallies)
 
     def settle(self) -> None:
         """Write the receipt; what is in flight, in a thread that could not be waited for, counts as billed."""
@@ -433,60 +502,61 @@ class _Meter:
             self.is_settled = True
             if not self.reservation:
                 return
-            n_bytes = sum(tally.n_bytes + tally.in_flight for tally in self.tallies)
+            n_bytes = self.received_bytes + sum(tally.in_flight for tally in self.tallies)
             n_requests = sum(tally.n_requests for tally in self.tallies)
             price = quote(n_bytes, n_requests, self.destination)
             self.reservation.settle(usd=price.usd, n_bytes=n_bytes, n_requests=n_requests, charged=self.charged)
 
 
-class _Crew:
-    """Threads at the same work; the first error, or Ctrl-C, stops them all and is raised.
+def _work_together(
+    work: Callable[[], None],
+    n_first: int,
+    n_threads: int,
+    received_bytes: Callable[[], int],
+    stopping: threading.Event,
+) -> None:
+    """Do the same work in several threads until all have ended; the first error, or Ctrl-C, stops them and is raised.
 
-    They are daemons, because one may wait in the transport for a server that has fallen silent: who is interrupted does
-    not wait with it.
+    Begins with `n_first`; the others join once these are seen to wait for a server that is not near. They are daemons,
+    because one may wait in the transport for a server that has fallen silent: who is interrupted does not wait with it.
     """
+    outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def __init__(self, work: Callable[[], None], stopping: threading.Event) -> None:
-        self._work = work
-        self._stopping = stopping
-        self._outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-
-    def run(self, n_first: int) -> None:
-        """Start some threads and wait until these and all that were added have ended."""
-        n_ended = 0
+    def run() -> None:
         try:
-            for _ in range(n_first):
-                self.add(most=n_first)
-            while n_ended < len(self._threads):
-                try:
-                    # an interrupt that reaches another thread is noticed only between two waits
-                    outcome = self._outcomes.get(timeout=_INTERRUPTIBLE_SECONDS)
-                except queue.Empty:
-                    continue
-                n_ended += 1
-                if outcome is not None:
-                    raise outcome
-        except BaseException:
-            self._stopping.set()
-            deadline = time.monotonic() + _GRACE_SECONDS
-            for thread in self._threads:
-                thread.join(max(deadline - time.monotonic(), 0))
-            raise
-
-    def add(self, *, most: int) -> None:
-        """Start one more thread, unless there are `most`."""
-        with self._lock:
-            if len(self._threads) < most and not self._stopping.is_set():
-                thread = threading.Thread(target=self._run, name="dmdata-fetch", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
+            work()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, and raised there
-            self._outcomes.put(error)
+            outcomes.put(error)
         else:
-            self._outcomes.put(None)
+            outcomes.put(None)
+
+    threads: list[threading.Thread] = []
+
+    def start(n: int) -> None:
+        while len(threads) < n:
+            thread = threading.Thread(target=run, name="dmdata-fetch", daemon=True)
+            thread.start()
+            threads.append(thread)
+
+    n_ended, began = 0, time.monotonic()
+    try:
+        start(n_first)
+        patience = _LOOK_SECONDS if n_first < n_threads else _INTERRUPTIBLE_SECONDS
+        while n_ended < len(threads):
+            try:
+                # an interrupt that reaches another thread is noticed only between two waits
+                outcome = outcomes.get(timeout=patience)
+            except queue.Empty:
+                patience = _INTERRUPTIBLE_SECONDS
+                if received_bytes() < _NEAR_BYTES_PER_SECOND * n_first * (time.monotonic() - began):
+                    start(n_threads)
+                continue
+            n_ended += 1
+            if outcome is not None:
+                raise outcome
+    except BaseException:
+        stopping.set()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        raise

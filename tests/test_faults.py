@@ -1,9 +1,9 @@
 """Whatever goes wrong on the way: no byte lost, none wrong, and no dollar billed that the ledger does not show.
 
-Every fault meets five ways of reading one object: whole, scattered rows, a column, a download and a mirror. Each ends
-in the right bytes or in an error of ours, after which the same read, run again, gives the right bytes. What the server
-served is priced here at list price, apart from dmdata's own price table, and compared with the ledger. The figures of
-all faults are printed as one table at the end of the session.
+Every fault meets six ways of reading one object: whole, scattered rows, a column, many parts of rows, a download and a
+mirror. Each ends in the right bytes or in an error of ours, after which the same read, run again, gives the right
+bytes. What the server served is priced here at list price, apart from dmdata's own price table, and compared with the
+ledger. The figures of all faults are printed as one table at the end of the session.
 """
 
 import contextlib
@@ -39,6 +39,8 @@ from dmdata.ledger import Ledger, home
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
 ROWS = np.array([1, 2, 5, 11, 12, 23, 29, 30])
+COLUMNS = np.ravel(np.arange(8)[:, None] * (32 << 10) + np.arange(2000))
+"""Eight runs a row: 256 short ranges, of which a thread asks for several at a time."""
 VALUES = np.random.default_rng(0).integers(0, 256, (32, 256 << 10), np.uint8)
 """8 MiB: two ranges when read whole, rows far enough apart that each is a range of its own."""
 OTHER = np.random.default_rng(1).integers(0, 256, VALUES.shape, np.uint8)
@@ -69,6 +71,9 @@ WAYS = {
     "whole": Way(lambda name, catalog, _: dmdata.open(name, catalog=catalog)[...], lambda x: x, 1 << 20),
     "rows": Way(lambda name, catalog, _: dmdata.open(name, catalog=catalog)[ROWS], lambda x: x[ROWS], 100_000),
     "column": Way(lambda name, catalog, _: dmdata.open(name, catalog=catalog)[:, 99], lambda x: x[:, 99], 0),
+    "parts": Way(
+        lambda name, catalog, _: dmdata.open(name, catalog=catalog).oindex[:, COLUMNS], lambda x: x[:, COLUMNS], 500
+    ),
     "get": Way(_downloaded, lambda x: x, 1 << 20),
     "mirror": Way(_mirrored, lambda x: x, 1 << 20),
 }
@@ -260,9 +265,12 @@ def test_what_breaks_is_gone_on_with(server: LoopbackS3, table: Table, tmp_path:
     assert all(storm.n_faults >= 4 for storm in storms.values())
     wanted = sum(right.nbytes for _, right in pairs) + (len(WAYS) + 1) * NPY_PREFIX_BYTES
     # each range that broke asked for what was missing, and nothing more: at worst twice the rest of it
-    assert server.n_object_bytes <= dmdata.spend().n_bytes <= 3 * wanted
+    # short ranges that were asked for together with one that failed may be billed, and are asked for again
+    together = WAYS["parts"].of(VALUES).nbytes
+    assert server.n_object_bytes <= dmdata.spend().n_bytes <= 3 * wanted + together
     if fault.startswith(("503", "500", "400", "short", "reset before")):
-        assert server.n_object_bytes <= wanted, "what was refused, or cut short in good order, is not served twice"
+        most = wanted + together
+        assert server.n_object_bytes <= most, "what was refused, or cut short in good order, is not served twice"
 
 
 def test_a_stall_is_broken_off_and_gone_on_with(
