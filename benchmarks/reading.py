@@ -115,7 +115,7 @@ def slow(bench: Bench, server: Nginx, n_rows: int) -> None:
             while body.read(8 << 20):
                 pass
 
-        store, ranges = bare_store(server.slow_endpoint), (1 << 20, 16 << 20, 64 << 20)
+        store, ranges = bare_store(server.slow_endpoint), (16 << 20, 64 << 20)
         for n_bytes in ranges:
             seconds = timed(lambda n_bytes=n_bytes: obstore.get_range(store, KEY, start=0, length=n_bytes))
             due = slow_seconds(n_bytes)

@@ -50,7 +50,7 @@ http {{
       if ($http_x_amz_request_payer != "requester") {{ return 403; }}
       add_header x-amz-request-charged requester;
       limit_rate {rate};
-      sendfile_max_chunk 64k;  # the last piece is sent without a wait: by default 2 MB of each range
+      sendfile_max_chunk 256k;  # the last piece is sent without a wait: by default 2 MB of each range
       access_by_lua_block {{ ngx.sleep({delay}) }}
     }}
   }}

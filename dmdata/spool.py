@@ -1,20 +1,17 @@
 """What a read has received, kept in a file until it is written for good: whoever is killed does not pay it again.
 
-The memory that a read lands in is the file itself, mapped: the system keeps what is in it, whatever becomes of the
-process, and nothing is copied. A record with a checksum follows each range. Whoever begins the same read again finds
-the ranges whose records and bytes are whole. Records are bound to the read that they belong to: another object,
-selection or plan begins anew.
+Each range is written to the file as it lands, and a record with a checksum follows: the system keeps both, whatever
+becomes of the process. Whoever begins the same read again finds the ranges whose records and bytes are whole. Records
+are bound to the read that they belong to: another object, selection or plan begins anew. The file is not the memory
+itself, mapped, because a page written for the first time is slower than a copy of it.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
-import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -45,7 +42,7 @@ def read_key(identity: str, plan: ReadPlan) -> str:
 
 
 class Landing:
-    """The memory that one read after the other lands in; with a file behind it, for as long as one is attached.
+    """The memory that one read after the other lands in; with a file beside it, for as long as one is attached.
 
     A `dmdata.fetch.Spool`. Its size is that of the largest read so far.
     """
@@ -53,14 +50,14 @@ class Landing:
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._records: _Records | None = None
-        # the file behind the memory
         self._path: Path | None = None
+        self._file: _Descriptor | None = None
 
     def attach(self, path: Path, key: str, n_bytes: int) -> None:
         """Keep what the next read receives in files that begin with `path`, and take what is there of the same read.
 
         Room for all of it is taken at once, so that a full disk is met before anything is paid for. Where another
-        process has the files, or the file system maps none, nothing is kept.
+        process has the files, or the file system knows no locks, nothing is kept.
 
         Parameters
         ----------
@@ -81,8 +78,10 @@ class Landing:
             self._forget_file()
             return
         try:
-            self._map(path.with_name(f"{path.name}.bytes"), n_bytes)
-            records.recall(self._memory[:n_bytes])
+            file = self._open(path.with_name(f"{path.name}.bytes"))
+            # what is there already may be longer, and is used again
+            take_room(file.number, max(n_bytes, os.fstat(file.number).st_size))
+            records.recall(file.number, self.product(n_bytes))
         except OSError as error:
             if records.is_empty:
                 records.remove()
@@ -111,7 +110,6 @@ class Landing:
     def product(self, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Give the memory; see `dmdata.fetch.Spool`."""
         if len(self._memory) < n_bytes:
-            self._forget_file()
             self._memory = np.empty(n_bytes, np.uint8)
         return self._memory[:n_bytes]
 
@@ -120,30 +118,43 @@ class Landing:
         return self._records is not None and nth in self._records.landed
 
     def landed(self, nth: int, start: int, stop: int) -> None:
-        """Keep a range that is in memory now."""
-        if self._records:
-            self._records.keep(nth, start, stop, self._memory[start:stop])
+        """Keep a range that is in memory now.
 
-    def _map(self, path: Path, n_bytes: int) -> None:
-        """Make a file the memory: the one that is there, else the last one under its new name, else a new one."""
-        if self._path and len(self._memory) >= n_bytes and not path.exists():
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        records, file = self._records, self._file
+        if records and file:
+            received = self._memory[start:stop]
+            _write_all(file.number, received.data, start)
+            records.keep(nth, start, stop, received)
+
+    def _open(self, path: Path) -> "_Descriptor":
+        """Open the file that is there, else the last one under its new name, else a new one."""
+        if self._file and self._path and not path.exists():
             self._path.rename(path)
-            self._path = path
-            return
-        self._forget_file()
-        with _opened(path) as descriptor:
-            size = max(n_bytes, os.fstat(descriptor).st_size)
-            # without, a full disk would end the process that writes to the memory
-            take_room(descriptor, size)
-            mapped = mmap.mmap(descriptor, size)
-        self._memory = np.frombuffer(mapped, np.uint8)
+        else:
+            self._forget_file()
+            self._file = _Descriptor(path)
         self._path = path
+        return self._file
 
     def _forget_file(self) -> None:
-        self._records = None
-        if self._path:
-            self._memory = np.empty(0, np.uint8)
-        self._path = None
+        self._records = self._path = self._file = None
+
+
+class _Descriptor:
+    """A file that is closed when nobody has it any more: a thread that could not be waited for may write to it yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
 
 
 def sweep(directory: Path) -> None:
@@ -196,8 +207,8 @@ class _Records:
         """Whether nothing was ever entered, of this read or another."""
         return os.fstat(self._descriptor).st_size <= len(self._head)
 
-    def recall(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Find out what is whole of the same read; write on behind it, over anything else."""
+    def recall(self, file: int, memory: npt.NDArray[np.uint8]) -> None:
+        """Read what is whole of the same read from its file into memory; write on behind it, over anything else."""
         stored = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
         if stored[: self._end] != self._head:
             stored = self._head
@@ -210,7 +221,8 @@ class _Records:
             if google_crc32c.value(record[:-4]) != own_checksum or not start <= stop <= len(memory):
                 break
             self._end += len(record)
-            if _checksum(memory[start:stop]) == checksum:
+            received = memory[start:stop]
+            if os.preadv(file, [received.data], start) == len(received) and _checksum(received) == checksum:
                 self.landed.add(nth)
 
     def keep(self, nth: int, start: int, stop: int, received: npt.NDArray[np.uint8]) -> None:
@@ -235,16 +247,7 @@ class _Records:
         self.close()
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes, at: int) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], at + done)
