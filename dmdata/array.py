@@ -247,7 +247,7 @@ class LazyArray:
     @property
     def slowest_axis(self) -> int:
         """The axis along which the bytes lie in slabs: 0 in C order."""
-        return max(range(self.ndim), key=lambda axis: (self.layout.strides[axis], -axis), default=0)
+        return next(iter(self.layout.storage_order), 0)
 
     def planned(self, selection: Selection) -> ReadPlan | None:
         """Plan a selection as `read` will carry it out; None for an array of a Zarr store, not read by ranges."""

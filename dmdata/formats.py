@@ -41,6 +41,19 @@ _FLAT: tuple[int, tuple[Any, ...]] = (1, ())
 _PT_TAIL_BYTES = 4096
 # bits 0, 5, 6 and 13 of a zip member's flags, by PKWARE's APPNOTE 4.4.4
 _ENCRYPTED_OR_PATCHED = 0x2061
+# what zipfile and struct raise for bytes that are no sound archive
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,11 @@ class Layout:
     def stop(self) -> int:
         """First byte after the last element."""
         return self.offset + self.n_bytes
+
+    @property
+    def storage_order(self) -> list[int]:
+        """Axes from the slowest to the fastest."""
+        return sorted(range(len(self.shape)), key=lambda axis: (-self.strides[axis], axis))
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int, *, fortran: bool = False) -> tuple[int, ...]:
@@ -174,18 +192,12 @@ def pt_layouts(read_at: ReadAt, *, object_bytes: int, url: str) -> dict[str, Lay
             return {name: _placed(tensor, members, ends, read_at, url) for name, tensor in tensors.items()}
     except FormatError:
         raise
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise _unreadable_pt(url, error) from error
-    except (struct.error, ValueError, OverflowError, KeyError, IndexError, TypeError, MemoryError) as error:
-        raise _unreadable_pt(url, error) from error
-
-
-def _unreadable_pt(url: str, error: Exception) -> FormatError:
-    return FormatError(
-        f"{url} is not a readable .pt ({str(error)[:200]}); if it was saved before torch 1.6, load it in torch with "
-        "weights_only=True and save it again",
-        url=url,
-    )
+    except _DAMAGED_ZIP as error:
+        raise FormatError(
+            f"{url} is not a readable .pt ({str(error)[:200]}); if it was saved before torch 1.6, load it in torch "
+            "with weights_only=True and save it again",
+            url=url,
+        ) from error
 
 
 def _npy_facts(text: bytes, *, encoding: str, url: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -239,7 +239,7 @@ def product_array(plan: ReadPlan, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[
     answer : array of the layout's dtype, shape ``plan.selection.shape``
         A view of the buffer, unless indices repeat or come out of order.
     """
-    by_stride = _storage_order(plan.layout)
+    by_stride = plan.layout.storage_order
     sizes = [len(indices) for indices in plan.selection.distinct]
     stored = buffer.view(plan.layout.dtype).reshape([sizes[axis] for axis in by_stride])
     return plan.selection.answer(stored.transpose(np.argsort(by_stride)))
@@ -288,11 +288,6 @@ def _planned(
     return ReadPlan(layout, selection, wanted, max_gap_bytes, window, n_requests, n_bytes, remembered)
 
 
-def _storage_order(layout: Layout) -> list[int]:
-    """Sort the axes from the slowest to the fastest."""
-    return sorted(range(len(layout.shape)), key=lambda axis: (-layout.strides[axis], axis))
-
-
 def _runs(request: AxisRequest) -> tuple[Offsets, Offsets]:
     """Turn ascending indices into half-open runs of neighbours."""
     if isinstance(request, range):
@@ -312,7 +307,7 @@ def _wanted(layout: Layout, selection: Selection) -> WantedBytes:
     starts, stops = np.zeros(1, np.int64), np.full(1, layout.dtype.itemsize, np.int64)
     outer: list[tuple[AxisRequest, int]] = []
     wanted = selection.distinct
-    for axis in reversed(_storage_order(layout)):
+    for axis in reversed(layout.storage_order):
         size, stride, indices = layout.shape[axis], layout.strides[axis], wanted[axis]
         if size == 1:
             continue

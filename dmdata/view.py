@@ -184,7 +184,7 @@ class ArrayValues:
         # nothing and scalars have no rows to choose from
         self.form: Form = form if array.shape and 0 not in array.shape else "blocks"
         layout = array.layout
-        self.order = sorted(range(len(layout.shape)), key=lambda axis: (-layout.strides[axis], axis))
+        self.order = layout.storage_order
         # slabs across an axis of size 1 would be the whole array: the next slower axis has rows
         self.axis = next((axis for axis in self.order if layout.shape[axis] != 1), 0)
         self.n_rows = layout.shape[self.axis] if layout.shape else 1

@@ -47,11 +47,11 @@ from dmdata.errors import FormatError
 from dmdata.formats import pt_layouts
 from dmpipeline.datasets import Dataset, load_dataset
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, explain_os_errors
-from dmpipeline.masks import draw_masks, subset_size
+from dmpipeline.masks import subset_size
 from dmpipeline.outputs import correct_class_margins
 from dmpipeline.recipes import find_recipe
 from dmpipeline.spec import RunSpec
-from dmpipeline.train import train_block
+from dmpipeline.train import train_rows
 
 ARRAYS = ("train_masks", "test_margins", "train_margins", "test_logits", "train_logits")
 """Names of a run's arrays, in the order in which a block's digest covers them."""
@@ -369,16 +369,8 @@ class Run:
                         yield block
 
     def _train_block(self, dataset: Dataset, block: int) -> None:
-        spec, rows = self.spec, self.spec.blocks[block]
-        masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
-        logits = train_block(
-            dataset,
-            find_recipe(spec.recipe),
-            masks=masks,
-            seed=spec.seed,
-            model_indices=spec.model_indices(rows),
-            rows=rows,
-        )
+        rows = self.spec.blocks[block]
+        masks, logits = train_rows(self.spec, dataset, rows)
         # margins are taken from the rounded logits, so that whoever reads those can recompute them to the bit
         data = {
             "train_masks": masks,

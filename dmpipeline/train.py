@@ -17,9 +17,10 @@ import torch
 
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import TrainingError
-from dmpipeline.masks import draw_orders, draw_uniform
+from dmpipeline.masks import draw_masks, draw_orders, draw_uniform
 from dmpipeline.outputs import LARGEST_LOGIT
-from dmpipeline.recipes import Perceptron
+from dmpipeline.recipes import Perceptron, find_recipe
+from dmpipeline.spec import RunSpec
 
 # Measured for 64-64-10 perceptrons on 2 cores: fewer models pay for more calls, more of them fall out of the cache.
 GROUP_MODELS = 64
@@ -100,6 +101,24 @@ def train_block(
             rows=diverged,
         )
     return Logits(train=train, test=test)
+
+
+def train_rows(spec: RunSpec, dataset: Dataset, rows: range) -> tuple[npt.NDArray[np.bool_], Logits]:
+    """Train some rows of a run, on the subsets that its seed draws for them.
+
+    Returns
+    -------
+    masks : bool array, shape (len(rows), n_train)
+    logits : Logits
+
+    Raises
+    ------
+    TrainingError
+        As `train_block`.
+    """
+    masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
+    recipe, model_indices = find_recipe(spec.recipe), spec.model_indices(rows)
+    return masks, train_block(dataset, recipe, masks=masks, seed=spec.seed, model_indices=model_indices, rows=rows)
 
 
 @contextmanager

@@ -31,11 +31,9 @@ from dmpipeline.datamodels import Datamodels, Progress, fit
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
 from dmpipeline.evaluate import Evaluation, evaluate
-from dmpipeline.masks import draw_masks
-from dmpipeline.recipes import find_recipe
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import ARRAYS, Run, write_beside
-from dmpipeline.train import models_at_once, train_block
+from dmpipeline.train import models_at_once, train_rows
 
 FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
@@ -223,16 +221,8 @@ def probe_seconds_per_model(run: Run) -> float:
     rows = spec.blocks[0][: models_at_once()]
     # the first steps of a process pay for what later ones find ready
     for some in (rows[:1], rows):
-        masks = draw_masks(spec.seed, spec.subset_indices(some), dataset.n_train, spec.alpha)
         began = time.perf_counter()
-        train_block(
-            dataset,
-            find_recipe(spec.recipe),
-            masks=masks,
-            seed=spec.seed,
-            model_indices=spec.model_indices(some),
-            rows=some,
-        )
+        train_rows(spec, dataset, some)
     return (time.perf_counter() - began) / len(rows)
 
 
