@@ -34,7 +34,7 @@ import dmdata
 from dmdata.errors import AccessError, DmdataError, FormatError, IntegrityError, ObjectMissingError, SourceError
 from dmdata.fetch import CONNECTIONS
 from dmdata.formats import NPY_PREFIX_BYTES
-from dmdata.ledger import Ledger, home
+from dmdata.ledger import Ledger, Reservation, home
 
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
@@ -253,6 +253,21 @@ def all_ways_at_once(
         return {way: outcome.result() for way, outcome in outcomes.items()}
 
 
+@pytest.fixture
+def never_more_than_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a read fail that was billed more than it had set aside before it sent it."""
+    settle = Reservation.settle
+
+    def checked(reservation: Reservation, *, usd: float, **facts: Any) -> None:
+        with reservation.ledger.transaction() as connection:
+            row = connection.execute("SELECT pico FROM reading WHERE id = ?", (reservation.id,)).fetchone()
+        assert usd <= row[0] / 1e12 + 1e-12
+        settle(reservation, usd=usd, **facts)
+
+    monkeypatch.setattr(Reservation, "settle", checked)
+
+
+@pytest.mark.usefixtures("never_more_than_reserved")
 @pytest.mark.parametrize("fault", breaks(0))
 def test_what_breaks_is_gone_on_with(server: LoopbackS3, table: Table, tmp_path: Path, fault: str) -> None:
     storms = {
@@ -328,6 +343,23 @@ def test_a_changed_object_is_noticed_and_never_mixed(
     (tmp_path / "anew").mkdir()
     got = WAYS[way].read(NAME, catalog, tmp_path / "anew")
     table.enter("object changed meanwhile", server, [(got, WAYS[way].of(OTHER))], n_faults=1, n_errors=1)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "get"])  # which looks at the object anew
+def test_a_changed_object_is_noticed_where_the_server_knows_no_conditions(
+    server: LoopbackS3, catalog: str, table: Table, tmp_path: Path, way: str
+) -> None:
+    dmdata.open(NAME, catalog=catalog)  # its header is remembered
+    server.put(KEY, npy(OTHER))
+    server.inject(Fault(heedless=True), times=math.inf)
+    with pytest.raises(IntegrityError, match="changed"):
+        WAYS[way].read(NAME, catalog, tmp_path)
+    n_faults = server.n_requests
+    server.clear_faults()
+    (tmp_path / "anew").mkdir()
+    got = WAYS[way].read(NAME, catalog, tmp_path / "anew")
+    pairs = [(got, WAYS[way].of(OTHER))]
+    table.enter("changed, and no conditions known", server, pairs, n_faults=n_faults, n_errors=1)
 
 
 @ways

@@ -74,6 +74,7 @@ class Fault:
     shift: int = 0  # serve a range that begins so many bytes further, and say so in Content-Range
     claimed_size: int | None = None  # say in Content-Range that the object has so many bytes
     whole: bool = False  # answer 200 and the whole object where 206 is due
+    heedless: bool = False  # answer whatever If-Match says
     replace: bytes | None = None  # another writer stores these bytes under the key just before the answer
 
 
@@ -403,7 +404,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(403, "AccessDenied", "Access Denied")
             raise _Refused(404, "NoSuchKey", "The specified key does not exist")
         with _opened(stored) as source:
-            wanted = self.headers.get("If-Match")
+            wanted = None if fault.heedless else self.headers.get("If-Match")
             if wanted is not None and wanted != "*" and source.etag not in wanted.split(", "):
                 raise _Refused(412, "PreconditionFailed", "At least one of the pre-conditions did not hold")
             span = _span(request.range, source.size)
