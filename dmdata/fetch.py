@@ -39,10 +39,10 @@ CONNECTIONS = 32
 
 _LONG_RANGE_BYTES = 1 << 20
 # a server that sends faster than this a connection is so near that more than 8 would be in each other's way; a read
-# must be large to be worth the look
+# must be large to be worth a look at how fast its bytes arrive
 _FEW_CONNECTIONS = 8
-_NEAR_BYTES_PER_SECOND = 100e6
-_LARGE_READ_BYTES = 256 << 20
+_NEAR_BYTES_PER_SECOND = 60e6
+_LARGE_READ_BYTES = 64 << 20
 _LOOK_SECONDS = 0.02
 _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
@@ -538,17 +538,19 @@ def _work_together(
             thread.start()
             threads.append(thread)
 
-    n_ended, began = 0, time.monotonic()
+    n_ended, seen, seen_at = 0, 0, time.monotonic()
     try:
         start(n_first)
-        patience = _LOOK_SECONDS if n_first < n_threads else _INTERRUPTIBLE_SECONDS
         while n_ended < len(threads):
             try:
                 # an interrupt that reaches another thread is noticed only between two waits
-                outcome = outcomes.get(timeout=patience)
+                outcome = outcomes.get(timeout=_LOOK_SECONDS if len(threads) < n_threads else _INTERRUPTIBLE_SECONDS)
             except queue.Empty:
-                patience = _INTERRUPTIBLE_SECONDS
-                if received_bytes() < _NEAR_BYTES_PER_SECOND * n_first * (time.monotonic() - began):
+                before, before_at = seen, seen_at
+                seen, seen_at = received_bytes(), time.monotonic()
+                is_slow = seen - before < _NEAR_BYTES_PER_SECOND * n_first * (seen_at - before_at)
+                # the time until the first byte tells nothing of the pace, but for a server that is far
+                if not seen or (before and is_slow):
                     start(n_threads)
                 continue
             n_ended += 1
