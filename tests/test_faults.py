@@ -39,8 +39,8 @@ from dmdata.ledger import Ledger, Reservation, home
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
 ROWS = np.array([1, 2, 5, 11, 12, 23, 29, 30])
-COLUMNS = np.ravel(np.arange(8)[:, None] * (32 << 10) + np.arange(2000))
-"""Eight runs a row: 256 short ranges, of which a thread asks for several at a time."""
+COLUMNS = np.ravel(np.arange(4)[:, None] * (64 << 10) + np.arange(2000))
+"""Four runs a row: 128 short ranges, of which a thread asks for several at a time."""
 VALUES = np.random.default_rng(0).integers(0, 256, (32, 256 << 10), np.uint8)
 """8 MiB: two ranges when read whole, rows far enough apart that each is a range of its own."""
 OTHER = np.random.default_rng(1).integers(0, 256, VALUES.shape, np.uint8)
