@@ -12,9 +12,9 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ import numpy.typing as npt
 from dmdata.address import SHORT_RANGE_BYTES, Address, ObjectState, Source, ended_short
 from dmdata.errors import DmdataError, SourceError
 from dmdata.formats import Layout
-from dmdata.ledger import Amount, Ledger, Reservation, home
+from dmdata.ledger import Ledger, home
+from dmdata.meter import Meter, Progress, Tally
 from dmdata.plan import ReadPlan, land, plan_read
 from dmdata.prices import Destination, quote
 from dmdata.selection import select
@@ -47,9 +48,6 @@ _LOOK_SECONDS = 0.02
 _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
-# what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
-_DRAW_BYTES = 64 << 20
-_DRAW_REQUESTS = 4096
 _MOST_RANGES_IN_HAND = 128
 # after a failure, a thread asks so often for its ranges one by one, so that a storm does not cost each of them twice
 _HANDFULS_ONE_BY_ONE = 8
@@ -57,12 +55,6 @@ _LISTED_AT_ONCE = 4096
 # how long others may take to notice that a read has failed, before it ends without them
 _GRACE_SECONDS = 0.25
 _INTERRUPTIBLE_SECONDS = 0.1
-# a server that sends the whole object instead of a range has sent at most what fits into both ends' buffers
-_MOST_BUFFERED_BYTES = 16 << 20
-
-Progress: TypeAlias = Callable[[int], object]
-"""Called with the number of bytes that arrived since the last call, from any thread."""
-
 # a range of a plan: its number, its bytes in the object, and its wanted bytes in the product
 _Range: TypeAlias = tuple[int, int, int, int, int]
 
@@ -108,7 +100,6 @@ class Transport:
         BudgetError, AccessError, ObjectMissingError, SourceError
         """
         source, meter = connect(self.address), self._meter(n_bytes, 1)
-        meter.object_bytes = _MOST_BUFFERED_BYTES  # it may be of any size yet
         tally = meter.tally()
         try:
             while True:
@@ -179,7 +170,7 @@ class Transport:
         def work() -> None:
             reader = _Reader(source, plan, product, etag, meter, stopping, spool)
             while not stopping.is_set() and (in_hand := ranges.take()):
-                meter.draw(in_hand)
+                meter.draw(sum(stop - start for _, start, stop, _, _ in in_hand), len(in_hand))
                 reader.read(in_hand)
 
         # many short ranges are worked for more than waited for, and more threads would be in each other's way
@@ -205,8 +196,8 @@ class Transport:
             price = quote(n_bytes, n_requests, self.destination)
             Ledger(home()).check(usd=price.usd, artifact=self.artifact)
 
-    def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> "_Meter":
-        meter = _Meter(self.destination, n_bytes, n_requests, progress, self.charged)
+    def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> Meter:
+        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged)
         if self.address.requester_pays:
             meter.reservation = Ledger(home()).reserve(
                 usd=quote(n_bytes, n_requests, self.destination).usd,
@@ -277,7 +268,7 @@ class _Arrivals:
     __slots__ = ("_at", "_is_whole", "_plan", "_product", "_stop", "_tally", "position")
 
     def __init__(
-        self, plan: ReadPlan, product: npt.NDArray[np.uint8], tally: "_Tally", start: int, stop: int, at: int, end: int
+        self, plan: ReadPlan, product: npt.NDArray[np.uint8], tally: Tally, start: int, stop: int, at: int, end: int
     ) -> None:
         self._plan, self._product, self._tally = plan, product, tally
         self.position, self._stop, self._at = start, stop, at
@@ -306,7 +297,7 @@ class _Reader:
         plan: ReadPlan,
         product: npt.NDArray[np.uint8],
         etag: str | None,
-        meter: "_Meter",
+        meter: Meter,
         stopping: threading.Event,
         spool: Spool | None,
     ) -> None:
@@ -387,8 +378,8 @@ class _Reader:
 
 def _patience(
     error: DmdataError,
-    tally: "_Tally",
-    meter: "_Meter",
+    tally: Tally,
+    meter: Meter,
     stopping: threading.Event,
     *,
     fruitless: int,
@@ -407,105 +398,6 @@ def _patience(
     meter.extend(may_be_billed, n_requests)
     pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
     stopping.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What one thread sent and received: an upper bound of what may be billed for it."""
-
-    progress: Progress | None
-    n_requests: int = 0
-    n_bytes: int = 0
-    in_flight: int = 0
-    requests_in_flight: int = 0
-
-    def sending(self, n_bytes: int, *, n_requests: int = 1) -> None:
-        self.n_requests += n_requests
-        self.in_flight, self.requests_in_flight = n_bytes, n_requests
-
-    def arrived(self, n_bytes: int) -> None:
-        self.n_bytes += n_bytes
-        self.in_flight -= n_bytes
-        if self.progress and n_bytes:
-            self.progress(n_bytes)
-
-    def break_off(self, error: DmdataError, object_bytes: int) -> int:
-        """Count what is still in flight as billed, unless the source refused to send it; return how much."""
-        # of several requests one was refused, and the others may have been answered
-        n_bytes = 0 if error.facts.get("refused") and self.requests_in_flight == 1 else self.in_flight
-        if error.facts.get("whole"):
-            n_bytes = max(n_bytes, self.requests_in_flight * min(object_bytes, _MOST_BUFFERED_BYTES))
-        self.n_bytes += n_bytes
-        self.in_flight = 0
-        return n_bytes
-
-
-@dataclass(slots=True)
-class _Meter:
-    """Counts what one read sends and receives, draws on its reservation, and settles it."""
-
-    destination: Destination
-    n_bytes: int
-    n_requests: int
-    progress: Progress | None
-    charged: bool | None
-    reservation: Reservation | None = None
-    object_bytes: int = 0
-    tallies: list[_Tally] = field(default_factory=list)
-    taken: tuple[int, int] = (0, 0)
-    drawn: tuple[int, int] = (0, 0)
-    is_settled: bool = False
-    lock: Any = field(default_factory=threading.Lock)
-
-    def tally(self) -> _Tally:
-        tally = _Tally(self.progress)
-        with self.lock:
-            self.tallies.append(tally)
-        return tally
-
-    def next_draw(self, n_bytes: int, n_requests: int) -> Amount:
-        """Draw what is about to be sent and some more, up to all that was reserved."""
-        drawn_bytes, drawn_requests = self.drawn
-        now_bytes = max(min(drawn_bytes + _DRAW_BYTES, self.n_bytes), n_bytes)
-        now_requests = max(min(drawn_requests + _DRAW_REQUESTS, self.n_requests), n_requests)
-        self.drawn = now_bytes, now_requests
-        more_bytes, more_requests = now_bytes - drawn_bytes, now_requests - drawn_requests
-        return Amount(quote(more_bytes, more_requests, self.destination).usd, more_bytes, more_requests)
-
-    def draw(self, ranges: Sequence[_Range]) -> None:
-        """Make sure that what is about to be sent is drawn."""
-        if not self.reservation:
-            return
-        with self.lock:
-            n_bytes, n_requests = self.taken
-            n_bytes += sum(stop - start for _, start, stop, _, _ in ranges)
-            n_requests += len(ranges)
-            self.taken = n_bytes, n_requests
-            if not self.is_settled and (n_bytes > self.drawn[0] or n_requests > self.drawn[1]):
-                self.reservation.draw(self.next_draw(n_bytes, n_requests))
-
-    def extend(self, n_bytes: int, n_requests: int) -> None:
-        """Set aside requests that must be sent again, and bytes that may be billed although they did not arrive."""
-        with self.lock:
-            if self.reservation and not self.is_settled:
-                usd = quote(n_bytes, n_requests, self.destination).usd
-                self.reservation.extend(Amount(usd, n_bytes, n_requests))
-
-    @property
-    def received_bytes(self) -> int:
-        """Count what arrived until now, and what is billed without having arrived."""
-        return sum(tally.n_bytes for tally in self.tallies)
-
-    def settle(self) -> None:
-        """Write the receipt; what is in flight, in a thread that could not be waited for, counts as billed."""
-        with self.lock:
-            self.is_settled = True
-            if not self.reservation:
-                return
-            n_bytes = self.received_bytes + sum(tally.in_flight for tally in self.tallies)
-            n_requests = sum(tally.n_requests for tally in self.tallies)
-            price = quote(n_bytes, n_requests, self.destination)
-            self.reservation.settle(usd=price.usd, n_bytes=n_bytes, n_requests=n_requests, charged=self.charged)
 
 
 def _work_together(
