@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dmpipeline.errors import explain_missing_extra
 
 if TYPE_CHECKING:
-    from dmpipeline.datamodels import Datamodels, fit
+    from dmpipeline.datamodels import Datamodels
     from dmpipeline.evaluate import Evaluation, evaluate
+    from dmpipeline.fitting import fit
     from dmpipeline.spec import RunSpec
     from dmpipeline.store import Run
 
@@ -24,7 +25,7 @@ _ROOM_OF = {
     "Run": "store",
     "RunSpec": "spec",
     "evaluate": "evaluate",
-    "fit": "datamodels",
+    "fit": "fitting",
 }
 
 

@@ -19,10 +19,10 @@ import dmdata
 from dmdata.console import Talk
 from dmdata.prices import readable_bytes, readable_usd
 from dmpipeline import workflow
-from dmpipeline.datamodels import split_rows
 from dmpipeline.errors import SpecError, VerificationError, explain_os_errors
 from dmpipeline.evaluate import LEAST_SUBSETS, Evaluation, readable_score
 from dmpipeline.export import export_run
+from dmpipeline.fitting import split_rows
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.verify import verify_run

@@ -1,15 +1,12 @@
-# mypy: allow-untyped-defs
-# compiled kernels take their types from what they are called with
-
 """Many LASSO problems that share one design, solved from second moments alone.
 
 Each target t asks for the weights w that minimise
 
-    1/2 w'Gw - c_t'w + lam_t |w|_1,
+    1/2 w'Gw - c_t'w + lam_t sum_j f_tj |w_j|,
 
 where G (n_features, n_features) is the Gram matrix of centred columns of unit variance over n rows, divided by n, and
 c_t their covariances with the target. With q_t, the target's variance, that is |y - Xw|^2 / 2n + lam |w|_1 but for a
-constant.
+constant, if all penalty factors f are 1, as they are unless given. Weights may be held to be positive or zero.
 
 What is promised: a solution is accepted only when *all* coordinates meet their optimality conditions to the
 tolerance, or the sweeps ran out; which of the two it was, the certificates say, computed afresh in float64 from the
@@ -18,15 +15,16 @@ which targets are solved beside it. Columns without variance have a row of zeros
 without variance gets weights 0.
 """
 
-import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from dmpipeline import descent
 
 Floats = NDArray[np.floating[Any]]
 
@@ -58,8 +56,10 @@ class Path:
     ----------
     weight : array of float, shape (n_targets, n_features)
     lam : array of float64, shape (n_targets,)
-    error : array of float64, shape (n_targets,)
-        Mean squared error on the held-out rows.
+    error : array of float64, shape (n_targets, n_lams)
+        Mean squared error on the held-out rows at each grid point; nan beyond the last one solved.
+    best : array of int64, shape (n_targets,)
+        Index of the point of least error, the one kept.
     n_solved : array of int64, shape (n_targets,)
         Grid points visited before the path was stopped.
     """
@@ -67,6 +67,7 @@ class Path:
     weight: Floats
     lam: NDArray[np.float64]
     error: NDArray[np.float64]
+    best: NDArray[np.int64]
     n_solved: NDArray[np.int64]
 
 
@@ -91,19 +92,25 @@ class Solution:
     converged: NDArray[np.bool_]
 
 
-def lambda_grid(cross: NDArray[np.float64], *, n_lams: int, ratio: float) -> NDArray[np.float64]:
+def lambda_grid(
+    cross: NDArray[np.float64], *, n_lams: int, ratio: float, factor: Floats | None = None, is_positive: bool = False
+) -> NDArray[np.float64]:
     """Space strengths evenly in their logarithm, from the least that silences a target down to `ratio` of it.
 
     Parameters
     ----------
     cross : array of float64, shape (n_targets, n_features)
+    factor, is_positive
+        As for `solve_paths`.
 
     Returns
     -------
     lams : array of float64, shape (n_targets, n_lams)
-        Falling; the first is max |c|, at which all weights are zero.
+        Falling; the first is max |c| / f, at which all weights are zero. None is negative.
     """
-    lams: NDArray[np.float64] = np.abs(cross).max(axis=1)[:, None] * ratio ** np.linspace(0, 1, n_lams)
+    pull = cross if is_positive else np.abs(cross)
+    most = np.maximum((pull if factor is None else pull / factor).max(axis=1), 0)
+    lams: NDArray[np.float64] = most[:, None] * ratio ** np.linspace(0, 1, n_lams)
     return lams
 
 
@@ -113,6 +120,8 @@ def solve_paths(
     lams: NDArray[np.float64],
     *,
     holdout: Holdout,
+    factor: Floats | None = None,
+    is_positive: bool = False,
     tol: float,
     patience: int,
     max_sweeps: int,
@@ -126,36 +135,52 @@ def solve_paths(
     gram : array of float32 or float64, shape (n_features, n_features), C order
     cross : array of float64, shape (n_targets, n_features)
     lams : array of float64, shape (n_targets, n_lams)
-        Falling.
+        As `lambda_grid` gives: falling, and the first silences the target.
+    factor : array of float, shape (n_targets, n_features) or (1, n_features), optional
+        Penalty factors above zero, for each target or for all; 1 if not given.
+    is_positive : bool
+        Whether weights are held to be positive or zero.
     tol : float
         Largest violation of an optimality condition at which a point is accepted, as a share of its lam.
     patience : int
         The path stops when so many points in a row have not lowered the held-out error.
     max_sweeps : int
-        Most passes of coordinate descent for one point.
+        Most passes of coordinate descent between two looks at all features.
     progress : callable or None
         Called with (targets done, targets in all).
+
+    Notes
+    -----
+    Beside the result, each thread holds 8 a^2 bytes (of float32) with the most active features of a target, a.
     """
     n_targets, n_features = cross.shape
-    weight = np.zeros((n_targets, n_features), gram.dtype)
-    best, n_solved, error = np.zeros(n_targets, np.int64), np.zeros(n_targets, np.int64), np.zeros(n_targets)
+    factor = _factor_rows(factor, gram)
+    weight = np.empty((n_targets, n_features), gram.dtype)
+    error = np.empty(lams.shape)
+    best, n_solved = np.empty(n_targets, np.int64), np.empty(n_targets, np.int64)
+    own = _WorkSpace(gram.dtype)
 
     def one(t: int) -> None:
-        best[t], n_solved[t], error[t] = _follow_path(
+        best[t], n_solved[t], own.packed, own.packed_out = descent.follow_path(
             gram,
             cross[t],
             lams[t],
+            factor[t % len(factor)],
             tol,
             max_sweeps,
             patience,
+            is_positive,
             holdout.gram,
             holdout.cross[t],
             holdout.square[t],
             weight[t],
+            error[t],
+            own.packed,
+            own.packed_out,
         )
 
     _for_each(one, n_targets, threads=threads, progress=progress)
-    return Path(weight=weight, lam=lams[np.arange(n_targets), best], error=error, n_solved=n_solved)
+    return Path(weight=weight, lam=lams[np.arange(n_targets), best], error=error, best=best, n_solved=n_solved)
 
 
 def solve(
@@ -165,6 +190,8 @@ def solve(
     lam: NDArray[np.float64],
     *,
     start: Floats,
+    factor: Floats | None = None,
+    is_positive: bool = False,
     tol: float,
     max_sweeps: int,
     threads: int,
@@ -181,53 +208,67 @@ def solve(
     lam : array of float64, shape (n_targets,)
         Not negative; above zero wherever the target varies.
     start : array of float, shape (n_targets, n_features)
-    tol, max_sweeps, threads, progress
+    factor, is_positive, tol, max_sweeps, threads, progress
         As for `solve_paths`.
     """
     n_targets = len(cross)
+    factor = _factor_rows(factor, gram)
     weight = np.array(start, dtype=gram.dtype, order="C")
     gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
+    own = _WorkSpace(gram.dtype)
 
     def one(t: int) -> None:
-        converged[t] = _solve_one(gram, cross[t], lam[t], tol, max_sweeps, weight[t])
-        gap[t], kkt[t] = _certify(gram, cross[t], square[t], lam[t], weight[t])
+        penalty = factor[t % len(factor)]
+        converged[t], own.packed = descent.solve_at(
+            gram, cross[t], lam[t], penalty, tol, max_sweeps, is_positive, weight[t], own.packed
+        )
+        gap[t], kkt[t] = descent.certify_one(gram, cross[t], square[t], lam[t], penalty, is_positive, weight[t])
 
     _for_each(one, n_targets, threads=threads, progress=progress)
     return Solution(weight=weight, gap=gap, kkt=kkt, converged=converged)
 
 
 def certify(
-    gram: Floats, cross: NDArray[np.float64], square: NDArray[np.float64], lam: NDArray[np.float64], weight: Floats
+    gram: Floats,
+    cross: NDArray[np.float64],
+    square: NDArray[np.float64],
+    lam: NDArray[np.float64],
+    weight: Floats,
+    *,
+    factor: Floats | None = None,
+    is_positive: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Measure how far given weights are from optimal, in float64: duality gap and worst KKT violation a target.
 
     With the gradient g = c - Gw, residual r = y - Xw and all products divided by n: r'r = q - w'c - w'g and y'r = q -
-    w'c. The residual scaled by s = min(1, lam / max |g|) is feasible for the dual, whose value there is s y'r - s^2
-    r'r / 2. The gap is
+    w'c. The residual scaled by s = min(1, lam f_j / |g_j| over all j) is feasible for the dual, whose value there is
+    s y'r - s^2 r'r / 2. The gap is
 
-        r'r / 2 + lam |w|_1 - s y'r + s^2 r'r / 2,
+        r'r / 2 + lam sum_j f_j |w_j| - s y'r + s^2 r'r / 2,
 
-    divided by q. The violation is |g_j - lam sign(w_j)| where w_j is not zero and max(0, |g_j| - lam) where it is,
-    divided by lam. A target without variance is certified (0, 0) with weights 0.
+    divided by q. The violation is |g_j - lam f_j sign(w_j)| where w_j is not zero and max(0, |g_j| - lam f_j) where it
+    is, divided by lam. Where weights are held to be positive, g_j stands for |g_j|. A target without variance is
+    certified (0, 0) with weights 0.
 
     Parameters
     ----------
     gram : array of float, shape (n_features, n_features)
     cross, weight : arrays of float, shape (n_targets, n_features)
     square, lam : arrays of float64, shape (n_targets,)
+    factor, is_positive
+        As for `solve_paths`.
 
     Returns
     -------
     gap, kkt : arrays of float64, shape (n_targets,)
     """
-    pairs = [_certify(gram, cross[t], square[t], lam[t], weight[t]) for t in range(len(cross))]
+    factor = _factor_rows(factor, gram)
+    pairs = [
+        descent.certify_one(gram, cross[t], square[t], lam[t], factor[t % len(factor)], is_positive, weight[t])
+        for t in range(len(cross))
+    ]
     gap, kkt = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return gap, kkt
-
-
-def available_threads() -> int:
-    """Count the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _for_each(
@@ -253,222 +294,13 @@ def _for_each(
         progress(n_targets, n_targets)
 
 
-# sums may be reordered and fused, the same way in every run; nothing is assumed about NaN and infinity
-_compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+class _WorkSpace(threading.local):
+    """What a thread keeps from one target to the next: the active features' part of G, and of the held-out rows."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.packed: Floats = np.empty((0, 0), dtype)
+        self.packed_out: Floats = np.empty((0, 0), dtype)
 
 
-@_compiled
-def _follow_path(gram, cross, lams, tol, max_sweeps, patience, gram_out, cross_out, square_out, weight):
-    """Leave the best weights in `weight`; return the index of its lam, the points solved and its held-out error."""
-    n_features = len(cross)
-    w = np.zeros(n_features, gram.dtype)
-    gradient = cross.astype(gram.dtype)
-    active = np.empty(n_features, np.int64)
-    is_active = np.zeros(n_features, np.bool_)
-    n_active = 0
-    sub = np.empty((min(n_features, 64), min(n_features, 64)), gram.dtype)
-    sub_out = np.empty((0, 0), gram.dtype)
-    n_out = 0
-    best, lowest, worse, n_solved = 0, square_out, 0, 0
-    if lams[0] <= 0:
-        return best, n_solved, lowest
-    for step in range(len(lams)):
-        n_active, sub, _ = _descend(gram, lams[step], tol, max_sweeps, w, gradient, active, is_active, n_active, sub)
-        sub_out = _with_room(sub_out, n_out, n_active, n_features)
-        _gather(sub_out, gram_out, active, n_out, n_active)
-        n_out = n_active
-        error = _held_out_error(w, active, n_active, sub_out, cross_out, square_out)
-        n_solved += 1
-        if step == 0 or error < lowest:
-            best, lowest, worse = step, error, 0
-            weight[:] = w
-        else:
-            worse += 1
-            if worse >= patience:
-                break
-    return best, n_solved, lowest
-
-
-@_compiled
-def _solve_one(gram, cross, lam, tol, max_sweeps, weight):
-    """Move `weight` to the solution at `lam` and tell whether it was reached; what nothing pulls gets zeros."""
-    n_features = len(cross)
-    if lam <= 0:
-        weight[:] = 0
-        return True
-    active = np.empty(n_features, np.int64)
-    is_active = np.zeros(n_features, np.bool_)
-    n_active = 0
-    for j in range(n_features):
-        if gram[j, j] <= 0:
-            weight[j] = 0
-        elif weight[j] != 0:
-            active[n_active] = j
-            is_active[j] = True
-            n_active += 1
-    size = min(n_features, max(64, 2 * n_active))
-    sub = np.empty((size, size), gram.dtype)
-    _gather(sub, gram, active, 0, n_active)
-    gradient = _gradient(gram, cross, weight).astype(gram.dtype)
-    _, _, is_optimal = _descend(gram, lam, tol, max_sweeps, weight, gradient, active, is_active, n_active, sub)
-    return is_optimal
-
-
-@_compiled
-def _descend(gram, lam, tol, max_sweeps, w, gradient, active, is_active, n_active, sub):
-    """Solve at one lam by coordinate descent; `w`, `gradient`, `active` and `is_active` are moved in place.
-
-    Features once active stay so, in the order they joined, with their part of G side by side in `sub`: a step then
-    touches the active features' gradients alone, and all others' are brought up to date from the net change before
-    they are checked.
-    """
-    strength = gram.dtype.type(lam)
-    small = gram.dtype.type(tol * lam)
-    sweeps = 0
-    while True:
-        v = np.empty(n_active, w.dtype)
-        g = np.empty(n_active, w.dtype)
-        for a in range(n_active):
-            v[a], g[a] = w[active[a]], gradient[active[a]]
-        worst = small
-        while worst >= small and n_active > 0 and sweeps < max_sweeps:
-            worst = _sweep(sub, strength, v, g)
-            sweeps += 1
-        _carry_over(gram, active, v, w, gradient)
-        n_before = n_active
-        n_active, is_optimal = _check(strength, small, w, gradient, active, is_active, n_active)
-        if n_active > n_before:
-            sub = _with_room(sub, n_before, n_active, len(w))
-            _gather(sub, gram, active, n_before, n_active)
-        if is_optimal or sweeps >= max_sweeps:
-            return n_active, sub, is_optimal
-
-
-@_compiled
-def _carry_over(gram, active, v, w, gradient):
-    """Store the active features' new weights, and bring the whole gradient up to date."""
-    for a in range(len(v)):
-        j = active[a]
-        delta = v[a] - w[j]
-        if delta != 0:
-            w[j] = v[a]
-            row = gram[j]
-            for i in range(len(w)):
-                gradient[i] -= delta * row[i]
-
-
-@_compiled
-def _check(lam, small, w, gradient, active, is_active, n_active):
-    """Test every feature's optimality condition; those that break theirs join the active ones."""
-    is_optimal = True
-    for j in range(len(w)):
-        if w[j] > 0:
-            violation = abs(gradient[j] - lam)
-        elif w[j] < 0:
-            violation = abs(gradient[j] + lam)
-        else:
-            violation = abs(gradient[j]) - lam
-        if violation > small:
-            is_optimal = False
-            if not is_active[j]:
-                is_active[j] = True
-                active[n_active] = j
-                n_active += 1
-    return n_active, is_optimal
-
-
-@_compiled
-def _with_room(sub, n_before, n_active, n_features):
-    if n_active <= len(sub):
-        return sub
-    size = min(n_features, 2 * n_active)
-    larger = np.empty((size, size), sub.dtype)
-    for a in range(n_before):
-        for b in range(n_before):
-            larger[a, b] = sub[a, b]
-    return larger
-
-
-@_compiled
-def _sweep(sub, lam, v, g):
-    """Minimise over each active coordinate in turn; return the largest step, which is also the worst violation met."""
-    worst = lam - lam
-    for a in range(len(v)):
-        row = sub[a]
-        curvature = row[a]
-        u = g[a] + curvature * v[a]
-        if u > lam:
-            new = (u - lam) / curvature
-        elif u < -lam:
-            new = (u + lam) / curvature
-        else:
-            new = lam - lam
-        delta = new - v[a]
-        if delta != 0:
-            v[a] = new
-            for b in range(len(v)):
-                g[b] -= delta * row[b]
-            worst = max(worst, curvature * abs(delta))
-    return worst
-
-
-@_compiled
-def _gather(sub, gram, active, n_before, n_active):
-    """Copy the rows and columns of G that joined after `n_before`."""
-    for a in range(n_active):
-        row = gram[active[a]]
-        for b in range(n_before if a < n_before else 0, n_active):
-            sub[a, b] = row[active[b]]
-
-
-@_compiled
-def _held_out_error(w, active, n_active, sub_out, cross_out, square_out):
-    """Mean squared error as a quadratic form: q - 2 w'c + w'Gw of the held-out rows."""
-    v = np.empty(n_active, w.dtype)
-    for a in range(n_active):
-        v[a] = w[active[a]]
-    error = square_out
-    for a in range(n_active):
-        if v[a] != 0:
-            inner = w.dtype.type(0)
-            row = sub_out[a]
-            for b in range(n_active):
-                inner += row[b] * v[b]
-            error += v[a] * (np.float64(inner) - 2 * cross_out[active[a]])
-    return error
-
-
-@_compiled
-def _gradient(gram, cross, w):
-    """Compute c - Gw in float64."""
-    gradient = cross.astype(np.float64)
-    for j in range(len(w)):
-        if w[j] != 0:
-            value = np.float64(w[j])
-            row = gram[j]
-            for i in range(len(w)):
-                gradient[i] -= value * row[i]
-    return gradient
-
-
-@_compiled
-def _certify(gram, cross, square, lam, w):
-    """Duality gap over the variance, and worst violation over lam, of one target."""
-    if square <= 0 or lam <= 0:
-        return 0.0, 0.0
-    gradient = _gradient(gram, cross, w)
-    largest, violation, norm, w_cross, w_gradient = 0.0, 0.0, 0.0, 0.0, 0.0
-    for j in range(len(w)):
-        value, slope = np.float64(w[j]), gradient[j]
-        largest = max(largest, abs(slope))
-        if value == 0:
-            violation = max(violation, abs(slope) - lam)
-        else:
-            violation = max(violation, abs(slope - np.sign(value) * lam))
-            norm += abs(value)
-            w_cross += value * cross[j]
-            w_gradient += value * slope
-    residual = square - w_cross - w_gradient
-    scale = min(1.0, lam / largest) if largest > 0 else 1.0
-    gap = residual / 2 + lam * norm - scale * (square - w_cross) + scale * scale * residual / 2
-    return max(gap, 0.0) / square, violation / lam
+def _factor_rows(factor: Floats | None, gram: Floats) -> Floats:
+    return np.ones((1, len(gram)), gram.dtype) if factor is None else np.ascontiguousarray(factor, dtype=gram.dtype)

@@ -9,19 +9,22 @@ varies. So their sums are taken about a shift, the first row read, and parts wit
 when they are added, which costs no more than rounding.
 """
 
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from dmpipeline import binary
+from dmpipeline.compute import available_threads
 from dmpipeline.errors import SpecError
 
 BLOCK_ROWS = 4096
+
+BITS_BYTES = 2**27
+"""Masks are packed to bits, and so many bytes of them gathered (128 MiB) before X'X is passed over once."""
 
 
 class RowSliceable(Protocol):
@@ -71,6 +74,7 @@ class Moments:
         start: int = 0,
         stop: int | None = None,
         block_rows: int = BLOCK_ROWS,
+        threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Sum the rows `start` to `stop` (half-open), `block_rows` at a time.
@@ -80,6 +84,8 @@ class Moments:
         masks : bool or 0/1, shape (n_models, n_train)
         outputs : real, shape (n_models, n_targets)
             float16 is widened to float64 first.
+        threads : int, optional
+            All processors if not given. The result does not depend on it.
         progress : callable, optional
             Called with (rows done, rows in all) after each block.
 
@@ -91,8 +97,8 @@ class Moments:
 
         Notes
         -----
-        Beside the result, memory holds one block: about `block_rows` x (11 n_train + 12 n_targets) bytes at most for
-        boolean masks and float16 outputs, and a panel of 1,024 columns of the result.
+        Beside the result, memory holds one block, about `block_rows` x (n_train + 12 n_targets) bytes for boolean
+        masks and float16 outputs; at most `BITS_BYTES`, or the bits of a block if those are more; and 1.5 MiB a thread.
 
         Examples
         --------
@@ -107,24 +113,28 @@ class Moments:
             raise SpecError(f"rows {start}:{stop} are not in 0:{n_models}; choose 0 <= start < stop <= {n_models}")
         if block_rows < 1:
             raise SpecError(f"block_rows is {block_rows}; choose at least 1")
+        if threads is not None and threads < 1:
+            raise SpecError(f"threads is {threads}; choose at least 1")
+        threads = threads or available_threads()
         gram = np.zeros((n_train, n_train), np.int32)
         cross = np.zeros((n_train, n_targets))
-        shift = np.zeros(n_targets)
-        y_sum, y_squares = np.zeros(n_targets), np.zeros(n_targets)
-        for first in range(start, stop, block_rows):
-            last = min(first + block_rows, stop)
-            x = _read_masks(masks, first, last, n_train)
-            y, is_half = _read_outputs(outputs, first, last, n_targets)
-            if first == start and not is_half:
-                shift = y[0].copy()
-            y -= shift
-            _add_gram(gram, x)
-            _add_cross(cross, x, y)
-            y_sum += y.sum(axis=0)
-            y_squares += np.einsum("ij,ij->j", y, y)
-            if progress is not None:
-                progress(last - start, stop - start)
-        _mirror_upper(gram)
+        shift, y_sum, y_squares = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets)
+        bits = binary.Bits(n_train, min(max(BITS_BYTES // n_train, block_rows // 8 + 4), (stop - start) // 8 + 4))
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(start, stop, block_rows):
+                last = min(first + block_rows, stop)
+                codes = binary.code_rows(_read_masks(masks, first, last, n_train))
+                y, is_half = _read_outputs(outputs, first, last, n_targets)
+                if first == start and not is_half:
+                    shift = y[0].copy()
+                y -= shift
+                binary.add_products(codes, y, cross, y_sum, y_squares, pool, threads=threads)
+                if not bits.fits(codes):
+                    bits.add_counts(gram, pool)
+                bits.append(codes)
+                if progress is not None:
+                    progress(last - start, stop - start)
+            bits.add_counts(gram, pool)
         return cls(n=stop - start, gram=gram, shift=shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
 
     @property
@@ -134,29 +144,33 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of the rows of both; SpecError where their columns differ in number."""
+        return self._with(other, 1)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Moments of the rows that are in these and not in `other`, all of whose rows must be in these."""
+        return self._with(other, -1)
+
+    def _with(self, other: "Moments", sign: int) -> "Moments":
         if self.cross.shape != other.cross.shape:
             raise SpecError(
-                f"moments of {self.cross.shape} and {other.cross.shape} (n_train, n_targets) cannot be added; "
-                "take both from the same examples and targets"
+                f"moments of {self.cross.shape} and {other.cross.shape} (n_train, n_targets) cannot be added or taken "
+                "off; take both from the same examples and targets"
             )
-        if self.n + other.n > np.iinfo(np.int32).max:
-            raise SpecError(f"{self.n + other.n} rows overflow the 32-bit counts; fit at most 2^31 - 1 models")
-        cross = self.cross + other.cross
-        y_sum, y_squares = self.y_sum + other.y_sum, self.y_squares + other.y_squares
+        n = self.n + sign * other.n
+        if not 0 < n <= np.iinfo(np.int32).max:
+            raise SpecError(f"{n} rows cannot be counted in 32 bits; fit at most 2^31 - 1 models, and at least one")
+        cross = self.cross + sign * other.cross
+        y_sum = self.y_sum + sign * other.y_sum
+        y_squares = self.y_squares + sign * other.y_squares
         off = other.shift - self.shift
         if off.any():  # (y - s) = (y - s') + off, summed over the rows of `other`
-            for left in range(0, len(cross), _PANEL_COLUMNS):
-                cross[left : left + _PANEL_COLUMNS] += np.outer(other.ones[left : left + _PANEL_COLUMNS], off)
-            y_sum += other.n * off
-            y_squares += 2 * off * other.y_sum + other.n * off**2
-        return Moments(
-            n=self.n + other.n,
-            gram=self.gram + other.gram,
-            shift=self.shift,
-            cross=cross,
-            y_sum=y_sum,
-            y_squares=y_squares,
-        )
+            for top in range(0, len(cross), _ROWS_AT_ONCE):
+                rows = slice(top, top + _ROWS_AT_ONCE)
+                cross[rows] += np.outer(sign * other.ones[rows], off)
+            y_sum += sign * other.n * off
+            y_squares += sign * (2 * off * other.y_sum + other.n * off**2)
+        gram = np.add(self.gram, other.gram) if sign > 0 else np.subtract(self.gram, other.gram)
+        return Moments(n=n, gram=gram, shift=self.shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
 
 
 def check_shapes(masks: RowSliceable, outputs: RowSliceable) -> tuple[int, int, int]:
@@ -202,9 +216,7 @@ def as_binary(block: NDArray[Any], *, first: int) -> NDArray[np.int8]:
     return np.ascontiguousarray(block, dtype=np.int8)
 
 
-_PANEL_COLUMNS = 1024
-_EXACT_ROWS = 2**23
-_LEAST_INT8_SIDE = 16
+_ROWS_AT_ONCE = 1024
 
 
 def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDArray[np.int8]:
@@ -238,67 +250,3 @@ def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) 
 def _some(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:5]))
     return shown if len(numbers) <= 5 else f"{shown} and {len(numbers) - 5} more"
-
-
-def _add_gram(gram: NDArray[np.int32], x: NDArray[np.int8]) -> None:
-    """Add X'X to the upper panels of `gram`; what lies below them is mirrored once, at the end."""
-    ints = torch.from_numpy(x)
-    transposed = ints.T.contiguous()
-    for left in range(0, len(gram), _PANEL_COLUMNS):
-        right = min(left + _PANEL_COLUMNS, len(gram))
-        gram[:right, left:right] += _count_products(transposed[:right], ints[:, left:right].contiguous())
-
-
-def _mirror_upper(gram: NDArray[np.int32]) -> None:
-    for left in range(0, len(gram), _PANEL_COLUMNS):
-        right = min(left + _PANEL_COLUMNS, len(gram))
-        gram[left:right, :left] = gram[:left, left:right].T
-
-
-def _count_products(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.int32]:
-    """Multiply two int8 matrices of zeros and ones exactly, by whichever exact product is faster on this machine."""
-    # for a single row or column the int8 product answers with memory it never wrote (seen in torch 2.13 with VNNI)
-    if min(a.shape[0], b.shape[1]) >= _LEAST_INT8_SIDE and _int8_products_pay():
-        return torch._int_mm(a, b).numpy()
-    return _float_products(a, b)
-
-
-def _float_products(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.int32]:
-    """Count in float32, which is exact below 2^24, so longer inner dimensions are cut."""
-    total = np.zeros((a.shape[0], b.shape[1]), np.int32)
-    for first in range(0, a.shape[1], _EXACT_ROWS):
-        part = a[:, first : first + _EXACT_ROWS].float() @ b[first : first + _EXACT_ROWS].float()
-        total += part.to(torch.int32).numpy()
-    return total
-
-
-@cache
-def _int8_products_pay() -> bool:
-    """Try torch's int8 product once a process, for being there, right, and faster than float32.
-
-    It is a private function whose kernels differ by machine: several times faster where there are int8 instructions
-    (VNNI, AMX), and dozens of times slower where there are none. Both products count exactly, so the choice changes
-    no result.
-    """
-    rng = np.random.default_rng(0)
-    a, b = (torch.from_numpy(rng.integers(0, 2, shape, dtype=np.int8)) for shape in ((256, 1024), (1024, 256)))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    expected = _float_products(a, b)
-    for _ in range(3):
-        started = time.perf_counter()
-        try:
-            counted = torch._int_mm(a, b).numpy()
-        except (AttributeError, RuntimeError):
-            return False
-        if not np.array_equal(counted, expected):
-            return False
-        counted_at = time.perf_counter()
-        _float_products(a, b)
-        seconds[True].append(counted_at - started)
-        seconds[False].append(time.perf_counter() - counted_at)
-    return min(seconds[True]) < min(seconds[False])
-
-
-def _add_cross(cross: NDArray[np.float64], x: NDArray[np.int8], y: NDArray[np.float64]) -> None:
-    for left in range(0, len(cross), _PANEL_COLUMNS):
-        cross[left : left + _PANEL_COLUMNS] += x[:, left : left + _PANEL_COLUMNS].T.astype(np.float64) @ y

@@ -27,10 +27,11 @@ import dmdata
 from dmdata.download import n_requests_of
 from dmdata.errors import FormatError
 from dmdata.prices import destination_of, price_table, prices_in_words, quote, readable_bytes, readable_usd, usage_of
-from dmpipeline.datamodels import Datamodels, Progress, fit
+from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
 from dmpipeline.evaluate import Evaluation, evaluate
+from dmpipeline.fitting import Progress, fit
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import ARRAYS, Run, write_beside
 from dmpipeline.train import models_at_once, train_rows

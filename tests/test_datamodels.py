@@ -12,8 +12,9 @@ import zarr
 from sklearn.linear_model import Lasso
 
 from dmdata.errors import FormatError, ObjectMissingError
-from dmpipeline.datamodels import Datamodels, fit, fit_moments
+from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import ConvergenceError, RunError, SpecError
+from dmpipeline.fitting import fit, fit_moments
 from dmpipeline.moments import Moments
 
 

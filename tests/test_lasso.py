@@ -114,7 +114,7 @@ def test_a_path_keeps_the_grid_point_of_least_held_out_error():
         errors = [((y_out[:, t] - x_out @ fit.coef_) ** 2).mean() for fit in oracle]
         best = int(np.argmin(errors))
         assert path.lam[t] == lams[t, best]
-        assert path.error[t] == pytest.approx(errors[best], rel=1e-4)
+        assert path.error[t, best] == pytest.approx(errors[best], rel=1e-4)
         np.testing.assert_allclose(path.weight[t], oracle[best].coef_, atol=1e-4)
         assert path.n_solved[t] == lams.shape[1]
 

@@ -5,7 +5,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmpipeline import moments
+from dmpipeline import binary, moments
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import Moments
 
@@ -41,26 +41,36 @@ def test_moments_equal_the_plain_products(n_models, n_train, n_targets, block_ro
     np.testing.assert_allclose(got.y_squares, (y**2).sum(axis=0), rtol=1e-14)
 
 
-def test_columns_beyond_one_panel_are_all_counted():
-    masks, outputs = drawn(40, 2 * moments._PANEL_COLUMNS + 77, 2)
+@pytest.mark.parametrize(
+    "n_train", [1, 2 * binary._TILE_COLUMNS + 77, binary._PANEL_COLUMNS + 2 * binary._TILE_COLUMNS]
+)
+def test_columns_beyond_one_tile_and_one_panel_are_all_counted(n_train):
+    masks, outputs = drawn(40, n_train, 2)
     got = Moments.of(masks, outputs, block_rows=13)
     np.testing.assert_array_equal(got.gram, masks.astype(np.int64).T @ masks.astype(np.int64))
     np.testing.assert_array_equal(got.cross, masks.astype(float).T @ outputs.astype(float))
 
 
-@pytest.mark.parametrize("int8", [True, False])
-def test_both_products_count_exactly(monkeypatch, int8):
-    monkeypatch.setattr(moments, "_int8_products_pay", lambda: int8)
-    masks, outputs = drawn(333, 65, 3)
-    got = Moments.of(masks, outputs)
+@pytest.mark.parametrize("n_models", [31, 33, 64 * binary._TILE_WORDS, 64 * binary._TILE_WORDS + 65])
+def test_rows_that_end_within_a_word_and_beyond_a_tile_are_all_counted(n_models):
+    masks, outputs = drawn(n_models, 7, 3)
+    got = Moments.of(masks, outputs, block_rows=10_000)
     np.testing.assert_array_equal(got.gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+    np.testing.assert_array_equal(got.cross, masks.astype(float).T @ outputs.astype(float))
 
 
-def test_float_products_longer_than_float32_counts_are_cut(monkeypatch):
-    monkeypatch.setattr(moments, "_int8_products_pay", lambda: False)
-    monkeypatch.setattr(moments, "_EXACT_ROWS", 10)
-    masks, outputs = drawn(101, 7, 1)
-    np.testing.assert_array_equal(Moments.of(masks, outputs).gram, masks.astype(np.int64).T @ masks.astype(np.int64))
+def test_bits_that_fill_their_room_are_counted_and_forgotten(monkeypatch):
+    masks, outputs = drawn(500, 70, 2)
+    whole = Moments.of(masks, outputs)
+    monkeypatch.setattr(moments, "BITS_BYTES", 70 * 16)  # 128 rows
+    assert_same(Moments.of(masks, outputs, block_rows=60), whole)
+    assert_same(Moments.of(masks, outputs, block_rows=200), whole)
+
+
+@pytest.mark.parametrize("n_targets", [1, 2 * binary._MOST_TARGETS + 5])
+def test_the_number_of_threads_does_not_change_a_bit(n_targets):
+    masks, outputs = drawn(300, 300, n_targets, dtype=np.float32)
+    assert_same(Moments.of(masks, outputs, threads=1), Moments.of(masks, outputs, threads=7))
 
 
 def test_added_moments_equal_those_of_all_rows_in_any_order():

@@ -7,9 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from dmpipeline.datamodels import Datamodels, fit
+from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.evaluate import evaluate
+from dmpipeline.fitting import fit
 from dmpipeline.report import Gallery, write_report
 
 N_TRAIN, N_TARGETS, N_SUBSETS, R = 40, 12, 30, 4

@@ -1,0 +1,190 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="call-arg"
+# compiled kernels take their types from what they are called with
+
+"""Products of 0/1 matrices X from packed bits: X'X by population counts, X'y by sums looked up in tables.
+
+A word of 64 rows of two columns costs an `and` and a population count in place of 64 multiplications, and X'X is
+symmetric, so half of it is counted. X'y takes 8 rows at a time: all 256 sums that a byte of X can ask for are formed
+once for all columns (the method of four Russians; Arlazarov, Dinic, Kronrod and Faradzev, 1970). Counts are exact. Sums
+are of float64, and come in the same order whatever the number of threads.
+"""
+
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from dmpipeline.compute import kernel
+
+_WORD_BYTES = 8
+_TABLES = 4  # looked up together
+_TILE_COLUMNS = 128
+_TILE_WORDS = 256  # two tiles of words, 512 KiB, stay in the second cache
+_PANEL_COLUMNS = 2048
+_MOST_TARGETS = 32  # of a panel: its tables take 256 KiB, its sums 512 KiB
+
+
+def code_rows(x: NDArray[Any]) -> NDArray[np.uint8]:
+    """Pack a block of X, shape (n_rows, n_columns): bit k of codes[g, j] tells whether x[8 g + k, j] is not zero.
+
+    The number of codes is rounded up to whole groups of tables; what is beyond the rows is zero.
+    """
+    codes = np.zeros((-(-len(x) // (8 * _TABLES)) * _TABLES, x.shape[1]), np.uint8)
+    _code_rows(x, codes)
+    return codes
+
+
+class Bits:
+    """The bits of some blocks of rows of X, by column, until there are enough to be worth a pass over X'X.
+
+    Parameters
+    ----------
+    n_columns : int
+    n_bytes : int
+        Of a column: room for 8 times so many rows.
+    """
+
+    def __init__(self, n_columns: int, n_bytes: int) -> None:
+        n_bytes = -(-n_bytes // _WORD_BYTES) * _WORD_BYTES
+        # columns are taken in pairs, so an odd one gets a companion of zeros
+        self._bytes = np.zeros((n_columns + n_columns % 2, n_bytes), np.uint8)
+        self._used = 0
+
+    def fits(self, codes: NDArray[np.uint8]) -> bool:
+        """Tell whether there is room for these."""
+        return self._used + len(codes) <= self._bytes.shape[1]
+
+    def append(self, codes: NDArray[np.uint8]) -> None:
+        """Take in what `code_rows` packed."""
+        self._bytes[: codes.shape[1], self._used : self._used + len(codes)] = codes.T
+        self._used += len(codes)
+
+    def add_counts(self, counts: NDArray[np.int32], pool: Executor) -> None:
+        """Add X'X to `counts`, shape (n_columns, n_columns), both triangles, and forget the bits."""
+        n_words = -(-self._used // _WORD_BYTES)
+        self._bytes[:, self._used : n_words * _WORD_BYTES] = 0
+        words = self._bytes.view(np.uint64)
+        tops = range(0, len(counts), _TILE_COLUMNS)
+        list(pool.map(lambda top: _count_tiles(words, n_words, counts, top), tops))
+        self._used = 0
+
+
+def add_products(
+    codes: NDArray[np.uint8],
+    y: NDArray[np.float64],
+    cross: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    pool: Executor,
+    *,
+    threads: int,
+) -> None:
+    """Add X'y to `cross`, (n_columns, n_targets), and the columns' sums and sums of squares of y to the others.
+
+    Parameters
+    ----------
+    codes
+        Of a block of X, from `code_rows`.
+    y : array of float64, shape (n_rows, n_targets)
+    """
+    n_targets = y.shape[1]
+    width = min(_MOST_TARGETS, -(-n_targets // threads))
+
+    def of_targets(left: int) -> None:
+        right = min(left + width, n_targets)
+        _add_products(codes, y[:, left:right], cross[:, left:right], sums[left:right], squares[left:right])
+
+    list(pool.map(of_targets, range(0, n_targets, width)))
+
+
+@intrinsic
+def _ones_of(typing_context, word):  # noqa: ARG001 - numba hands these over by position
+    """Count the ones of a 64-bit word; LLVM makes it one instruction for eight words where the machine has that."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@kernel
+def _code_rows(x, codes):
+    for g in range(len(codes)):
+        for k in range(min(8, len(x) - 8 * g)):
+            for j in range(x.shape[1]):
+                codes[g, j] |= np.uint8(x[8 * g + k, j] != 0) << np.uint8(k)
+
+
+@kernel
+def _count_tiles(words, n_words, counts, top):
+    """Count the tiles of rows `top` on, from the diagonal to the right, and add each to both triangles."""
+    n_columns = len(counts)
+    bottom = min(top + _TILE_COLUMNS, len(words))
+    tile = np.empty((_TILE_COLUMNS, _TILE_COLUMNS), np.uint64)
+    for left in range(top, n_columns, _TILE_COLUMNS):
+        right = min(left + _TILE_COLUMNS, len(words))
+        tile[:] = 0
+        for first in range(0, n_words, _TILE_WORDS):
+            last = min(first + _TILE_WORDS, n_words)
+            for i in range(top, bottom, 2):
+                a, b = words[i, first:last], words[i + 1, first:last]
+                for j in range(left, right, 2):
+                    c, d = words[j, first:last], words[j + 1, first:last]
+                    ac, ad, bc, bd = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
+                    for r in range(last - first):
+                        ac += _ones_of(a[r] & c[r])
+                        ad += _ones_of(a[r] & d[r])
+                        bc += _ones_of(b[r] & c[r])
+                        bd += _ones_of(b[r] & d[r])
+                    tile[i - top, j - left] += ac
+                    tile[i - top, j - left + 1] += ad
+                    tile[i - top + 1, j - left] += bc
+                    tile[i - top + 1, j - left + 1] += bd
+        for i in range(top, min(bottom, n_columns)):
+            for j in range(left, min(right, n_columns)):
+                counts[i, j] += np.int32(tile[i - top, j - left])
+        if left > top:
+            for j in range(left, min(right, n_columns)):
+                for i in range(top, bottom):
+                    counts[j, i] = counts[i, j]
+
+
+@kernel
+def _add_products(codes, y, cross, sums, squares):
+    n_columns, width = cross.shape
+    rows = np.zeros((8 * len(codes), width))
+    for i in range(len(y)):
+        for t in range(width):
+            rows[i, t] = y[i, t]
+            sums[t] += y[i, t]
+            squares[t] += y[i, t] * y[i, t]
+    tables = np.zeros((_TABLES, 256, width))
+    panel = np.empty((_PANEL_COLUMNS, width))
+    for left in range(0, n_columns, _PANEL_COLUMNS):
+        right = min(left + _PANEL_COLUMNS, n_columns)
+        panel[:] = 0
+        for g in range(0, len(codes), _TABLES):
+            for h in range(_TABLES):
+                _sum_subsets(rows[8 * (g + h) : 8 * (g + h + 1)], tables[h])
+            for j in range(left, right):
+                a, b = tables[0, codes[g, j]], tables[1, codes[g + 1, j]]
+                c, d = tables[2, codes[g + 2, j]], tables[3, codes[g + 3, j]]
+                total = panel[j - left]
+                for t in range(width):
+                    total[t] += (a[t] + b[t]) + (c[t] + d[t])
+        for j in range(left, right):
+            for t in range(width):
+                cross[j, t] += panel[j - left, t]
+
+
+@kernel
+def _sum_subsets(rows, table):
+    """Let table[code] be the sum of the rows whose bit in `code` is set; table[0] is zero already."""
+    for k in range(8):
+        half = 1 << k
+        for code in range(half):
+            for t in range(table.shape[1]):
+                table[half + code, t] = table[code, t] + rows[k, t]

@@ -1,0 +1,326 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# compiled kernels take their types from what they are called with
+
+"""Compiled kernels of the solver: coordinate descent for one target over a Gram matrix G that all targets share.
+
+Features that may carry weight are active. They are kept in the order they joined, with their part of G packed side by
+side, so that a step of descent touches little memory. All other features' gradients follow from the net change of the
+weights, and that is what costs: a row of G for every active feature. So a path is solved a stretch of grid points at a
+time over the active features alone; then each row is fetched once for the whole stretch, every feature's optimality
+condition is checked at every point, and the points are accepted up to the first where one is broken.
+
+Weights and gradients are of G's precision, float32 or float64; certificates are computed in float64.
+"""
+
+import numpy as np
+
+from dmpipeline.compute import kernel
+
+_STRETCH = 4
+"""Grid points solved between two looks at all features."""
+
+_FORESIGHT = 0.3
+"""How early a feature joins: this share of the way down a stretch below the strength at its end.
+
+The strong rule (Tibshirani et al., 2012) has 1. Random masks are nearly orthogonal, so gradients drift less than it
+allows for, and each feature that joins for nothing costs a row; where less was needed, a point is solved once more.
+"""
+
+_PANEL_COLUMNS = 1024
+_CHECKED_AT_ONCE = 256
+
+
+@kernel
+def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positive, gram_out, cross_out, square_out,
+                weight, error, packed, packed_out):  # fmt: skip
+    """Go down one target's grid; leave the weights of least held-out error in `weight`, each point's error in `error`.
+
+    Returns
+    -------
+    best, n_solved
+        Index of the point kept, and how many points were solved.
+    packed, packed_out
+        Work space, perhaps grown, to be handed in again with the next target.
+    """
+    n_features = len(cross)
+    gradient, w = cross.astype(gram.dtype), np.zeros(n_features, gram.dtype)
+    idle = _idle_factor(gram, factor)
+    active, n_active, n_packed = np.empty(n_features, np.int32), 0, 0
+    gradients = np.empty((_STRETCH, n_features), gram.dtype)
+    weight[:] = 0
+    error[0] = square_out  # of a target that nothing pulls, which has no path
+    lowest, best, worse = np.inf, 0, 0
+    step = 0
+    while step < len(lams) and lams[0] > 0 and worse < patience:
+        n_points = min(_STRETCH, len(lams) - step, patience - worse)
+        end = lams[step + n_points - 1]
+        early = max(end - _FORESIGHT * (lams[max(step - 1, 0)] - end), 0)
+        n_active = _join(gradient, idle, early, active, n_active, is_positive)
+        packed = _with_room(packed, n_packed, n_active)
+        packed_out = _with_room(packed_out, n_packed, n_active)
+        _pack(packed, gram, active, n_packed, n_active)
+        _pack_lower(packed_out, gram_out, active, n_packed, n_active)
+        n_packed = n_active
+        v, g, own_factor = (
+            _of_active(w, active, n_active),
+            _of_active(gradient, active, n_active),
+            _of_active(factor, active, n_active),
+        )
+        start = v.copy()
+        steps = np.empty((n_points, n_active), gram.dtype)
+        for q in range(n_points):
+            _solve_active(packed, lams[step + q], own_factor, tol, max_sweeps, is_positive, v, g)
+            steps[q] = v - start
+            error[step + q] = _held_out_error(v, active, packed_out, cross_out, square_out)
+            gradients[q] = gradient
+        subtract_products(gram, active, steps, gradients)
+        n_good = 0
+        while n_good < n_points and n_active == n_packed:
+            lam = lams[step + n_good]
+            n_active = _join(gradients[n_good], idle, lam + tol * lam, active, n_active, is_positive)
+            n_good += n_active == n_packed
+        n_accepted = 0
+        while n_accepted < n_good and worse < patience:
+            if error[step] < lowest:
+                lowest, best, worse = error[step], step, 0
+                for a in range(n_packed):
+                    weight[active[a]] = start[a] + steps[n_accepted, a]
+            else:
+                worse += 1
+            n_accepted += 1
+            step += 1
+        if n_accepted > 0:
+            gradient[:] = gradients[n_accepted - 1]
+            for a in range(n_packed):
+                w[active[a]] = start[a] + steps[n_accepted - 1, a]
+    error[max(step, 1) :] = np.nan
+    return best, step, packed, packed_out
+
+
+@kernel
+def solve_at(gram, cross, lam, factor, tol, max_sweeps, is_positive, weight, packed):
+    """Move one target's weights to the solution at `lam`, and tell whether it was reached.
+
+    A feature that cannot move and a target that nothing pulls get zeros.
+
+    Returns
+    -------
+    is_optimal
+    packed
+        Work space, perhaps grown.
+    """
+    n_features = len(cross)
+    if lam <= 0:
+        weight[:] = 0
+        return True, packed
+    idle = _idle_factor(gram, factor)
+    active, n_active, n_packed = np.empty(n_features, np.int32), 0, 0
+    for j in range(n_features):
+        if idle[j] == np.inf:
+            weight[j] = 0
+        elif weight[j] != 0:
+            idle[j] = np.inf
+            active[n_active] = j
+            n_active += 1
+    gradient = exact_gradient(gram, cross, weight).astype(gram.dtype)
+    n_active = _join(gradient, idle, lam + tol * lam, active, n_active, is_positive)
+    while True:
+        packed = _with_room(packed, n_packed, n_active)
+        _pack(packed, gram, active, n_packed, n_active)
+        n_packed = n_active
+        start = _of_active(weight, active, n_active)
+        v, g, own_factor = start.copy(), _of_active(gradient, active, n_active), _of_active(factor, active, n_active)
+        is_optimal = _solve_active(packed, lam, own_factor, tol, max_sweeps, is_positive, v, g)
+        subtract_products(gram, active, (v - start).reshape(1, -1), gradient.reshape(1, -1))
+        for a in range(n_active):
+            weight[active[a]] = v[a]
+        n_active = _join(gradient, idle, lam + tol * lam, active, n_active, is_positive)
+        if n_active == n_packed or not is_optimal:
+            return is_optimal, packed
+
+
+@kernel
+def certify_one(gram, cross, square, lam, factor, is_positive, weight):
+    """Duality gap over the variance, and worst violation over lam, of one target; see `lasso.certify`."""
+    if square <= 0 or lam <= 0:
+        return 0.0, 0.0
+    gradient = exact_gradient(gram, cross, weight)
+    scale, worst, norm, w_cross, w_gradient = 1.0, 0.0, 0.0, 0.0, 0.0
+    for j in range(len(weight)):
+        value, slope, strength = np.float64(weight[j]), gradient[j], lam * np.float64(factor[j])
+        worst = max(worst, _violation(value, slope, strength, is_positive))
+        pull = slope if is_positive else abs(slope)
+        if pull > strength:
+            scale = min(scale, strength / pull)
+        norm += strength * abs(value)
+        w_cross += value * cross[j]
+        w_gradient += value * slope
+    residual = square - w_cross - w_gradient
+    gap = residual / 2 + norm - scale * (square - w_cross) + scale * scale * residual / 2
+    return max(gap, 0.0) / square, worst / lam
+
+
+@kernel
+def exact_gradient(gram, cross, weight):
+    """Compute c - Gw of one target in float64."""
+    feature = np.flatnonzero(weight).astype(np.int32)
+    steps = np.empty((1, len(feature)), np.float64)
+    for a in range(len(feature)):
+        steps[0, a] = weight[feature[a]]
+    gradient = cross.copy()
+    subtract_products(gram, feature, steps, gradient.reshape(1, -1))
+    return gradient
+
+
+@kernel
+def subtract_products(gram, feature, steps, gradients):
+    """Take G @ step off each row of `gradients`, (m, n_features), with `steps` (m, n) given at the first n features.
+
+    A panel of a row of G is fetched once for all m, four rows at a time.
+    """
+    m, n = steps.shape
+    for left in range(0, gradients.shape[1], _PANEL_COLUMNS):
+        right = min(left + _PANEL_COLUMNS, gradients.shape[1])
+        for k in range(0, n - 3, 4):
+            row_a, row_b = gram[feature[k], left:right], gram[feature[k + 1], left:right]
+            row_c, row_d = gram[feature[k + 2], left:right], gram[feature[k + 3], left:right]
+            for q in range(m):
+                a, b, c, d = steps[q, k], steps[q, k + 1], steps[q, k + 2], steps[q, k + 3]
+                if a != 0 or b != 0 or c != 0 or d != 0:
+                    g = gradients[q, left:right]
+                    for i in range(right - left):
+                        g[i] -= (a * row_a[i] + b * row_b[i]) + (c * row_c[i] + d * row_d[i])
+        for k in range(n // 4 * 4, n):
+            row_a = gram[feature[k], left:right]
+            for q in range(m):
+                a, g = steps[q, k], gradients[q, left:right]
+                for i in range(right - left):
+                    g[i] -= a * row_a[i]
+
+
+@kernel
+def _solve_active(packed, lam, factor, tol, max_sweeps, is_positive, v, g):
+    """Minimise over the active features, moving `v` and `g`; tell whether all their conditions hold."""
+    zero, small = v.dtype.type(0), v.dtype.type(tol * lam)
+    strength = v.dtype.type(lam) * factor
+    for _ in range(max_sweeps):
+        worst = zero
+        for a in range(len(v)):
+            row = packed[a]
+            curvature = row[a]
+            u = g[a] + curvature * v[a]
+            if u > strength[a]:
+                new = (u - strength[a]) / curvature
+            elif u < -strength[a] and not is_positive:
+                new = (u + strength[a]) / curvature
+            else:
+                new = zero
+            delta = new - v[a]
+            if delta != 0:
+                v[a] = new
+                worst = max(worst, curvature * abs(delta))
+                for b in range(len(v)):
+                    g[b] -= delta * row[b]
+        if worst <= small:  # the last steps of the sweep moved the gradients of those before them
+            for a in range(len(v)):
+                worst = max(worst, _violation(v[a], g[a], strength[a], is_positive))
+            if worst <= small:
+                return True
+    return len(v) == 0
+
+
+@kernel
+def _violation(weight, slope, strength, is_positive):
+    """Tell how far a feature is from its optimality condition, in the units of its gradient; below 0 inside it."""
+    if weight > 0:
+        return abs(slope - strength)
+    if weight < 0:
+        return abs(slope + strength)
+    return (slope if is_positive else abs(slope)) - strength
+
+
+@kernel
+def _idle_factor(gram, factor):
+    """Copy the penalty factors, with infinity for the features that cannot move; those that join get it too."""
+    idle = np.empty(len(factor), gram.dtype)
+    for j in range(len(factor)):
+        idle[j] = factor[j] if gram[j, j] > 0 else np.inf
+    return idle
+
+
+@kernel
+def _join(gradient, idle, lam, active, n_active, is_positive):
+    """Append to `active` all idle features whose gradient exceeds `lam` times their factor; return how many are active.
+
+    Counting first, over a stretch, needs no branches and is many times faster than asking each feature.
+    """
+    threshold = gradient.dtype.type(lam)
+    for left in range(0, len(gradient), _CHECKED_AT_ONCE):
+        g, f = gradient[left : left + _CHECKED_AT_ONCE], idle[left : left + _CHECKED_AT_ONCE]
+        n_over = 0
+        if is_positive:
+            for i in range(len(g)):
+                n_over += g[i] > threshold * f[i]
+        else:
+            for i in range(len(g)):
+                n_over += abs(g[i]) > threshold * f[i]
+        if n_over > 0:
+            for i in range(len(g)):
+                if (g[i] if is_positive else abs(g[i])) > threshold * f[i]:
+                    f[i] = np.inf
+                    active[n_active] = left + i
+                    n_active += 1
+    return n_active
+
+
+@kernel
+def _of_active(values, active, n_active):
+    own = np.empty(n_active, values.dtype)
+    for a in range(n_active):
+        own[a] = values[active[a]]
+    return own
+
+
+@kernel
+def _with_room(packed, n_packed, n_active):
+    """Return `packed`, or a larger copy if `n_active` features do not fit."""
+    if n_active <= len(packed):
+        return packed
+    size = n_active + n_active // 2
+    larger = np.empty((size, size), packed.dtype)
+    for a in range(n_packed):
+        for b in range(n_packed):
+            larger[a, b] = packed[a, b]
+    return larger
+
+
+@kernel
+def _pack(packed, gram, active, n_before, n):
+    """Copy the part of G of the features that joined after `n_before`; a row is read once, for G is symmetric."""
+    _pack_lower(packed, gram, active, n_before, n)
+    for b in range(n):
+        for a in range(max(b, n_before), n):
+            packed[b, a] = packed[a, b]
+
+
+@kernel
+def _pack_lower(packed, gram, active, n_before, n):
+    for a in range(n_before, n):
+        row = gram[active[a]]
+        for b in range(a + 1):
+            packed[a, b] = row[active[b]]
+
+
+@kernel
+def _held_out_error(v, active, packed_out, cross_out, square_out):
+    """Mean squared error as a quadratic form, q - 2 w'c + w'Gw of the held-out rows; the lower half of G suffices."""
+    error = square_out
+    for a in range(len(v)):
+        if v[a] != 0:
+            inner = v.dtype.type(0)
+            row = packed_out[a]
+            for b in range(a):
+                inner += row[b] * v[b]
+            value = np.float64(v[a])
+            error += value * (2 * np.float64(inner) + np.float64(row[a]) * value - 2 * cross_out[active[a]])
+    return error

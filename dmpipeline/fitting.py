@@ -1,0 +1,314 @@
+"""Fitting: from masks and outputs, or their second moments, to datamodels.
+
+Masks and outputs are taken in any form that gives rows, and are read once. The strength of the penalty is chosen for
+each target on rows held out, and the fit is then repeated on all rows at that strength. Every fit comes with a
+certificate of how near its optimum is.
+
+Nothing is read before the shapes and settings are known to be usable.
+"""
+
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpipeline import lasso
+from dmpipeline.compute import available_threads
+from dmpipeline.datamodels import Certificate, Datamodels
+from dmpipeline.errors import ConvergenceError, SpecError
+from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
+from dmpipeline.spaces import Space
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all); the stages are "moments" in rows, then "paths" and "refit" in targets."""
+
+
+def fit(
+    masks: RowSliceable,
+    outputs: RowSliceable,
+    *,
+    validation: float = 0.1,
+    folds: int | None = None,
+    n_lams: int = 100,
+    lam_ratio: float = 1e-2,
+    tol: float = 1e-3,
+    patience: int = 5,
+    strict: bool = False,
+    block_rows: int = BLOCK_ROWS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
+    """Fit a sparse linear datamodel to every target.
+
+    Parameters
+    ----------
+    masks : bool or 0/1, shape (n_models, n_train)
+        Which examples each model was trained on: an array, LazyArray, Zarr or dask array.
+    outputs : real, shape (n_models, n_targets)
+        What each model said about each target, say a float16 margin.
+    validation : float
+        Share of the rows, the last ones, on which lam is chosen. Not used with `folds`.
+    folds : int, optional
+        Choose lam by so many-fold cross-validation instead: each of so many runs of rows is held out in turn, and the
+        lam of least mean error taken. It takes that many times as long.
+    n_lams, lam_ratio
+        Points of a target's grid, spaced evenly in log lam from the least lam that silences it down to `lam_ratio` of
+        that.
+    tol : float
+        Largest violation of an optimality condition at which a point is accepted, as a share of lam.
+    patience : int
+        A path stops when so many points in a row have not lowered the validation error.
+    strict : bool
+        Refuse a target whose last fit did not reach `tol` before its sweeps ran out. Otherwise it is warned of, and its
+        certificate tells how near it came.
+    block_rows : int
+        Models read at a time.
+    threads : int, optional
+        Targets solved at a time; all processors if not given. The result does not depend on it.
+    progress : callable, optional
+        See `Progress`.
+
+    Returns
+    -------
+    datamodels : Datamodels
+        With a certificate. An example that is in all subsets or in none has weight 0; a target that never varies has
+        weights 0.
+
+    Raises
+    ------
+    SpecError
+        Shapes that disagree, too few rows or an unusable setting, before anything is read; masks other than 0 and 1
+        or outputs that are not finite, once they are met.
+    ConvergenceError
+        If `strict`, naming the targets that did not reach `tol`.
+
+    Warns
+    -----
+    RuntimeWarning
+        If not `strict` and some targets did not reach `tol`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> masks = rng.random((500, 20)) < 0.5
+    >>> outputs = 3.0 * masks[:, [4]] + 0.1 * rng.standard_normal((500, 1))
+    >>> dm = fit(masks, outputs)
+    >>> int(abs(dm.weight[:, 0]).argmax()), bool(abs(dm.weight[4, 0] - 3) < 0.1)
+    (4, True)
+    """
+    n_models, _, _ = check_shapes(masks, outputs)
+    ends = _ends_of_parts(n_models, validation=validation, folds=folds)
+    settings = _Settings(n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    parts = []
+    for start, stop in zip([0, *ends], ends, strict=False):
+        report = settings.report("moments", start, n_models)
+        parts.append(
+            Moments.of(masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=threads, progress=report)
+        )
+    if folds is None:
+        return _fit_split(parts[0], parts[1], settings)
+    return _fit_folds(parts, settings)
+
+
+def split_rows(n_models: int, validation: float) -> int:
+    """Count the rows to fit on; those after them, `validation` of all, choose lam.
+
+    Raises
+    ------
+    SpecError
+        If there are not two of each, or `validation` is not a share.
+    """
+    if not 0 < validation < 1:
+        raise SpecError(f"validation {validation} is not a share of the rows; choose between 0 and 1, such as 0.1")
+    n_validation = max(round(validation * n_models), 1)
+    n_fit = n_models - n_validation
+    if n_fit < 2 or n_validation < 2:
+        raise SpecError(
+            f"{n_models} models with validation {validation} leave {n_fit} to fit and {n_validation} to validate; "
+            "expected at least 2 of each: train more models, or choose another share",
+            n_fit=n_fit,
+            n_validation=n_validation,
+        )
+    return n_fit
+
+
+def fit_moments(
+    fitting: Moments,
+    held_out: Moments,
+    *,
+    n_lams: int = 100,
+    lam_ratio: float = 1e-2,
+    tol: float = 1e-3,
+    patience: int = 5,
+    strict: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
+    """Fit from second moments: choose lam on the rows of `held_out`, then fit the rows of both at that lam.
+
+    The settings are those of `fit`. No model is read, so the time does not depend on how many there were.
+    """
+    settings = _Settings(n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    return _fit_split(fitting, held_out, settings)
+
+
+def fit_folds(
+    parts: Sequence[Moments],
+    *,
+    n_lams: int = 100,
+    lam_ratio: float = 1e-2,
+    tol: float = 1e-3,
+    patience: int = 5,
+    strict: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
+    """Fit from the second moments of two or more sets of rows: hold out each in turn to choose lam, then fit all.
+
+    The settings are those of `fit`.
+    """
+    if len(parts) < 2:
+        raise SpecError(f"{len(parts)} sets of moments leave nothing to hold out; hand in at least 2")
+    return _fit_folds(parts, _Settings(n_lams, lam_ratio, tol, patience, strict, threads, progress))
+
+
+_MAX_SWEEPS = 10_000
+_TARGETS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The settings of a fit from moments, as `fit` describes them."""
+
+    n_lams: int
+    lam_ratio: float
+    tol: float
+    patience: int
+    strict: bool
+    threads: int | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        for name, usable, expected in (
+            ("n_lams", self.n_lams >= 1, "at least 1"),
+            ("lam_ratio", 0 < self.lam_ratio < 1, "between 0 and 1, such as 0.01"),
+            ("tol", 0 < self.tol < 1, "between 0 and 1, such as 0.001"),
+            ("patience", self.patience >= 1, "at least 1"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1, or leave it out"),
+        ):
+            if not usable:
+                value = getattr(self, name)
+                raise SpecError(f"{name} is {value}; choose {expected}", field=name, value=value)
+
+    def report(self, stage: str, before: int, total: int) -> Callable[[int, int], None] | None:
+        """Make a reporter for one part of a stage, which counts on from what was done before it."""
+        progress = self.progress
+        return None if progress is None else lambda done, _: progress(stage, before + done, total)
+
+
+def _fit_split(fitting: Moments, held_out: Moments, settings: _Settings) -> Datamodels:
+    return _choose_and_fit(fitting + held_out, [(fitting, held_out)], settings, grid_from=fitting, n_splits=1)
+
+
+def _fit_folds(parts: Sequence[Moments], settings: _Settings) -> Datamodels:
+    whole = reduce(operator.add, parts)
+    splits = ((whole - part, part) for part in parts)  # one at a time: a Gram each
+    return _choose_and_fit(whole, splits, settings, grid_from=whole, n_splits=len(parts))
+
+
+def _choose_and_fit(
+    whole: Moments,
+    splits: Iterable[tuple[Moments, Moments]],
+    settings: _Settings,
+    *,
+    grid_from: Moments,
+    n_splits: int,
+) -> Datamodels:
+    """Choose each target's lam by its error on the held-out rows of all splits, then fit the whole at that lam."""
+    threads = settings.threads or available_threads()
+    n_train, n_targets = whole.cross.shape
+    space = Space.of(grid_from)
+    lams = np.empty((n_targets, settings.n_lams))
+    for part in _parts(n_targets):
+        lams[part] = lasso.lambda_grid(space.cross(grid_from, part), n_lams=settings.n_lams, ratio=settings.lam_ratio)
+    error = np.zeros(lams.shape)
+    weight = np.empty((n_targets, n_train), np.float32)
+    for k, (fitting, held_out) in enumerate(splits):
+        space = Space.of(fitting)
+        gram, gram_out = space.gram(fitting, threads=threads), space.gram(held_out, threads=threads)
+        for part in _parts(n_targets):
+            path = lasso.solve_paths(
+                gram,
+                space.cross(fitting, part),
+                lams[part],
+                holdout=lasso.Holdout(gram_out, space.cross(held_out, part), space.square(held_out, part)),
+                tol=settings.tol,
+                patience=settings.patience,
+                max_sweeps=_MAX_SWEEPS,
+                threads=threads,
+                progress=settings.report("paths", k * n_targets + part.start, n_splits * n_targets),
+            )
+            weight[part] = path.weight
+            error[part] += held_out.n * path.error
+        del gram, gram_out
+    # a point that some split's path did not reach is nan, and the first is reached by all
+    lam = lams[np.arange(n_targets), np.nanargmin(error, axis=1)]
+    space = Space.of(whole)
+    gram = space.gram(whole, threads=threads)
+    gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
+    for part in _parts(n_targets):
+        cross = space.cross(whole, part)
+        # a target without a path, constant over the fitting rows, is silenced over all rows too
+        lam[part] = np.where(lam[part] > 0, lam[part], np.abs(cross).max(axis=1))
+        solution = lasso.solve(
+            gram,
+            cross,
+            space.square(whole, part),
+            lam[part],
+            start=weight[part],
+            tol=settings.tol,
+            max_sweeps=_MAX_SWEEPS,
+            threads=threads,
+            progress=settings.report("refit", part.start, n_targets),
+        )
+        weight[part], converged[part] = solution.weight, solution.converged
+        gap[part], kkt[part] = solution.gap, solution.kkt
+    if not converged.all():
+        _tell_unconverged(np.flatnonzero(~converged), gap, settings)
+    of_masks, bias = space.raw(weight)
+    certificate = Certificate(gap=gap, kkt=kkt)
+    return Datamodels(weight=of_masks, bias=bias, lam=lam.astype(np.float32), certificate=certificate)
+
+
+def _tell_unconverged(targets: NDArray[np.intp], gap: NDArray[np.float64], settings: _Settings) -> None:
+    shown = ", ".join(map(str, targets[:5])) + (", ..." if len(targets) > 5 else "")
+    told = (
+        f"{len(targets):,} of {len(gap):,} targets did not reach tol {settings.tol} in {_MAX_SWEEPS:,} sweeps ({shown})"
+        f"; their duality gap is at most {gap[targets].max():.1e} of the variance: choose a larger tol or lam_ratio"
+    )
+    if settings.strict:
+        raise ConvergenceError(told, targets=targets.tolist(), gap=float(gap[targets].max()))
+    warnings.warn(told, RuntimeWarning, stacklevel=5)
+
+
+def _parts(n_targets: int) -> list[slice]:
+    """Cut the targets into parts, whose covariances are formed at a time."""
+    return [slice(i, min(i + _TARGETS_AT_ONCE, n_targets)) for i in range(0, n_targets, _TARGETS_AT_ONCE)]
+
+
+def _ends_of_parts(n_models: int, *, validation: float, folds: int | None) -> list[int]:
+    """Say at which row each part ends: what is fitted and what is held out, or the folds."""
+    if folds is None:
+        return [split_rows(n_models, validation), n_models]
+    if folds < 2 or n_models < 2 * folds:
+        raise SpecError(
+            f"{n_models} models cannot be cut into {folds} folds; choose at least 2, of at least 2 models each",
+            n_models=n_models,
+            folds=folds,
+        )
+    return [n_models * (k + 1) // folds for k in range(folds)]
