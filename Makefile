@@ -56,7 +56,7 @@ docs: install
 bench: install $(PEERS)
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-# s3fs, in an environment of its own: it pins a botocore that is not ours
+# s3fs and public LASSO solvers, in an environment of their own: they pin packages that are not ours
 $(PEERS): pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'

@@ -20,14 +20,13 @@ import numpy as np
 import obstore
 from obstore.store import S3Store
 from server import BUCKET, SLOW_BYTES_PER_SECOND, SLOW_SECONDS_TO_FIRST_BYTE, Nginx, nginx
-from timing import Bench, timed
+from timing import PEERS, Bench, timed
 
 import dmdata
 from dmdata.formats import npy_header
 
 KEY = "whole.npy"
 ROW_BYTES = 20_000
-PEERS = Path(__file__).parents[1] / ".venv-peers"
 
 
 def run(bench: Bench, *, small: bool) -> None:

@@ -14,6 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+PEERS = Path(__file__).parents[1] / ".venv-peers"
+"""An environment of their own for peers whose requirements are not ours; `make bench` makes it."""
+
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": operator.eq}
 
 
@@ -76,7 +79,7 @@ class Bench:
         own = statistics.median(seconds[""] for seconds in rounds)
         for name in peers:
             ratios = [seconds[name] / seconds[""] for seconds in rounds]
-            self.add(what, f"{own:.3f} s", name, ratios, bar=(bars or {}).get(name, ""))
+            self.add(what, f"{own:.3g} s", name, ratios, bar=(bars or {}).get(name, ""))
 
     def add(self, what: str, ours: str, against: str, figures: list[float], *, bar: str = "") -> None:
         """Add one figure, measured once or several times."""

@@ -74,7 +74,8 @@ class Bits:
 
 def add_products(
     codes: NDArray[np.uint8],
-    y: NDArray[np.float64],
+    y: NDArray[Any],
+    shift: NDArray[np.float64],
     cross: NDArray[np.float64],
     sums: NDArray[np.float64],
     squares: NDArray[np.float64],
@@ -82,26 +83,29 @@ def add_products(
     *,
     threads: int,
 ) -> None:
-    """Add X'y to `cross`, (n_columns, n_targets), and the columns' sums and sums of squares of y to the others.
+    """Add X'(y - shift) to `cross`, (n_columns, n_targets), and the sums and squares of y - shift to the others.
 
     Parameters
     ----------
     codes
         Of a block of X, from `code_rows`.
-    y : array of float64, shape (n_rows, n_targets)
+    y : array of real, shape (n_rows, n_targets)
+    shift : array of float64, shape (n_targets,)
     """
     n_targets = y.shape[1]
     width = min(_MOST_TARGETS, -(-n_targets // threads))
 
     def of_targets(left: int) -> None:
-        right = min(left + width, n_targets)
-        _add_products(codes, y[:, left:right], cross[:, left:right], sums[left:right], squares[left:right])
+        some = slice(left, left + width)
+        rows = np.zeros((8 * len(codes), len(shift[some])))
+        np.subtract(y[:, some], shift[some], out=rows[: len(y)])
+        _add_products(codes, rows, len(y), cross[:, some], sums[some], squares[some])
 
     list(pool.map(of_targets, range(0, n_targets, width)))
 
 
 @intrinsic
-def _ones_of(typing_context, word):  # noqa: ARG001 - numba hands these over by position
+def ones_of(typing_context, word):  # noqa: ARG001 - numba hands these over by position
     """Count the ones of a 64-bit word; LLVM makes it one instruction for eight words where the machine has that."""
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
@@ -135,10 +139,10 @@ def _count_tiles(words, n_words, counts, top):
                     c, d = words[j, first:last], words[j + 1, first:last]
                     ac, ad, bc, bd = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
                     for r in range(last - first):
-                        ac += _ones_of(a[r] & c[r])
-                        ad += _ones_of(a[r] & d[r])
-                        bc += _ones_of(b[r] & c[r])
-                        bd += _ones_of(b[r] & d[r])
+                        ac += ones_of(a[r] & c[r])
+                        ad += ones_of(a[r] & d[r])
+                        bc += ones_of(b[r] & c[r])
+                        bd += ones_of(b[r] & d[r])
                     tile[i - top, j - left] += ac
                     tile[i - top, j - left + 1] += ad
                     tile[i - top + 1, j - left] += bc
@@ -153,14 +157,12 @@ def _count_tiles(words, n_words, counts, top):
 
 
 @kernel
-def _add_products(codes, y, cross, sums, squares):
+def _add_products(codes, rows, n_rows, cross, sums, squares):
     n_columns, width = cross.shape
-    rows = np.zeros((8 * len(codes), width))
-    for i in range(len(y)):
+    for i in range(n_rows):
         for t in range(width):
-            rows[i, t] = y[i, t]
-            sums[t] += y[i, t]
-            squares[t] += y[i, t] * y[i, t]
+            sums[t] += rows[i, t]
+            squares[t] += rows[i, t] * rows[i, t]
     tables = np.zeros((_TABLES, 256, width))
     panel = np.empty((_PANEL_COLUMNS, width))
     for left in range(0, n_columns, _PANEL_COLUMNS):

@@ -49,13 +49,17 @@ class Datamodels:
     lam : array of float32, shape (n_targets,)
         The chosen strength in 1/2n |y - Xw|^2 + lam |w|_1, where X are masks centred and scaled to unit variance.
     certificate : Certificate or None
-        None where the set was read from a file, which holds no certificate.
+        None where the set was read from a file without one, as the release's.
+    validation_error : array of float64, shape (n_targets,), or None
+        Mean squared error on the rows held out to choose lam, of the weights fitted to the others. None where the set
+        was read from a file without it.
     """
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     lam: NDArray[np.float32]
     certificate: Certificate | None = None
+    validation_error: NDArray[np.float64] | None = None
 
     def __repr__(self) -> str:
         nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
@@ -105,6 +109,7 @@ class Datamodels:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
 
+        What else is known goes beside them as float64 tensors: `gap` and `kkt` of the certificate, `validation_error`.
         The file is written beside its destination and moved into place, so a reader finds all of it or none.
 
         Raises
@@ -118,6 +123,10 @@ class Datamodels:
         if path.suffix != ".pt":
             raise SpecError(f"{path} does not end in .pt, so it would not be read again; choose {path.name}.pt")
         tensors = {name: torch.from_numpy(np.array(getattr(self, name), np.float32)) for name in _TENSORS}
+        if self.certificate is not None:
+            tensors |= {name: torch.from_numpy(getattr(self.certificate, name)) for name in ("gap", "kkt")}
+        if self.validation_error is not None:
+            tensors["validation_error"] = torch.from_numpy(self.validation_error)
         with explain_os_errors(path):
             _save_whole(tensors, path)
         return path
@@ -143,7 +152,12 @@ class Datamodels:
         tensors = [dmdata.open(f"{os.fspath(name)}/{tensor}", catalog=catalog) for tensor in _TENSORS]
         _check_tensors(*tensors)
         weight, bias, lam = (np.asarray(tensor[...], np.float32, order="C") for tensor in tensors)
-        return cls(weight=weight, bias=bias, lam=lam)
+        gap, kkt, validation_error = (
+            _read_optional(f"{os.fspath(name)}/{tensor}", lam.shape, catalog)
+            for tensor in ("gap", "kkt", "validation_error")
+        )
+        certificate = None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt)
+        return cls(weight=weight, bias=bias, lam=lam, certificate=certificate, validation_error=validation_error)
 
 
 _TENSORS = ("weight", "bias", "lam")
@@ -180,6 +194,15 @@ def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata
     for tensor in (weight, bias, lam):
         if tensor.dtype.kind != "f":
             raise FormatError(f"{tensor.name} has dtype {tensor.dtype}; expected floating point", url=tensor.url)
+
+
+def _read_optional(name: str, shape: tuple[int, ...], catalog: dmdata.CatalogLike) -> NDArray[np.float64] | None:
+    """Read a tensor of one number a target, or None where a file whose other tensors were read has no such."""
+    try:
+        tensor = dmdata.open(name, catalog=catalog)
+    except FormatError:
+        return None
+    return np.asarray(tensor[...], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None
 
 
 def _umask() -> int:

@@ -5,9 +5,9 @@
 
 Features that may carry weight are active. They are kept in the order they joined, with their part of G packed side by
 side, so that a step of descent touches little memory. All other features' gradients follow from the net change of the
-weights, and that is what costs: a row of G for every active feature. So a path is solved a stretch of grid points at a
-time over the active features alone; then each row is fetched once for the whole stretch, every feature's optimality
-condition is checked at every point, and the points are accepted up to the first where one is broken.
+weights, and that is what costs: a row of G for every active feature. So a path is solved a stretch of four grid points
+at a time over the active features alone; then each row is fetched once for the whole stretch, every feature's
+optimality condition is checked at every point, and the points are accepted up to the first where one is broken.
 
 Weights and gradients are of G's precision, float32 or float64; certificates are computed in float64.
 """
@@ -16,9 +16,6 @@ import numpy as np
 
 from dmpipeline.compute import kernel
 
-_STRETCH = 4
-"""Grid points solved between two looks at all features."""
-
 _FORESIGHT = 0.3
 """How early a feature joins: this share of the way down a stretch below the strength at its end.
 
@@ -26,7 +23,10 @@ The strong rule (Tibshirani et al., 2012) has 1. Random masks are nearly orthogo
 allows for, and each feature that joins for nothing costs a row; where less was needed, a point is solved once more.
 """
 
-_PANEL_COLUMNS = 1024
+_LEAST_STEP = 0.1
+"""A step that mends less than this share of the tolerance is not taken, unless it silences a feature."""
+
+_PANEL_COLUMNS = 2048
 _CHECKED_AT_ONCE = 256
 
 
@@ -44,15 +44,16 @@ def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positiv
     """
     n_features = len(cross)
     gradient, w = cross.astype(gram.dtype), np.zeros(n_features, gram.dtype)
+    gradient_before, w_before = gradient.copy(), w.copy()  # at the point before
     idle = _idle_factor(gram, factor)
-    active, n_active, n_packed = np.empty(n_features, np.int32), 0, 0
-    gradients = np.empty((_STRETCH, n_features), gram.dtype)
+    active, n_active, n_packed = np.zeros(n_features + 3, np.int32), 0, 0
+    gradients = np.empty((4, n_features), gram.dtype)
     weight[:] = 0
     error[0] = square_out  # of a target that nothing pulls, which has no path
     lowest, best, worse = np.inf, 0, 0
     step = 0
     while step < len(lams) and lams[0] > 0 and worse < patience:
-        n_points = min(_STRETCH, len(lams) - step, patience - worse)
+        n_points = min(4, len(lams) - step, patience - worse)
         end = lams[step + n_points - 1]
         early = max(end - _FORESIGHT * (lams[max(step - 1, 0)] - end), 0)
         n_active = _join(gradient, idle, early, active, n_active, is_positive)
@@ -62,18 +63,24 @@ def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positiv
         _pack_lower(packed_out, gram_out, active, n_packed, n_active)
         n_packed = n_active
         v, g, own_factor = (
-            _of_active(w, active, n_active),
-            _of_active(gradient, active, n_active),
-            _of_active(factor, active, n_active),
+            _pick(w, active, n_active),
+            _pick(gradient, active, n_active),
+            _pick(factor, active, n_active),
         )
+        v_before, g_before = _pick(w_before, active, n_active), _pick(gradient_before, active, n_active)
         start = v.copy()
-        steps = np.empty((n_points, n_active), gram.dtype)
+        steps = np.zeros((4, (n_active + 3) // 4 * 4), gram.dtype)
         for q in range(n_points):
-            _solve_active(packed, lams[step + q], own_factor, tol, max_sweeps, is_positive, v, g)
-            steps[q] = v - start
-            error[step + q] = _held_out_error(v, active, packed_out, cross_out, square_out)
+            k = step + q
+            if k > 1:
+                ahead = gram.dtype.type((lams[k] - lams[k - 1]) / (lams[k - 1] - lams[k - 2]))
+                _extrapolate(ahead, v, v_before)
+                _extrapolate(ahead, g, g_before)
+            _solve_active(packed, lams[k], own_factor, tol, max_sweeps, is_positive, v, g)
+            steps[q, :n_active] = v - start
+            error[k] = _held_out_error(v, active, packed_out, cross_out, square_out)
             gradients[q] = gradient
-        subtract_products(gram, active, steps, gradients)
+        _subtract_four(gram, active, steps, gradients)
         n_good = 0
         while n_good < n_points and n_active == n_packed:
             lam = lams[step + n_good]
@@ -89,10 +96,11 @@ def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positiv
                 worse += 1
             n_accepted += 1
             step += 1
-        if n_accepted > 0:
-            gradient[:] = gradients[n_accepted - 1]
+        for q in range(max(n_accepted - 2, 0), n_accepted):
+            gradient_before[:], w_before[:] = gradient, w
+            gradient[:] = gradients[q]
             for a in range(n_packed):
-                w[active[a]] = start[a] + steps[n_accepted - 1, a]
+                w[active[a]] = start[a] + steps[q, a]
     error[max(step, 1) :] = np.nan
     return best, step, packed, packed_out
 
@@ -128,10 +136,10 @@ def solve_at(gram, cross, lam, factor, tol, max_sweeps, is_positive, weight, pac
         packed = _with_room(packed, n_packed, n_active)
         _pack(packed, gram, active, n_packed, n_active)
         n_packed = n_active
-        start = _of_active(weight, active, n_active)
-        v, g, own_factor = start.copy(), _of_active(gradient, active, n_active), _of_active(factor, active, n_active)
+        start = _pick(weight, active, n_active)
+        v, g, own_factor = start.copy(), _pick(gradient, active, n_active), _pick(factor, active, n_active)
         is_optimal = _solve_active(packed, lam, own_factor, tol, max_sweeps, is_positive, v, g)
-        subtract_products(gram, active, (v - start).reshape(1, -1), gradient.reshape(1, -1))
+        _subtract_one(gram, active, v - start, gradient)
         for a in range(n_active):
             weight[active[a]] = v[a]
         n_active = _join(gradient, idle, lam + tol * lam, active, n_active, is_positive)
@@ -164,44 +172,74 @@ def certify_one(gram, cross, square, lam, factor, is_positive, weight):
 def exact_gradient(gram, cross, weight):
     """Compute c - Gw of one target in float64."""
     feature = np.flatnonzero(weight).astype(np.int32)
-    steps = np.empty((1, len(feature)), np.float64)
-    for a in range(len(feature)):
-        steps[0, a] = weight[feature[a]]
     gradient = cross.copy()
-    subtract_products(gram, feature, steps, gradient.reshape(1, -1))
+    _subtract_one(gram, feature, _pick(weight, feature, len(feature)).astype(np.float64), gradient)
     return gradient
 
 
 @kernel
-def subtract_products(gram, feature, steps, gradients):
-    """Take G @ step off each row of `gradients`, (m, n_features), with `steps` (m, n) given at the first n features.
+def _subtract_four(gram, feature, steps, gradients):
+    """Take G @ step off each of four gradients, (4, n_features), with `steps` (4, n) given at the first n features.
 
-    A panel of a row of G is fetched once for all m, four rows at a time.
+    Four rows of G and four gradients are in hand at a time, so that a number fetched serves four. What is missing to
+    make n a multiple of four must be there as zero steps of any feature.
     """
-    m, n = steps.shape
     for left in range(0, gradients.shape[1], _PANEL_COLUMNS):
-        right = min(left + _PANEL_COLUMNS, gradients.shape[1])
-        for k in range(0, n - 3, 4):
+        right = left + _PANEL_COLUMNS
+        g0, g1 = gradients[0, left:right], gradients[1, left:right]
+        g2, g3 = gradients[2, left:right], gradients[3, left:right]
+        for k in range(0, steps.shape[1], 4):
             row_a, row_b = gram[feature[k], left:right], gram[feature[k + 1], left:right]
             row_c, row_d = gram[feature[k + 2], left:right], gram[feature[k + 3], left:right]
-            for q in range(m):
-                a, b, c, d = steps[q, k], steps[q, k + 1], steps[q, k + 2], steps[q, k + 3]
-                if a != 0 or b != 0 or c != 0 or d != 0:
-                    g = gradients[q, left:right]
-                    for i in range(right - left):
-                        g[i] -= (a * row_a[i] + b * row_b[i]) + (c * row_c[i] + d * row_d[i])
+            a0, b0, c0, d0 = steps[0, k], steps[0, k + 1], steps[0, k + 2], steps[0, k + 3]
+            a1, b1, c1, d1 = steps[1, k], steps[1, k + 1], steps[1, k + 2], steps[1, k + 3]
+            a2, b2, c2, d2 = steps[2, k], steps[2, k + 1], steps[2, k + 2], steps[2, k + 3]
+            a3, b3, c3, d3 = steps[3, k], steps[3, k + 1], steps[3, k + 2], steps[3, k + 3]
+            for i in range(len(g0)):
+                a, b, c, d = row_a[i], row_b[i], row_c[i], row_d[i]
+                g0[i] -= (a0 * a + b0 * b) + (c0 * c + d0 * d)
+                g1[i] -= (a1 * a + b1 * b) + (c1 * c + d1 * d)
+                g2[i] -= (a2 * a + b2 * b) + (c2 * c + d2 * d)
+                g3[i] -= (a3 * a + b3 * b) + (c3 * c + d3 * d)
+
+
+@kernel
+def _subtract_one(gram, feature, step, gradient):
+    """Take G @ step off a gradient, (n_features,), with `step` (n,) given at the first n features."""
+    n = len(step)
+    for left in range(0, len(gradient), _PANEL_COLUMNS):
+        g = gradient[left : left + _PANEL_COLUMNS]
+        for k in range(0, n - 3, 4):
+            row_a, row_b, row_c, row_d = (
+                gram[feature[k]],
+                gram[feature[k + 1]],
+                gram[feature[k + 2]],
+                gram[feature[k + 3]],
+            )
+            a, b, c, d = step[k], step[k + 1], step[k + 2], step[k + 3]
+            row_a, row_b, row_c, row_d = row_a[left:], row_b[left:], row_c[left:], row_d[left:]
+            for i in range(len(g)):
+                g[i] -= (a * row_a[i] + b * row_b[i]) + (c * row_c[i] + d * row_d[i])
         for k in range(n // 4 * 4, n):
-            row_a = gram[feature[k], left:right]
-            for q in range(m):
-                a, g = steps[q, k], gradients[q, left:right]
-                for i in range(right - left):
-                    g[i] -= a * row_a[i]
+            row_a = gram[feature[k]][left:]
+            for i in range(len(g)):
+                g[i] -= step[k] * row_a[i]
+
+
+@kernel
+def _extrapolate(ahead, values, before):
+    """Go on along the line from `before` to `values`, which become `before`; a path is straight between two kinks."""
+    for a in range(len(values)):
+        here = values[a]
+        values[a] += ahead * (here - before[a])
+        before[a] = here
 
 
 @kernel
 def _solve_active(packed, lam, factor, tol, max_sweeps, is_positive, v, g):
     """Minimise over the active features, moving `v` and `g`; tell whether all their conditions hold."""
     zero, small = v.dtype.type(0), v.dtype.type(tol * lam)
+    least = v.dtype.type(_LEAST_STEP * tol * lam)
     strength = v.dtype.type(lam) * factor
     for _ in range(max_sweeps):
         worst = zero
@@ -216,7 +254,7 @@ def _solve_active(packed, lam, factor, tol, max_sweeps, is_positive, v, g):
             else:
                 new = zero
             delta = new - v[a]
-            if delta != 0:
+            if delta != 0 and (new == 0 or curvature * abs(delta) > least):
                 v[a] = new
                 worst = max(worst, curvature * abs(delta))
                 for b in range(len(v)):
@@ -274,7 +312,7 @@ def _join(gradient, idle, lam, active, n_active, is_positive):
 
 
 @kernel
-def _of_active(values, active, n_active):
+def _pick(values, active, n_active):
     own = np.empty(n_active, values.dtype)
     for a in range(n_active):
         own[a] = values[active[a]]
@@ -286,7 +324,7 @@ def _with_room(packed, n_packed, n_active):
     """Return `packed`, or a larger copy if `n_active` features do not fit."""
     if n_active <= len(packed):
         return packed
-    size = n_active + n_active // 2
+    size = (n_active + n_active // 2 + 15) // 16 * 16  # rows begin where vectors may
     larger = np.empty((size, size), packed.dtype)
     for a in range(n_packed):
         for b in range(n_packed):

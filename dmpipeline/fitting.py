@@ -236,7 +236,7 @@ def _choose_and_fit(
     lams = np.empty((n_targets, settings.n_lams))
     for part in _parts(n_targets):
         lams[part] = lasso.lambda_grid(space.cross(grid_from, part), n_lams=settings.n_lams, ratio=settings.lam_ratio)
-    error = np.zeros(lams.shape)
+    error, n_held_out = np.zeros(lams.shape), 0
     weight = np.empty((n_targets, n_train), np.float32)
     for k, (fitting, held_out) in enumerate(splits):
         space = Space.of(fitting)
@@ -255,9 +255,11 @@ def _choose_and_fit(
             )
             weight[part] = path.weight
             error[part] += held_out.n * path.error
+        n_held_out += held_out.n
         del gram, gram_out
     # a point that some split's path did not reach is nan, and the first is reached by all
-    lam = lams[np.arange(n_targets), np.nanargmin(error, axis=1)]
+    best = np.arange(n_targets), np.nanargmin(error, axis=1)
+    lam, validation_error = lams[best], error[best] / n_held_out
     space = Space.of(whole)
     gram = space.gram(whole, threads=threads)
     gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
@@ -281,8 +283,13 @@ def _choose_and_fit(
     if not converged.all():
         _tell_unconverged(np.flatnonzero(~converged), gap, settings)
     of_masks, bias = space.raw(weight)
-    certificate = Certificate(gap=gap, kkt=kkt)
-    return Datamodels(weight=of_masks, bias=bias, lam=lam.astype(np.float32), certificate=certificate)
+    return Datamodels(
+        weight=of_masks,
+        bias=bias,
+        lam=lam.astype(np.float32),
+        certificate=Certificate(gap=gap, kkt=kkt),
+        validation_error=validation_error,
+    )
 
 
 def _tell_unconverged(targets: NDArray[np.intp], gap: NDArray[np.float64], settings: _Settings) -> None:

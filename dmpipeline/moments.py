@@ -124,11 +124,13 @@ class Moments:
             for first in range(start, stop, block_rows):
                 last = min(first + block_rows, stop)
                 codes = binary.code_rows(_read_masks(masks, first, last, n_train))
-                y, is_half = _read_outputs(outputs, first, last, n_targets)
-                if first == start and not is_half:
-                    shift = y[0].copy()
-                y -= shift
-                binary.add_products(codes, y, cross, y_sum, y_squares, pool, threads=threads)
+                y = _read_outputs(outputs, first, last, n_targets)
+                if first == start and y.dtype != np.float16:
+                    shift = y[0].astype(np.float64)
+                with np.errstate(over="ignore", invalid="ignore"):  # such sums are refused
+                    binary.add_products(codes, y, shift, cross, y_sum, y_squares, pool, threads=threads)
+                if not np.isfinite(y_squares).all():
+                    raise _not_finite(y, first)
                 if not bits.fits(codes):
                     bits.add_counts(gram, pool)
                 bits.append(codes)
@@ -218,6 +220,9 @@ def as_binary(block: NDArray[Any], *, first: int) -> NDArray[np.int8]:
 
 _ROWS_AT_ONCE = 1024
 
+_LARGEST = 1e150
+"""Numbers beyond this, whose squares float64 cannot hold, count as not finite."""
+
 
 def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDArray[np.int8]:
     block = np.asarray(masks[first:last])
@@ -226,25 +231,26 @@ def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDA
     return as_binary(block, first=first)
 
 
-def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) -> tuple[NDArray[np.float64], bool]:
-    """Read a block of outputs, widened; and tell whether they were float16."""
+def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) -> NDArray[Any]:
     block = np.asarray(outputs[first:last])
     if block.shape != (last - first, n_targets):
         raise SpecError(f"outputs[{first}:{last}] gave shape {block.shape}; expected {(last - first, n_targets)}")
     if block.dtype.kind not in "fiub":
         raise SpecError(f"outputs have dtype {block.dtype}; expected real numbers, such as float16 margins")
-    wide = block.astype(np.float64)
-    finite = np.isfinite(wide)
-    if not finite.all():
-        rows = (first + np.flatnonzero(~finite.all(axis=1))).tolist()
-        targets = np.flatnonzero(~finite.all(axis=0)).tolist()
-        raise SpecError(
-            f"outputs are not finite in rows {_some(rows)}, targets {_some(targets)}; "
-            "train those rows again, or leave them out",
-            rows=rows,
-            targets=targets,
-        )
-    return wide, block.dtype == np.float16
+    return block
+
+
+def _not_finite(block: NDArray[Any], first: int) -> SpecError:
+    """Name what keeps the sum of squares of a block, whose first row is `first`, from being a number."""
+    finite = np.abs(block.astype(np.float64)) < _LARGEST
+    rows = (first + np.flatnonzero(~finite.all(axis=1))).tolist()
+    targets = np.flatnonzero(~finite.all(axis=0)).tolist()
+    return SpecError(
+        f"outputs are not finite in rows {_some(rows)}, targets {_some(targets)}; "
+        "train those rows again, or leave them out",
+        rows=rows,
+        targets=targets,
+    )
 
 
 def _some(numbers: list[int]) -> str:

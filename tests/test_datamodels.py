@@ -196,11 +196,22 @@ def test_a_saved_file_is_the_releases_form_and_loads_again(fitted, tmp_path):
         "weight": ((60, 4), torch.float32),
         "bias": ((4,), torch.float32),
         "lam": ((4,), torch.float32),
+        "gap": ((4,), torch.float64),
+        "kkt": ((4,), torch.float64),
+        "validation_error": ((4,), torch.float64),
     }
     loaded = Datamodels.load(path)
-    for name in ("weight", "bias", "lam"):
+    for name in ("weight", "bias", "lam", "validation_error"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(fitted, name))
+    np.testing.assert_array_equal(loaded.certificate.gap, fitted.certificate.gap)
+    np.testing.assert_array_equal(loaded.certificate.kkt, fitted.certificate.kkt)
+
+
+def test_a_file_of_the_release_has_no_certificate(fitted, tmp_path):
+    bare = Datamodels(weight=fitted.weight, bias=fitted.bias, lam=fitted.lam)
+    loaded = Datamodels.load(bare.save(tmp_path / "released.pt"))
     assert loaded.certificate is None
+    assert loaded.validation_error is None
 
 
 def test_a_transposed_or_half_precision_tensor_is_read_as_it_is_meant(fitted, tmp_path):
