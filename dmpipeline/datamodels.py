@@ -5,19 +5,18 @@ complete or not there.
 """
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 import dmdata
 from dmdata.errors import FormatError
-from dmpipeline.errors import SpecError, explain_os_errors
+from dmpipeline.errors import SpecError
 from dmpipeline.moments import BLOCK_ROWS, RowSliceable, as_binary
+from dmpipeline.tensors import save_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,17 +118,12 @@ class Datamodels:
         RunError
             If the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix != ".pt":
-            raise SpecError(f"{path} does not end in .pt, so it would not be read again; choose {path.name}.pt")
-        tensors = {name: torch.from_numpy(np.array(getattr(self, name), np.float32)) for name in _TENSORS}
+        arrays: dict[str, NDArray[Any]] = {name: np.array(getattr(self, name), np.float32) for name in _TENSORS}
         if self.certificate is not None:
-            tensors |= {name: torch.from_numpy(getattr(self.certificate, name)) for name in ("gap", "kkt")}
+            arrays |= {"gap": self.certificate.gap, "kkt": self.certificate.kkt}
         if self.validation_error is not None:
-            tensors["validation_error"] = torch.from_numpy(self.validation_error)
-        with explain_os_errors(path):
-            _save_whole(tensors, path)
-        return path
+            arrays["validation_error"] = self.validation_error
+        return save_tensors(arrays, path)
 
     @classmethod
     def load(cls, name: str | os.PathLike[str], *, catalog: dmdata.CatalogLike = None) -> Self:
@@ -163,27 +157,6 @@ class Datamodels:
 _TENSORS = ("weight", "bias", "lam")
 
 
-def _save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(tensors, file)
-            except RuntimeError as error:
-                # its writer fails once more where it closes after a failed write, and hides what the system said
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
 def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata.LazyArray) -> None:
     if len(weight.shape) != 2 or bias.shape != weight.shape[1:] or lam.shape != weight.shape[1:]:
         raise FormatError(
@@ -203,10 +176,3 @@ def _read_optional(name: str, shape: tuple[int, ...], catalog: dmdata.CatalogLik
     except FormatError:
         return None
     return np.asarray(tensor[...], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None
-
-
-def _umask() -> int:
-    """Read the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

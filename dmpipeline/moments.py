@@ -1,25 +1,31 @@
 """Second moments of (masks, outputs): all that a linear fit needs to know about any number of models.
 
 A fit of every target costs no pass over the models once these are known, so they are read once, streamed in blocks of
-rows, and can be added up from parts. The counts X'X are exact integers. X'y is summed in float64, which is exact for
-float16 outputs of ordinary size; then neither the size of the blocks nor the order of merging changes a bit.
+rows. They can be added up from parts, kept in a file, and extended as more models arrive. The counts X'X are exact
+integers. X'y is summed in float64, which is exact for float16 outputs of ordinary size; then neither the size of the
+blocks nor the order of merging changes a bit.
 
 Wider outputs may lie far from zero and vary little, a million give or take a tenth: their squares would drown what
 varies. So their sums are taken about a shift, the first row read, and parts with different shifts are brought to one
 when they are added, which costs no more than rounding.
 """
 
+import copy
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmdata.errors import FormatError
 from dmpipeline import binary
 from dmpipeline.compute import available_threads
 from dmpipeline.errors import SpecError
+from dmpipeline.tensors import map_tensors, save_tensors
 
 BLOCK_ROWS = 4096
 
@@ -107,37 +113,126 @@ class Moments:
         >>> m.n, m.gram.tolist(), m.cross.ravel().tolist()
         (2, [[2, 1], [1, 1]], [2.5, 2.0])
         """
-        n_models, n_train, n_targets = check_shapes(masks, outputs)
+        _, n_train, n_targets = check_shapes(masks, outputs)
+        none = cls(
+            n=0,
+            gram=np.zeros((n_train, n_train), np.int32),
+            shift=np.zeros(n_targets),
+            cross=np.zeros((n_train, n_targets)),
+            y_sum=np.zeros(n_targets),
+            y_squares=np.zeros(n_targets),
+        )
+        return none._grow(masks, outputs, start, stop, block_rows=block_rows, threads=threads, progress=progress)
+
+    def extended(
+        self,
+        masks: RowSliceable,
+        outputs: RowSliceable,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        block_rows: int = BLOCK_ROWS,
+        threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """Sum further rows onto a copy of these; what was summed before is not read again.
+
+        Parameters
+        ----------
+        start : int, optional
+            The first row that is new; `n` if not given, as for moments of the first n rows.
+        masks, outputs, stop, block_rows, threads, progress
+            As for `of`, of the same examples and targets.
+
+        Raises
+        ------
+        SpecError
+            As for `of`; and if the columns are not as many as these have.
+        """
+        check_shapes(masks, outputs)
+        if (masks.shape[1], outputs.shape[1]) != self.cross.shape:
+            raise SpecError(
+                f"masks {masks.shape} and outputs {outputs.shape} do not continue moments of {self.cross.shape[0]} "
+                f"examples and {self.cross.shape[1]} targets; hand in the arrays that they were taken from, grown"
+            )
+        own = copy.deepcopy(self)
+        start = self.n if start is None else start
+        return own._grow(masks, outputs, start, stop, block_rows=block_rows, threads=threads, progress=progress)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a `.pt` of these arrays, complete or not there.
+
+        Raises
+        ------
+        SpecError
+            If the path does not end in ``.pt``.
+        RunError
+            If the file cannot be written.
+        """
+        return save_tensors({"n": np.array(self.n)} | {name: getattr(self, name) for name in _ARRAYS}, path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Map the moments of a file that `save` wrote: they come from the disk as they are used.
+
+        Raises
+        ------
+        FormatError
+            If the file is not one of moments.
+        RunError
+            If it cannot be read.
+        """
+        arrays = map_tensors(path, {"n", *_ARRAYS})
+        n_train, n_targets = arrays["cross"].shape if arrays["cross"].ndim == 2 else (-1, -1)
+        shapes = {"n": (), "gram": (n_train, n_train), "cross": (n_train, n_targets)}
+        for name, array in arrays.items():
+            shape, dtype = shapes.get(name, (n_targets,)), {"n": np.int64, "gram": np.int32}.get(name, np.float64)
+            if array.shape != shape or array.dtype != dtype:
+                raise FormatError(f"{path} holds {name} {array.shape} of {array.dtype}; write it anew", url=str(path))
+        return cls(n=int(arrays.pop("n")), **arrays)
+
+    def _grow(
+        self,
+        masks: RowSliceable,
+        outputs: RowSliceable,
+        start: int,
+        stop: int | None,
+        *,
+        block_rows: int,
+        threads: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Self:
+        """Add rows to these very arrays, and return what they have become."""
+        n_models, n_train = masks.shape
         stop = n_models if stop is None else stop
         if not 0 <= start < stop <= n_models:
             raise SpecError(f"rows {start}:{stop} are not in 0:{n_models}; choose 0 <= start < stop <= {n_models}")
-        if block_rows < 1:
-            raise SpecError(f"block_rows is {block_rows}; choose at least 1")
-        if threads is not None and threads < 1:
-            raise SpecError(f"threads is {threads}; choose at least 1")
+        for name, value in (("block_rows", block_rows), ("threads", threads)):
+            if value is not None and value < 1:
+                raise SpecError(f"{name} is {value}; choose at least 1")
         threads = threads or available_threads()
-        gram = np.zeros((n_train, n_train), np.int32)
-        cross = np.zeros((n_train, n_targets))
-        shift, y_sum, y_squares = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets)
+        n = _checked_count(self.n + stop - start)
         bits = binary.Bits(n_train, min(max(BITS_BYTES // n_train, block_rows // 8 + 4), (stop - start) // 8 + 4))
         with ThreadPoolExecutor(threads) as pool:
             for first in range(start, stop, block_rows):
                 last = min(first + block_rows, stop)
                 codes = binary.code_rows(_read_masks(masks, first, last, n_train))
-                y = _read_outputs(outputs, first, last, n_targets)
-                if first == start and y.dtype != np.float16:
-                    shift = y[0].astype(np.float64)
+                y = _read_outputs(outputs, first, last, len(self.shift))
+                if self.n == 0 and first == start and y.dtype != np.float16:
+                    self.shift[:] = y[0]
                 with np.errstate(over="ignore", invalid="ignore"):  # such sums are refused
-                    binary.add_products(codes, y, shift, cross, y_sum, y_squares, pool, threads=threads)
-                if not np.isfinite(y_squares).all():
+                    binary.add_products(
+                        codes, y, self.shift, self.cross, self.y_sum, self.y_squares, pool, threads=threads
+                    )
+                if not np.isfinite(self.y_squares).all():
                     raise _not_finite(y, first)
                 if not bits.fits(codes):
-                    bits.add_counts(gram, pool)
+                    bits.add_counts(self.gram, pool)
                 bits.append(codes)
                 if progress is not None:
                     progress(last - start, stop - start)
-            bits.add_counts(gram, pool)
-        return cls(n=stop - start, gram=gram, shift=shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
+            bits.add_counts(self.gram, pool)
+        return replace(self, n=n)
 
     @property
     def ones(self) -> NDArray[np.int32]:
@@ -158,9 +253,7 @@ class Moments:
                 f"moments of {self.cross.shape} and {other.cross.shape} (n_train, n_targets) cannot be added or taken "
                 "off; take both from the same examples and targets"
             )
-        n = self.n + sign * other.n
-        if not 0 < n <= np.iinfo(np.int32).max:
-            raise SpecError(f"{n} rows cannot be counted in 32 bits; fit at most 2^31 - 1 models, and at least one")
+        n = _checked_count(self.n + sign * other.n)
         cross = self.cross + sign * other.cross
         y_sum = self.y_sum + sign * other.y_sum
         y_squares = self.y_squares + sign * other.y_squares
@@ -218,10 +311,17 @@ def as_binary(block: NDArray[Any], *, first: int) -> NDArray[np.int8]:
     return np.ascontiguousarray(block, dtype=np.int8)
 
 
+_ARRAYS = ("gram", "shift", "cross", "y_sum", "y_squares")
 _ROWS_AT_ONCE = 1024
 
 _LARGEST = 1e150
 """Numbers beyond this, whose squares float64 cannot hold, count as not finite."""
+
+
+def _checked_count(n: int) -> int:
+    if not 0 < n <= np.iinfo(np.int32).max:
+        raise SpecError(f"{n} rows cannot be counted in 32 bits; fit at least 1 model and at most 2^31 - 1")
+    return n
 
 
 def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDArray[np.int8]:

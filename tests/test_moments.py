@@ -1,12 +1,18 @@
+import pickle
+import subprocess
+import sys
+
 import dask.array
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmdata.errors import FormatError
 from dmpipeline import binary, moments
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import RunError, SpecError
 from dmpipeline.moments import Moments
 
 
@@ -119,6 +125,116 @@ def test_half_precision_outputs_are_summed_as_they_are():
     np.testing.assert_array_equal(Moments.of(masks, outputs.astype(np.float32), start=3).shift, outputs[3])
 
 
+def test_moments_taken_off_leave_those_of_the_other_rows():
+    masks, outputs = drawn(90, 12, 3)
+    whole, last = Moments.of(masks, outputs), Moments.of(masks, outputs, start=61)
+    assert_same(whole - last, Moments.of(masks, outputs, stop=61))
+    shifted = outputs.astype(np.float64) + 1e6
+    rest = Moments.of(masks, shifted) - Moments.of(masks, shifted, start=61)
+    for got, expected in zip(centred(rest), centred(Moments.of(masks, shifted, stop=61)), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(SpecError, match="at least 1 model"):
+        last - last
+
+
+class Recorder:
+    """An array that writes down which rows are asked for."""
+
+    def __init__(self, data):
+        self.data, self.shape, self.read = data, data.shape, []
+
+    def __getitem__(self, rows):
+        self.read.append((rows.start, rows.stop))
+        return self.data[rows]
+
+
+def test_saved_moments_are_extended_without_reading_old_rows(tmp_path):
+    masks, outputs = drawn(300, 40, 5)
+    early = Moments.of(masks[:120], outputs[:120])
+    path = early.save(tmp_path / "moments.pt")
+    grown = Recorder(masks), Recorder(outputs)
+    late = Moments.open(path).extended(*grown, block_rows=64)
+    assert_same(late, Moments.of(masks, outputs))
+    assert grown[0].read == grown[1].read == [(120, 184), (184, 248), (248, 300)]
+    assert_same(Moments.open(path), early)  # a file is not changed by what was read from it
+    late.save(path)
+    assert_same(Moments.open(path), late)
+    assert [p.name for p in tmp_path.iterdir()] == ["moments.pt"]
+
+
+def test_extended_moments_keep_their_shift_and_leave_the_old_ones_alone():
+    masks, outputs = drawn(200, 6, 3, dtype=np.float32)
+    early = Moments.of(masks[:50], outputs[:50] + 1e6)
+    before = early.gram.copy(), early.cross.copy()
+    late = early.extended(masks[50:], outputs[50:] + 1e6, start=0)
+    assert late.n == 200
+    np.testing.assert_array_equal(late.shift, early.shift)
+    for got, expected in zip(centred(late), centred(Moments.of(masks, outputs + 1e6)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(early.gram, before[0])
+    np.testing.assert_array_equal(early.cross, before[1])
+
+
+def test_moments_are_not_extended_by_other_columns_or_no_rows():
+    early = Moments.of(*drawn(20, 4, 2))
+    with pytest.raises(SpecError, match="do not continue moments of 4 examples and 2 targets"):
+        early.extended(*drawn(40, 5, 2))
+    with pytest.raises(SpecError, match="rows 20:20"):
+        early.extended(*drawn(20, 4, 2))
+
+
+def test_a_file_that_holds_no_moments_is_refused(tmp_path):
+    whole = Moments.of(*drawn(20, 4, 2)).save(tmp_path / "moments.pt")
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) // 2])
+    with pytest.raises(FormatError, match="write it anew"):
+        Moments.open(whole)
+    torch.save({"n": torch.tensor(3), "gram": torch.zeros(2, 2)}, whole)
+    with pytest.raises(FormatError, match="does not hold the tensors"):
+        Moments.open(whole)
+    moments_of = {name: torch.zeros(2, dtype=torch.float64) for name in ("shift", "y_sum", "y_squares")}
+    torch.save(moments_of | {"n": torch.tensor(3), "gram": torch.zeros(2, 2), "cross": torch.zeros(4, 2)}, whole)
+    with pytest.raises(FormatError, match="write it anew"):
+        Moments.open(whole)
+    whole.write_bytes(pickle.dumps({"n": 1}))
+    with pytest.raises(FormatError):
+        Moments.open(whole)
+    with pytest.raises(RunError, match="gone"):
+        Moments.open(tmp_path / "gone.pt")
+
+
+MEMORY = """
+from pathlib import Path
+import numpy as np
+from dmpipeline.moments import BITS_BYTES, Moments
+
+def most_used():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+class Drawn:
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, dtype
+    def __getitem__(self, rows):
+        shape = (rows.stop - rows.start, self.shape[1])
+        return np.random.default_rng(rows.start).integers(0, 2, shape, self.dtype).view(self.out)
+
+masks, outputs = Drawn((12_000, 6000), np.uint8), Drawn((12_000, 8), np.uint16)
+masks.out, outputs.out = np.bool_, np.float16
+Moments.of(np.eye(3, dtype=bool), np.ones((3, 2), np.float16))  # compiles
+before = most_used()
+moments = Moments.of(masks, outputs, block_rows=1024, threads=2)
+print(most_used() - before, 1.3 * moments.gram.nbytes + 1024 * (6000 + 12 * 8) + BITS_BYTES + 2 * 1.5 * 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_the_gram_and_a_stated_buffer():
+    said = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    grown, stated = map(float, said.split())
+    assert 4 * 6000**2 < grown < stated
+
+
 def test_moments_of_different_examples_are_not_added():
     with pytest.raises(SpecError, match="same examples"):
         Moments.of(*drawn(9, 4, 2)) + Moments.of(*drawn(9, 5, 2))
@@ -149,14 +265,6 @@ def test_lists_are_refused_with_what_to_hand_in():
 
 
 def test_rows_are_read_once_and_in_blocks():
-    class Recorder:
-        def __init__(self, data):
-            self.data, self.shape, self.read = data, data.shape, []
-
-        def __getitem__(self, rows):
-            self.read.append((rows.start, rows.stop))
-            return self.data[rows]
-
     masks, outputs = (Recorder(a) for a in drawn(50, 5, 2))
     seen = []
     Moments.of(
