@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import pickle
 import resource
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from sklearn.linear_model import Lasso
+from sklearn.linear_model import Lasso, lasso_path
 
 from dmdata.errors import FormatError, ObjectMissingError
+from dmpipeline import lasso
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import ConvergenceError, RunError, SpecError
-from dmpipeline.fitting import fit, fit_moments
+from dmpipeline.fitting import fit, fit_folds, fit_moments
 from dmpipeline.moments import Moments
+from dmpipeline.spaces import Space
 
 
 def planted(n_models=1500, n_train=60, n_targets=4, *, noise=0.5, seed=0, dtype=np.float16):
@@ -105,6 +108,52 @@ def test_a_fit_from_merged_moments_equals_one_from_the_rows(problem):
     np.testing.assert_array_equal(
         fit_moments(parts[0] + parts[1], parts[2]).weight, fit(masks, outputs, validation=0.1).weight
     )
+
+
+def test_folds_choose_the_lam_of_least_mean_error_over_all_of_them(problem):
+    masks, outputs, _ = problem
+    masks, outputs = masks[:203], outputs[:203].astype(np.float64)
+    dm = fit(masks, outputs, folds=3, patience=100, tol=1e-5)
+    whole = Moments.of(masks, outputs)
+    lams = lasso.lambda_grid(Space.of(whole).cross(whole, slice(0, 4)), n_lams=100, ratio=1e-2)
+    ends = [0, 67, 135, 203]
+    for t in range(4):
+        errors = np.zeros(100)
+        for start, stop in itertools.pairwise(ends):
+            held_out = np.arange(203)[start:stop]
+            x, y = np.delete(masks, held_out, axis=0).astype(float), np.delete(outputs[:, t], held_out)
+            mean, scale, y_mean = x.mean(axis=0), x.std(axis=0), y.mean()
+            _, weights, _ = lasso_path((x - mean) / scale, y - y_mean, alphas=lams[t], tol=1e-10, max_iter=100_000)
+            predicted = (masks[held_out] - mean) / scale @ weights + y_mean
+            errors += ((outputs[held_out, t][:, None] - predicted) ** 2).sum(axis=0)
+        best = int(errors.argmin())
+        assert dm.lam[t] == pytest.approx(lams[t, best])
+        assert dm.validation_error[t] == pytest.approx(errors[best] / 203, rel=1e-4)
+    assert (dm.certificate.gap < 1e-4).all()
+
+
+def test_folds_of_moments_equal_folds_of_rows_whatever_the_threads(problem):
+    masks, outputs, _ = problem
+    parts = [Moments.of(masks, outputs, start=i, stop=i + 500) for i in (0, 500, 1000)]
+    expected = fit(masks, outputs, folds=3, threads=1)
+    got = fit_folds(parts, threads=2)
+    for name in ("weight", "bias", "lam", "validation_error"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("n_models", "folds"), [(20, 1), (20, 11), (3, 2)])
+def test_folds_that_cannot_be_are_refused(n_models, folds):
+    masks, outputs, _ = planted(n_models, 10, 1)
+    with pytest.raises(SpecError, match=f"cannot be cut into {folds} folds"):
+        fit(masks, outputs, folds=folds)
+
+
+def test_planted_weights_are_approached_as_fast_as_theory_says():
+    """The error of LASSO weights falls as the square root of the number of models (Bickel, Ritov, Tsybakov, 2009)."""
+    masks, outputs, truth = planted(24_000, 60, 8, noise=1.0, dtype=np.float32)
+    errors = [np.abs(fit(masks[:n], outputs[:n]).weight - truth).mean() for n in (1500, 6000, 24_000)]
+    for more, fewer in zip(errors[1:], errors, strict=False):
+        assert 1.5 < fewer / more < 2.7
 
 
 def test_constant_examples_and_targets_get_zero_weights_and_a_bias(problem):

@@ -21,15 +21,16 @@ def moments(x, y, dtype=np.float64):
     return (x.T @ x / n).astype(dtype), np.ascontiguousarray(y.T @ x / n), (y**2).mean(axis=0)
 
 
-def solved(x, y, lam, *, dtype=np.float64, tol=1e-6, max_sweeps=10_000):
+def solved(x, y, lam, *, dtype=np.float64, tol=1e-6, max_sweeps=10_000, **penalty):
     gram, cross, square = moments(x, y, dtype)
     start = np.zeros(cross.shape)
-    return lasso.solve(gram, cross, square, lam, start=start, tol=tol, max_sweeps=max_sweeps, threads=2, progress=None)
+    limits = {"tol": tol, "max_sweeps": max_sweeps, "threads": 2, "progress": None}
+    return lasso.solve(gram, cross, square, lam, start=start, **limits, **penalty)
 
 
-def path_of(x, y, x_out, y_out, *, patience=1000):
+def path_of(x, y, x_out, y_out, *, patience=1000, **penalty):
     gram, cross, _ = moments(x, y)
-    lams = lasso.lambda_grid(cross, n_lams=20, ratio=0.01)
+    lams = lasso.lambda_grid(cross, n_lams=20, ratio=0.01, **penalty)
     path = lasso.solve_paths(
         gram,
         cross,
@@ -40,6 +41,7 @@ def path_of(x, y, x_out, y_out, *, patience=1000):
         max_sweeps=10_000,
         threads=2,
         progress=None,
+        **penalty,
     )
     return lams, path
 
@@ -66,6 +68,68 @@ def test_weights_equal_those_of_scikit_learn(n_rows, n_features, share, correlat
     assert got.kkt[0] <= 1.1e-6
     if n_rows > 2 * n_features:  # the minimum is then well marked
         np.testing.assert_allclose(got.weight[0], oracle.coef_, atol=1e-4 * lam[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_rows=st.integers(5, 80),
+    n_features=st.integers(1, 30),
+    share=st.floats(0.02, 0.9),
+    correlated=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_weights_held_positive_equal_those_of_scikit_learn(n_rows, n_features, share, correlated, seed):
+    x, y = standardised(n_rows, n_features, 1, seed=seed, correlated=correlated)
+    lam = np.maximum((x.T @ y / n_rows).max(axis=0), 1e-3) * share
+    got = solved(x, y, lam, is_positive=True)
+    oracle = Lasso(alpha=lam[0], fit_intercept=False, positive=True, tol=1e-12, max_iter=1_000_000).fit(x, y[:, 0])
+    best = objective(x, y[:, 0], oracle.coef_, lam[0])
+    assert (got.weight >= 0).all()
+    assert objective(x, y[:, 0], got.weight[0], lam[0]) <= best * (1 + 1e-6)
+    assert got.kkt[0] <= 1.1e-6
+    assert got.gap[0] < 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_rows=st.integers(20, 80),
+    n_features=st.integers(1, 30),
+    share=st.floats(0.02, 0.9),
+    seed=st.integers(0, 10_000),
+)
+def test_penalty_factors_equal_a_change_of_units(n_rows, n_features, share, seed):
+    x, y = standardised(n_rows, n_features, 2, seed=seed)
+    factor = np.random.default_rng(seed).uniform(0.3, 3, (2, n_features))
+    lam = share * np.abs((x.T @ y / n_rows).T / factor).max(axis=1)
+    got = solved(x, y, lam, factor=factor)
+    assert (got.kkt <= 1.1e-6).all()
+    for t in range(2):
+        scaled = x / factor[t]
+        oracle = Lasso(alpha=lam[t], fit_intercept=False, tol=1e-12, max_iter=1_000_000).fit(scaled, y[:, t])
+        best = objective(scaled, y[:, t], oracle.coef_, lam[t])
+        assert objective(scaled, y[:, t], got.weight[t] * factor[t], lam[t]) <= best * (1 + 1e-6)
+        gap, kkt = lasso.certify(*moments(x, y[:, [t]]), lam[[t]], got.weight[[t]], factor=factor[[t]])
+        assert (gap[0], kkt[0]) == pytest.approx((got.gap[t], got.kkt[t]), abs=1e-12)
+
+
+def test_a_path_with_penalty_factors_is_that_of_scaled_columns():
+    x, y = standardised(80, 30, 3, seed=5)
+    factor = np.random.default_rng(0).uniform(0.5, 2, (1, 30))
+    lams, path = path_of(x[:50], y[:50], x[50:], y[50:], factor=factor)
+    scaled_lams, scaled = path_of(x[:50] / factor, y[:50], x[50:] / factor, y[50:])
+    np.testing.assert_allclose(lams, scaled_lams)
+    np.testing.assert_array_equal(path.best, scaled.best)
+    np.testing.assert_allclose(path.error, scaled.error, rtol=1e-5)
+    np.testing.assert_allclose(path.weight * factor, scaled.weight, atol=1e-4)
+
+
+def test_a_path_held_positive_stays_so_and_a_target_that_only_falls_is_silent():
+    x, y = standardised(80, 30, 2, seed=5, correlated=1.0)
+    y[:, 1] = -x.sum(axis=1)
+    _, path = path_of(x, y, x, y, is_positive=True)
+    assert (path.weight >= 0).all()
+    assert path.weight[0].any()
+    assert not path.weight[1].any()
 
 
 @settings(max_examples=30, deadline=None)
