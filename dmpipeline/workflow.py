@@ -69,7 +69,7 @@ def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = No
     validation : float
         Share of the models on which lambda is chosen.
     progress : callable, optional
-        See `dmpipeline.datamodels.Progress`.
+        See `dmpipeline.fitting.Progress`.
 
     Raises
     ------
