@@ -1,13 +1,13 @@
 """Datamodels: for every target, a sparse linear model from the training subset to the trained model's output.
 
-They are kept in the space of the raw masks: an output is predicted by `masks @ weight + bias`. A saved file is
-complete or not there.
+In the space of raw masks an output is predicted by `masks @ weight + bias`; weights that come from elsewhere may be of
+standardised masks, and say so once that is known. A saved file is complete or not there.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from dmdata.errors import FormatError
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import BLOCK_ROWS, RowSliceable, as_binary
 from dmpipeline.tensors import save_tensors
+
+SpaceName = Literal["raw", "standardised"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,14 +39,14 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Datamodels:
-    """A fitted set of datamodels, one column a target, in raw-mask space.
+    """A fitted set of datamodels, one column a target.
 
     Attributes
     ----------
     weight : array of float32, shape (n_train, n_targets)
         Change of the output when the example joins the subset, in the output's units.
     bias : array of float32, shape (n_targets,)
-        Predicted output of the empty subset.
+        Predicted output of the empty subset; of the average subset where `space` is "standardised".
     lam : array of float32, shape (n_targets,)
         The chosen strength in 1/2n |y - Xw|^2 + lam |w|_1, where X are masks centred and scaled to unit variance.
     certificate : Certificate or None
@@ -52,6 +54,9 @@ class Datamodels:
     validation_error : array of float64, shape (n_targets,), or None
         Mean squared error on the rows held out to choose lam, of the weights fitted to the others. None where the set
         was read from a file without it.
+    space : {"raw", "standardised"}
+        What a weight is multiplied by: a mask's 0 or 1, or (mask - mean) / deviation as in the reference solver, where
+        mean is the share of subsets that hold the example. `fit` gives raw ones; `dmpipeline.readings` finds out.
     """
 
     weight: NDArray[np.float32]
@@ -59,11 +64,13 @@ class Datamodels:
     lam: NDArray[np.float32]
     certificate: Certificate | None = None
     validation_error: NDArray[np.float64] | None = None
+    space: SpaceName = "raw"
 
     def __repr__(self) -> str:
         nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
         return (
-            f"<Datamodels: {self.n_targets} targets, {self.n_train} examples, {nonzero:.0f} nonzero weights a target>"
+            f"<Datamodels: {self.n_targets} targets, {self.n_train} examples, {nonzero:.0f} nonzero weights a target, "
+            f"{self.space}>"
         )
 
     @property
@@ -90,8 +97,13 @@ class Datamodels:
         Raises
         ------
         SpecError
-            Masks of another width, or with other values than 0 and 1.
+            Masks of another width, or with other values than 0 and 1; or weights that are not raw.
         """
+        if self.space != "raw":
+            raise SpecError(
+                "these weights are of standardised masks; turn them with .to_raw(mean=0.5), or whichever share of the "
+                "subsets holds an example"
+            )
         if not hasattr(masks, "shape"):
             raise SpecError(f"masks are a {type(masks).__name__}; hand in an array, such as numpy.asarray(masks)")
         if len(masks.shape) != 2 or masks.shape[1] != self.n_train:
@@ -105,10 +117,54 @@ class Datamodels:
         predicted += self.bias
         return predicted
 
+    def read_as(self, space: SpaceName) -> Self:
+        """Take the same numbers for weights of the other space, where that is what they are."""
+        if space not in ("raw", "standardised"):
+            raise SpecError(f"there is no space {space!r}; choose raw or standardised")
+        return replace(self, space=space)
+
+    def to_raw(self, *, mean: NDArray[np.float64] | float) -> Self:
+        """Turn weights of standardised masks into those of raw ones, which predict the same.
+
+        With deviations d = sqrt(mean (1 - mean)), a weight w becomes w / d, and the bias b becomes b - sum mean w / d.
+        An example that is in all subsets or in none gets 0. `lam` is that of standardised masks in either space.
+
+        Parameters
+        ----------
+        mean : array of float64, shape (n_train,), or float
+            Share of the fitted subsets that hold each example: alpha, if it is not known for each.
+        """
+        if self.space == "raw":
+            return self
+        mean, deviation = self._spread(mean)
+        inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+        weight = (self.weight * inverse[:, None]).astype(np.float32)
+        return replace(self, weight=weight, bias=(self.bias - mean @ weight).astype(np.float32), space="raw")
+
+    def to_standardised(self, *, mean: NDArray[np.float64] | float) -> Self:
+        """Turn weights of raw masks into those of standardised ones; see `to_raw`."""
+        if self.space == "standardised":
+            return self
+        mean, deviation = self._spread(mean)
+        bias = (self.bias + mean @ self.weight).astype(np.float32)
+        weight = (self.weight * deviation[:, None]).astype(np.float32)
+        return replace(self, weight=weight, bias=bias, space="standardised")
+
+    def _spread(self, mean: NDArray[np.float64] | float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        share = np.asarray(mean, np.float64)
+        if share.shape not in ((), (self.n_train,)) or not ((share >= 0) & (share <= 1)).all():
+            raise SpecError(
+                f"mean {mean} is not a share of subsets for each of {self.n_train} examples; "
+                "choose alpha, such as 0.5, or masks.mean(axis=0)"
+            )
+        share = np.broadcast_to(share, (self.n_train,))
+        return share, np.sqrt(share * (1 - share))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
 
-        What else is known goes beside them as float64 tensors: `gap` and `kkt` of the certificate, `validation_error`.
+        What else is known goes beside them: `gap` and `kkt` of the certificate, `validation_error`, and `standardised`
+        where weights are not raw.
         The file is written beside its destination and moved into place, so a reader finds all of it or none.
 
         Raises
@@ -123,10 +179,19 @@ class Datamodels:
             arrays |= {"gap": self.certificate.gap, "kkt": self.certificate.kkt}
         if self.validation_error is not None:
             arrays["validation_error"] = self.validation_error
+        if self.space == "standardised":
+            arrays["standardised"] = np.ones(self.n_targets)
         return save_tensors(arrays, path)
 
     @classmethod
-    def load(cls, name: str | os.PathLike[str], *, catalog: dmdata.CatalogLike = None) -> Self:
+    def load(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        catalog: dmdata.CatalogLike = None,
+        targets: slice | NDArray[np.integer[Any]] | None = None,
+        space: SpaceName | None = None,
+    ) -> Self:
         """Read datamodels in the release's form; nothing in the file is unpickled or run.
 
         Parameters
@@ -135,6 +200,11 @@ class Datamodels:
             Of a `.pt`: a path, a URL, or a name in a catalog, as "cifar/50pct/test_datamodels".
         catalog : Catalog, path or URL, optional
             See `dmdata.load_catalog`.
+        targets : slice or array of int, optional
+            Read these alone: of weights in a bucket, only their bytes are paid.
+        space : {"raw", "standardised"}, optional
+            What the weights are multiplied by. If not given, what the file says; the release's says nothing, and is
+            taken for raw: `dmpipeline.readings.find_space` tells.
 
         Raises
         ------
@@ -145,13 +215,21 @@ class Datamodels:
         """
         tensors = [dmdata.open(f"{os.fspath(name)}/{tensor}", catalog=catalog) for tensor in _TENSORS]
         _check_tensors(*tensors)
-        weight, bias, lam = (np.asarray(tensor[...], np.float32, order="C") for tensor in tensors)
-        gap, kkt, validation_error = (
-            _read_optional(f"{os.fspath(name)}/{tensor}", lam.shape, catalog)
-            for tensor in ("gap", "kkt", "validation_error")
+        picked = slice(None) if targets is None else targets
+        weight = np.asarray(tensors[0].oindex[:, picked], np.float32, order="C")
+        bias, lam = (np.asarray(tensor.oindex[picked], np.float32) for tensor in tensors[1:])
+        gap, kkt, validation_error, standardised = (
+            _read_optional(f"{os.fspath(name)}/{tensor}", tensors[1].shape, picked, catalog)
+            for tensor in ("gap", "kkt", "validation_error", "standardised")
         )
-        certificate = None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt)
-        return cls(weight=weight, bias=bias, lam=lam, certificate=certificate, validation_error=validation_error)
+        loaded = cls(
+            weight=weight,
+            bias=bias,
+            lam=lam,
+            certificate=None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt),
+            validation_error=validation_error,
+        )
+        return loaded.read_as(space or ("raw" if standardised is None else "standardised"))
 
 
 _TENSORS = ("weight", "bias", "lam")
@@ -169,10 +247,12 @@ def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata
             raise FormatError(f"{tensor.name} has dtype {tensor.dtype}; expected floating point", url=tensor.url)
 
 
-def _read_optional(name: str, shape: tuple[int, ...], catalog: dmdata.CatalogLike) -> NDArray[np.float64] | None:
+def _read_optional(
+    name: str, shape: tuple[int, ...], picked: slice | NDArray[np.integer[Any]], catalog: dmdata.CatalogLike
+) -> NDArray[np.float64] | None:
     """Read a tensor of one number a target, or None where a file whose other tensors were read has no such."""
     try:
         tensor = dmdata.open(name, catalog=catalog)
     except FormatError:
         return None
-    return np.asarray(tensor[...], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None
+    return np.asarray(tensor.oindex[picked], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None

@@ -263,6 +263,54 @@ def test_a_file_of_the_release_has_no_certificate(fitted, tmp_path):
     assert loaded.validation_error is None
 
 
+def test_weights_turned_to_the_other_space_and_back_predict_the_same(problem, fitted):
+    masks, _, _ = problem
+    mean = masks.mean(axis=0)
+    turned = fitted.to_standardised(mean=mean)
+    assert turned.space == "standardised"
+    by_hand = (masks - mean) / masks.std(axis=0) @ turned.weight + turned.bias
+    np.testing.assert_allclose(by_hand, fitted.predict(masks), atol=1e-4)
+    back = turned.to_raw(mean=mean)
+    np.testing.assert_allclose(back.weight, fitted.weight, atol=1e-6)
+    np.testing.assert_allclose(back.bias, fitted.bias, atol=1e-4)
+    assert fitted.to_raw(mean=0.5) is fitted
+    assert turned.to_standardised(mean=0.5) is turned
+    with pytest.raises(SpecError, match=r"turn them with \.to_raw"):
+        turned.predict(masks)
+
+
+def test_an_example_in_all_subsets_has_no_standardised_weight(fitted):
+    mean = np.full(60, 0.5)
+    mean[3] = 1
+    assert not fitted.read_as("standardised").to_raw(mean=mean).weight[3].any()
+    assert np.isfinite(fitted.to_standardised(mean=mean).to_raw(mean=mean).weight).all()
+
+
+def test_a_saved_file_says_which_space_it_is_in_and_the_reader_may_overrule_it(fitted, tmp_path):
+    path = fitted.to_standardised(mean=0.5).save(tmp_path / "turned.pt")
+    assert Datamodels.load(path).space == "standardised"
+    assert Datamodels.load(path, space="raw").space == "raw"
+    assert Datamodels.load(fitted.save(tmp_path / "raw.pt")).space == "raw"
+    with pytest.raises(SpecError, match="choose raw or standardised"):
+        Datamodels.load(path, space="cooked")
+
+
+@pytest.mark.parametrize("mean", [1.5, -0.1, np.nan, np.full(59, 0.5)])
+def test_a_mean_that_is_no_share_is_refused(fitted, mean):
+    with pytest.raises(SpecError, match="not a share of subsets"):
+        fitted.to_standardised(mean=mean)
+
+
+@pytest.mark.parametrize("targets", [slice(1, 3), np.array([3, 0])])
+def test_some_targets_are_read_alone(fitted, tmp_path, targets):
+    path = fitted.save(tmp_path / "all.pt")
+    some = Datamodels.load(path, targets=targets)
+    np.testing.assert_array_equal(some.weight, fitted.weight[:, targets])
+    for name in ("bias", "lam", "validation_error"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(fitted, name)[targets])
+    np.testing.assert_array_equal(some.certificate.gap, fitted.certificate.gap[targets])
+
+
 def test_a_transposed_or_half_precision_tensor_is_read_as_it_is_meant(fitted, tmp_path):
     path = tmp_path / "turned.pt"
     weight = torch.from_numpy(fitted.weight.T.copy()).T
