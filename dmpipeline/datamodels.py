@@ -54,6 +54,8 @@ class Datamodels:
     validation_error : array of float64, shape (n_targets,), or None
         Mean squared error on the rows held out to choose lam, of the weights fitted to the others. None where the set
         was read from a file without it.
+    prior_strength : float or None
+        How far the prior of the fit was trusted, 0 for not at all; None if there was none.
     space : {"raw", "standardised"}
         What a weight is multiplied by: a mask's 0 or 1, or (mask - mean) / deviation as in the reference solver, where
         mean is the share of subsets that hold the example. `fit` gives raw ones; `dmpipeline.readings` finds out.
@@ -64,6 +66,7 @@ class Datamodels:
     lam: NDArray[np.float32]
     certificate: Certificate | None = None
     validation_error: NDArray[np.float64] | None = None
+    prior_strength: float | None = None
     space: SpaceName = "raw"
 
     def __repr__(self) -> str:

@@ -31,8 +31,8 @@ _CHECKED_AT_ONCE = 256
 
 
 @kernel
-def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positive, gram_out, cross_out, square_out,
-                weight, error, packed, packed_out):  # fmt: skip
+def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, least_rise, is_positive,
+                gram_out, cross_out, square_out, weight, error, packed, packed_out):  # fmt: skip
     """Go down one target's grid; leave the weights of least held-out error in `weight`, each point's error in `error`.
 
     Returns
@@ -50,10 +50,10 @@ def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positiv
     gradients = np.empty((4, n_features), gram.dtype)
     weight[:] = 0
     error[0] = square_out  # of a target that nothing pulls, which has no path
-    lowest, best, worse = np.inf, 0, 0
+    lowest, best, worse, is_over = np.inf, 0, 0, lams[0] <= 0
     step = 0
-    while step < len(lams) and lams[0] > 0 and worse < patience:
-        n_points = min(4, len(lams) - step, patience - worse)
+    while step < len(lams) and not is_over:
+        n_points = min(4, len(lams) - step, max(patience - worse, 1))
         end = lams[step + n_points - 1]
         early = max(end - _FORESIGHT * (lams[max(step - 1, 0)] - end), 0)
         n_active = _join(gradient, idle, early, active, n_active, is_positive)
@@ -87,13 +87,14 @@ def follow_path(gram, cross, lams, factor, tol, max_sweeps, patience, is_positiv
             n_active = _join(gradients[n_good], idle, lam + tol * lam, active, n_active, is_positive)
             n_good += n_active == n_packed
         n_accepted = 0
-        while n_accepted < n_good and worse < patience:
+        while n_accepted < n_good and not is_over:
             if error[step] < lowest:
                 lowest, best, worse = error[step], step, 0
                 for a in range(n_packed):
                     weight[active[a]] = start[a] + steps[n_accepted, a]
-            else:
+            elif error[step] > lowest:  # where nothing moves yet, nothing is worse
                 worse += 1
+                is_over = worse >= patience and error[step] > (1 + least_rise) * lowest
             n_accepted += 1
             step += 1
         for q in range(max(n_accepted - 2, 0), n_accepted):

@@ -124,6 +124,7 @@ def solve_paths(
     is_positive: bool = False,
     tol: float,
     patience: int,
+    least_rise: float = 0.0,
     max_sweeps: int,
     threads: int,
     progress: Callable[[int, int], None] | None,
@@ -143,7 +144,9 @@ def solve_paths(
     tol : float
         Largest violation of an optimality condition at which a point is accepted, as a share of its lam.
     patience : int
-        The path stops when so many points in a row have not lowered the held-out error.
+        The path stops when so many points in a row have not lowered the held-out error,
+    least_rise : float
+        and it has risen by more than this share of the lowest.
     max_sweeps : int
         Most passes of coordinate descent between two looks at all features.
     progress : callable or None
@@ -169,6 +172,7 @@ def solve_paths(
             tol,
             max_sweeps,
             patience,
+            least_rise,
             is_positive,
             holdout.gram,
             holdout.cross[t],

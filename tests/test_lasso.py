@@ -198,6 +198,30 @@ def test_a_path_stops_when_patience_runs_out():
     assert not path.weight.any()
 
 
+def test_a_path_goes_on_while_the_error_has_hardly_risen():
+    x, y = standardised(60, 20, 1, seed=7)
+    gram, cross, square = moments(x, y)
+    lams = lasso.lambda_grid(cross, n_lams=20, ratio=0.01)
+    opposite = lasso.Holdout(gram, -cross, square)
+    limits = {"tol": 1e-4, "patience": 3, "max_sweeps": 1000, "threads": 1, "progress": None}
+    whole = lasso.solve_paths(gram, cross, lams, holdout=opposite, **limits | {"patience": 100}).error[0]
+    for rise in (0.0, 0.5, 1.0, 100.0):
+        path = lasso.solve_paths(gram, cross, lams, holdout=opposite, least_rise=rise, **limits)
+        beyond = np.flatnonzero((whole > (1 + rise) * whole[0]) & (np.arange(20) >= 3))
+        assert path.n_solved[0] == (beyond[0] + 1 if len(beyond) else 20)
+
+
+def test_points_at_which_nothing_moves_yet_do_not_wear_patience_out():
+    x, y = standardised(80, 30, 2, seed=5)
+    gram, cross, square = moments(x, y)
+    grid = lasso.lambda_grid(cross, n_lams=20, ratio=0.01)
+    lams = np.hstack([grid[:, [0]] * 1.1 ** np.arange(8, 0, -1), grid])
+    limits = {"tol": 1e-4, "patience": 3, "max_sweeps": 1000, "threads": 1, "progress": None}
+    path = lasso.solve_paths(gram, cross, lams, holdout=lasso.Holdout(gram, cross, square), **limits)
+    np.testing.assert_array_equal(path.error[:, :9], np.tile(square[:, None], 9))
+    assert (path.best > 9).all()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_result_does_not_depend_on_threads_or_neighbours(dtype):
     x, y = standardised(120, 100, 7, seed=11, correlated=0.5)
