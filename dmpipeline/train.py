@@ -6,7 +6,7 @@ little from being shared by cores, and lose much where cores are shared with oth
 nothing but the seed and its own number, so a row is the same whichever block, worker or resume trained it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,10 +76,7 @@ def train_block(
     n_models = len(masks)
     train = np.empty((n_models, dataset.n_train, dataset.n_classes), np.float16)
     test = np.empty((n_models, dataset.n_test, dataset.n_classes), np.float16)
-    inputs = _padded(torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs])), axes=1)
-    targets = _padded(
-        torch.nn.functional.one_hot(torch.tensor(dataset.train_labels), dataset.n_classes).float(), axes=1
-    )
+    inputs, targets = _inputs_and_targets(dataset)
     widths = (dataset.train_inputs.shape[1], recipe.hidden, dataset.n_classes)
 
     def train_group(group: slice) -> list[int]:
@@ -119,6 +116,49 @@ def train_rows(spec: RunSpec, dataset: Dataset, rows: range) -> tuple[npt.NDArra
     masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
     recipe, model_indices = find_recipe(spec.recipe), spec.model_indices(rows)
     return masks, train_block(dataset, recipe, masks=masks, seed=spec.seed, model_indices=model_indices, rows=rows)
+
+
+def train_parameters(spec: RunSpec, dataset: Dataset, rows: range) -> list[dict[str, torch.Tensor]]:
+    """Train some rows of a run again and return what was learned: a run stores outputs, and its seed draws the rest.
+
+    Returns
+    -------
+    parameters : list of dict
+        For each row float32 tensors `w1` (n_features, hidden), `b1` (hidden,), `w2` (hidden, n_classes) and `b2`
+        (n_classes,); see `perceptron_logits`.
+    """
+    recipe = find_recipe(spec.recipe)
+    masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
+    models = spec.model_indices(rows)
+    widths = (dataset.train_inputs.shape[1], recipe.hidden, dataset.n_classes)
+    inputs, targets = _inputs_and_targets(dataset)
+    with torch.inference_mode():
+        parameters = _initial_parameters(spec.seed, models, widths)
+        _train_group(inputs, targets, recipe, parameters, _orders(spec.seed, models, masks, recipe.epochs))
+    n_features, hidden, n_classes = widths
+    w1, b1, w2, b2 = (parameter.clone() for parameter in parameters)
+    return [
+        {
+            "w1": w1[m, :n_features, :hidden],
+            "b1": b1[m, 0, :hidden],
+            "w2": w2[m, :hidden, :n_classes],
+            "b2": b2[m, 0, :n_classes],
+        }
+        for m in range(len(rows))
+    ]
+
+
+def perceptron_logits(parameters: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """Logits of a trained perceptron, (..., n_classes), for inputs (..., n_features)."""
+    hidden = torch.relu(inputs @ parameters["w1"] + parameters["b1"])
+    return hidden @ parameters["w2"] + parameters["b2"]
+
+
+def _inputs_and_targets(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the inputs of train and then test examples, and make one-hot labels of the train ones, padded."""
+    inputs = torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs]))
+    targets = torch.nn.functional.one_hot(torch.tensor(dataset.train_labels), dataset.n_classes).float()
+    return _padded(inputs, axes=1), _padded(targets, axes=1)
 
 
 @contextmanager

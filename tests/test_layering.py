@@ -16,9 +16,9 @@ ROOMS_IN_ORDER = {
         xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
     """,
     "dmpipeline": """
-        errors regeneration spec masks datasets recipes outputs train store cluster verify tensors compute binary
-        moments spaces descent lasso datamodels priors fitting readings evaluate applications export report workflow
-        demo cli
+        errors regeneration spec masks datasets recipes outputs train store cluster attribution verify tensors compute
+        binary moments spaces descent lasso datamodels priors fitting readings evaluate applications export report
+        workflow demo cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
