@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dmdata
-from dmdata.errors import FormatError
+from dmdata.errors import CatalogError, FormatError
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import BLOCK_ROWS, RowSliceable, as_binary
 from dmpipeline.tensors import save_tensors
@@ -256,6 +256,6 @@ def _read_optional(
     """Read a tensor of one number a target, or None where a file whose other tensors were read has no such."""
     try:
         tensor = dmdata.open(name, catalog=catalog)
-    except FormatError:
+    except (FormatError, CatalogError):
         return None
     return np.asarray(tensor.oindex[picked], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None

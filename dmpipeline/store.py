@@ -426,11 +426,15 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
         layouts = pt_layouts(read_at, object_bytes=n_bytes, url=str(path))
     shapes = {name: layout.shape for name, layout in layouts.items()}
     n_train, n_test = (*shapes.get("weight", ()), 0, 0)[:2]
-    if shapes != {"weight": (n_train, n_test), "bias": (n_test,), "lam": (n_test,)}:
+    of_targets = set(shapes) - {"weight"}
+    if not of_targets >= {"bias", "lam"} or shapes != {"weight": (n_train, n_test)} | dict.fromkeys(
+        of_targets, (n_test,)
+    ):
         raise FormatError(
-            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam", url=str(path)
+            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), and bias, lam and more of (n_test,)",
+            url=str(path),
         )
-    dims = {"weight": ("train_example", "test_example"), "bias": ("test_example",), "lam": ("test_example",)}
+    dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
     members = {
         name: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[name])
         for name, layout in layouts.items()

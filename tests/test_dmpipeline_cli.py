@@ -9,6 +9,7 @@ import pytest
 
 import dmdata
 from dmpipeline.cli import main
+from dmpipeline.datamodels import Datamodels
 
 SMALL = ["--models", "60", "--held-out", "4", "--retrainings", "2"]
 
@@ -51,6 +52,17 @@ def test_a_run_and_its_export_open_by_the_same_call_and_agree(demo):
         ours, exported = (dmdata.open(f"digits/50pct/{array}", catalog=catalog) for catalog in (demo, demo / "export"))
         np.testing.assert_array_equal(ours[...], exported[...])
         assert ours.dims == exported.dims
+
+
+def test_the_datamodels_of_a_run_and_of_its_export_keep_their_certificate(demo):
+    ours, exported = (
+        Datamodels.load("digits/50pct/test_datamodels", catalog=place) for place in (demo, demo / "export")
+    )
+    for loaded in (ours, exported):
+        assert loaded.space == "raw"
+        assert loaded.certificate.gap.max() < 1e-4
+        assert loaded.certificate.kkt.max() < 2e-3
+    np.testing.assert_array_equal(ours.validation_error, exported.validation_error)
 
 
 def test_doing_the_demo_again_trains_nothing_twice(demo, capsys):
