@@ -431,7 +431,7 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
         of_targets, (n_test,)
     ):
         raise FormatError(
-            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), and bias, lam and more of (n_test,)",
+            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else there is a target",
             url=str(path),
         )
     dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
