@@ -427,11 +427,11 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
     shapes = {name: layout.shape for name, layout in layouts.items()}
     n_train, n_test = (*shapes.get("weight", ()), 0, 0)[:2]
     of_targets = set(shapes) - {"weight"}
-    if not of_targets >= {"bias", "lam"} or shapes != {"weight": (n_train, n_test)} | dict.fromkeys(
-        of_targets, (n_test,)
-    ):
+    expected = {"weight": (n_train, n_test)} | dict.fromkeys(of_targets, (n_test,))
+    if not of_targets >= {"bias", "lam"} or shapes != expected:
         raise FormatError(
-            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else there is a target",
+            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else "
+            "there is of each target",
             url=str(path),
         )
     dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
