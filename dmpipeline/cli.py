@@ -402,6 +402,7 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
     interval = f"{evaluation.level:.0%} interval {low} to {high}"
     table.add_row("LDS", readable_score(evaluation.lds), f"{averaged}; {interval}")
     table.add_row("its noise ceiling", readable_score(evaluation.lds_ceiling), "")
+    table.add_row("LDS", readable_score(evaluation.lds_ratio), "as a share of its noise ceiling")
     table.add_row("LDS", readable_score(evaluation.lds_single), "single retrainings")
     table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
     table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, squared logits")

@@ -68,9 +68,17 @@ class Evaluation:
     n_constant: int
     level: float
 
+    @property
+    def lds_ratio(self) -> float:
+        """Share of the ceiling that the LDS reaches; nan where the ceiling is not defined, or is 0.
+
+        A ratio of two averages, each of which is estimated: chance may carry it above 1.
+        """
+        return self.lds / self.lds_ceiling if self.lds_ceiling > 0 else math.nan
+
     def as_dict(self) -> dict[str, float | int | None]:
         """Give the scalars, ready for JSON: None stands for what is not defined."""
-        names = ("lds", "lds_low", "lds_high", "lds_single", "lds_ceiling", "mse", "r2", "level")
+        names = ("lds", "lds_low", "lds_high", "lds_single", "lds_ceiling", "lds_ratio", "mse", "r2", "level")
         scores = {name: _or_none(getattr(self, name)) for name in names}
         counts = {name: getattr(self, name) for name in ("n_subsets", "n_retrainings", "n_targets", "n_constant")}
         return scores | counts

@@ -37,6 +37,7 @@ def fit(
     validation: float = 0.1,
     folds: int | None = None,
     prior: NDArray[Any] | None = None,
+    is_positive: bool = False,
     n_lams: int = 100,
     lam_ratio: float = 1e-2,
     tol: float = 1e-3,
@@ -63,6 +64,8 @@ def fit(
         Scores that say, by their magnitude, which examples are likely to matter for a target; any attribution will do.
         Likely ones are penalised less, by a strength from `priors.STRENGTHS` that is chosen for all targets together by
         their validation errors. None is among them: a useless prior costs time, three times as much, and little else.
+    is_positive : bool
+        Allow no weight below zero (the positive Lasso of Efron et al., Least Angle Regression, 2004).
     n_lams, lam_ratio
         Points of a target's grid, spaced evenly in log lam from the least lam that silences it down to `lam_ratio` of
         that.
@@ -113,7 +116,7 @@ def fit(
     n_models, n_train, n_targets = check_shapes(masks, outputs)
     _check_prior(prior, n_train, n_targets)
     ends = _ends_of_parts(n_models, validation=validation, folds=folds)
-    settings = _Settings(prior, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
     parts = []
     for start, stop in zip([0, *ends], ends, strict=False):
         report = settings.report("moments", start, n_models)
@@ -152,6 +155,7 @@ def fit_moments(
     held_out: Moments,
     *,
     prior: NDArray[Any] | None = None,
+    is_positive: bool = False,
     n_lams: int = 100,
     lam_ratio: float = 1e-2,
     tol: float = 1e-3,
@@ -164,7 +168,7 @@ def fit_moments(
 
     The settings are those of `fit`. No model is read, so the time does not depend on how many there were.
     """
-    settings = _Settings(prior, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
     return _fit_split(fitting, held_out, settings)
 
 
@@ -172,6 +176,7 @@ def fit_folds(
     parts: Sequence[Moments],
     *,
     prior: NDArray[Any] | None = None,
+    is_positive: bool = False,
     n_lams: int = 100,
     lam_ratio: float = 1e-2,
     tol: float = 1e-3,
@@ -186,7 +191,7 @@ def fit_folds(
     """
     if len(parts) < 2:
         raise SpecError(f"{len(parts)} sets of moments leave nothing to hold out; hand in at least 2")
-    return _fit_folds(parts, _Settings(prior, n_lams, lam_ratio, tol, patience, strict, threads, progress))
+    return _fit_folds(parts, _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress))
 
 
 _MAX_SWEEPS = 10_000
@@ -204,6 +209,7 @@ class _Settings:
     """The settings of a fit from moments, as `fit` describes them."""
 
     prior: NDArray[Any] | None
+    is_positive: bool
     n_lams: int
     lam_ratio: float
     tol: float
@@ -229,6 +235,12 @@ class _Settings:
         if self.prior is None or strength == 0:
             return None
         return penalty_factors(np.asarray(self.prior[:, part]), strength=strength)
+
+    def grid(self, cross: NDArray[np.float64], factor: NDArray[np.float32] | None) -> NDArray[np.float64]:
+        """Space the strengths of some targets, (n_targets, n_lams)."""
+        return lasso.lambda_grid(
+            cross, n_lams=self.n_lams, ratio=self.lam_ratio, factor=factor, is_positive=self.is_positive
+        )
 
     def report(self, stage: str, before: int, total: int) -> Callable[[int, int], None] | None:
         """Make a reporter for one part of a stage, which counts on from what was done before it."""
@@ -280,8 +292,7 @@ def _choose(
     for part in _parts(n_targets):
         cross = space.cross(grid_from, part)
         for i, strength in enumerate(strengths):
-            factor = settings.factor(part, strength)
-            lams[i, part] = lasso.lambda_grid(cross, n_lams=settings.n_lams, ratio=settings.lam_ratio, factor=factor)
+            lams[i, part] = settings.grid(cross, settings.factor(part, strength))
     error, n_held_out = np.zeros(lams.shape), 0
     weights = np.empty((len(strengths), n_targets, n_train), np.float32)
     paths = itertools.count(0, n_targets)
@@ -297,6 +308,7 @@ def _choose(
                     lams[i, part],
                     holdout=lasso.Holdout(gram_out, space.cross(held_out, part), space.square(held_out, part)),
                     factor=settings.factor(part, strength),
+                    is_positive=settings.is_positive,
                     tol=settings.tol,
                     patience=settings.patience,
                     least_rise=_LEAST_RISE / held_out.n**0.5,
@@ -328,9 +340,8 @@ def _refit(whole: Moments, choice: _Choice, settings: _Settings) -> Datamodels:
     gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
     for part in _parts(n_targets):
         cross, factor = space.cross(whole, part), settings.factor(part, choice.strength)
-        # a target without a path, constant over the fitting rows, is silenced over all rows too
-        silent = lasso.lambda_grid(cross, n_lams=1, ratio=settings.lam_ratio, factor=factor)[:, 0]
-        lam[part] = np.where(lam[part] > 0, lam[part], silent)
+        # a target without a path, which nothing pulled over the fitting rows, is silenced over all rows too
+        lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, factor)[:, 0])
         solution = lasso.solve(
             gram,
             cross,
@@ -338,6 +349,7 @@ def _refit(whole: Moments, choice: _Choice, settings: _Settings) -> Datamodels:
             lam[part],
             start=weight[part],
             factor=factor,
+            is_positive=settings.is_positive,
             tol=settings.tol,
             max_sweeps=_MAX_SWEEPS,
             threads=threads,

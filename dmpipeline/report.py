@@ -148,10 +148,6 @@ def _times(n: int) -> str:
     return {1: "once", 2: "twice"}.get(n, f"{n} times")
 
 
-def _share_of_ceiling(evaluation: Evaluation) -> float:
-    return evaluation.lds / evaluation.lds_ceiling if evaluation.lds_ceiling > 0 else math.nan
-
-
 def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
     e = evaluation
     if math.isnan(e.lds):
@@ -162,7 +158,7 @@ def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
         f"{_times(e.n_retrainings)}, the mean LDS is {_number(e.lds, 3)} "
         f"({e.level:.0%} interval {_number(e.lds_low, 3)} to {_number(e.lds_high, 3)})"
     )
-    share = _share_of_ceiling(e)
+    share = e.lds_ratio
     if math.isnan(share):
         return text + "."
     return text + f", which is {share:.0%} of what the noise of training allows ({_number(e.lds_ceiling, 3)})."
@@ -170,7 +166,7 @@ def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
 
 def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:
     e = evaluation
-    share = _share_of_ceiling(e)
+    share = e.lds_ratio
     facts = {
         f"LDS, against the average of {e.n_retrainings} retrainings": _number(e.lds, 3),
         "noise ceiling of the LDS": _number(e.lds_ceiling, 3),

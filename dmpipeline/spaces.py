@@ -5,6 +5,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +35,12 @@ class Space:
         varies = y_square - y_mean**2 > _LEAST_VARIANCE * y_square
         return cls(mean, inverse_scale, moments.shift, y_mean, varies)
 
-    def gram(self, moments: Moments, *, threads: int) -> NDArray[np.float32]:
+    def gram(
+        self, moments: Moments, *, threads: int, dtype: type[np.floating[Any]] = np.float32
+    ) -> NDArray[np.floating[Any]]:
         """(X - mean)'(X - mean) / n in these units, shape (n_train, n_train); the sums are formed in float64."""
         seen = moments.ones / moments.n
-        gram = np.empty(moments.gram.shape, np.float32)
+        gram = np.empty(moments.gram.shape, dtype)
 
         def rows_from(top: int) -> None:
             _standardise(moments.gram, moments.n, seen, self.mean, self.inverse_scale, gram, top, top + _ROWS_AT_ONCE)

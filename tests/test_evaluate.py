@@ -67,6 +67,12 @@ def test_the_ceiling_of_pure_noise_is_low_and_of_one_retraining_unknown():
     assert score(rng.standard_normal((30, 5)), rng.standard_normal((30, 5)), **QUICK).as_dict()["lds_ceiling"] is None
 
 
+def test_the_ratio_is_of_the_averages_and_needs_a_ceiling():
+    result = score(*noisy(100, 4, 5, noise=1.0), **QUICK)
+    assert result.as_dict()["lds_ratio"] == result.lds_ratio == result.lds / result.lds_ceiling
+    assert score(*noisy(100, 1, 5, noise=1.0), **QUICK).as_dict()["lds_ratio"] is None
+
+
 def test_errors_are_those_of_single_retrainings():
     true, outputs = noisy(50, 4, 6, noise=0.7)
     result = score(true, outputs, **QUICK)
