@@ -183,6 +183,24 @@ def test_a_path_keeps_the_grid_point_of_least_held_out_error():
         assert path.n_solved[t] == lams.shape[1]
 
 
+def test_every_point_of_a_path_is_optimal_where_features_come_in_unforeseen():
+    """A suppressor's own covariance with the target is nearly nothing: only the gradient tells when it is needed."""
+    rng = np.random.default_rng(41)
+    hidden = rng.standard_normal((400, 10))
+    x = np.hstack([hidden + 0.3 * rng.standard_normal((400, 10)), hidden, rng.standard_normal((400, 20))])
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    y = (x[:, :10] - x[:, 10:20]) @ rng.uniform(1, 3, (10, 3)) + 0.1 * rng.standard_normal((400, 3))
+    y -= y.mean(axis=0)
+    gram, cross, square = moments(x, y)
+    lams = lasso.lambda_grid(cross, n_lams=30, ratio=1e-3)
+    limits = {"tol": 1e-8, "patience": 100, "max_sweeps": 100_000, "threads": 1, "progress": None}
+    path = lasso.solve_paths(gram, cross, lams, holdout=lasso.Holdout(gram, cross, square), **limits)
+    for t in range(3):
+        for lam, error in zip(lams[t], path.error[t], strict=True):
+            oracle = Lasso(alpha=lam, fit_intercept=False, tol=1e-12, max_iter=10**6).fit(x, y[:, t])
+            assert error == pytest.approx(((y[:, t] - x @ oracle.coef_) ** 2).mean(), rel=1e-5)
+
+
 def test_the_first_point_of_the_grid_silences_every_weight_and_the_second_does_not():
     x, y = standardised(50, 9, 4, seed=2)
     lams = lasso.lambda_grid(moments(x, y)[1], n_lams=30, ratio=0.01)
