@@ -361,7 +361,8 @@ def test_a_command_that_is_interrupted_ends_with_130_keeps_what_is_complete_and_
     assert "Traceback" not in err
     before = s3.n_requests
     assert before < 17
-    assert dmdata.spend().n_requests == before
+    # a request is in the ledger before it is sent: the last may not have got to the server
+    assert 0 <= dmdata.spend().n_requests - before <= 1
     s3.latency_seconds = 0
     done = in_subprocess(*arguments)
     assert done.returncode == 0, done.stderr
