@@ -6,9 +6,11 @@
 A word of 64 rows of two columns costs an `and` and a population count in place of 64 multiplications, and X'X is
 symmetric, so half of it is counted. X'y takes 8 rows at a time: all 256 sums that a byte of X can ask for are formed
 once for all columns (the method of four Russians; Arlazarov, Dinic, Kronrod and Faradzev, 1970). Counts are exact. Sums
-are of float64, and come in the same order whatever the number of threads.
+are of float64, and come in the same order whatever the number of threads; those of float16 are of whole multiples of a
+power of two, in int32, which twice as many fit into a vector of, and the few numbers that have a finer rest add it.
 """
 
+import math
 from concurrent.futures import Executor
 from typing import Any
 
@@ -24,7 +26,8 @@ _TABLES = 4  # looked up together
 _TILE_COLUMNS = 128
 _TILE_WORDS = 256  # two tiles of words, 512 KiB, stay in the second cache
 _PANEL_COLUMNS = 2048
-_MOST_TARGETS = 32  # of a panel: its tables take 256 KiB, its sums 512 KiB
+_MOST_BYTES = 256  # of a row's targets: the tables take 256 KiB, the sums of a panel 512 KiB
+_ROWS_OF_A_SUM = 512
 
 
 def code_rows(x: NDArray[Any]) -> NDArray[np.uint8]:
@@ -93,15 +96,30 @@ def add_products(
     shift : array of float64, shape (n_targets,)
     """
     n_targets = y.shape[1]
-    width = min(_MOST_TARGETS, -(-n_targets // threads))
+    is_short = y.dtype == np.float16
+    width = min(_MOST_BYTES // (4 if is_short else 8), -(-n_targets // threads))
 
     def of_targets(left: int) -> None:
         some = slice(left, left + width)
         rows = np.zeros((8 * len(codes), len(shift[some])))
         np.subtract(y[:, some], shift[some], out=rows[: len(y)])
-        _add_products(codes, rows, len(y), cross[:, some], sums[some], squares[some])
+        _add_sums(rows, sums[some], squares[some])
+        if is_short:
+            scale = _scale_of(max(rows.max(), -rows.min()))
+            whole = np.empty(rows.shape, np.int32)
+            if _take_whole(rows, scale, whole):
+                _add_rests(codes, rows, cross[:, some])
+            _add_products(codes, whole, 1 / scale, cross[:, some])
+        else:
+            _add_products(codes, rows, 1.0, cross[:, some])
 
     list(pool.map(of_targets, range(0, n_targets, width)))
+
+
+def _scale_of(largest: float) -> float:
+    """Find the power of two by which numbers up to `largest` may be multiplied, so that a panel's sums stay in int32."""
+    _, exponent = math.frexp(largest)
+    return math.ldexp(1.0, 31 - int(math.log2(_ROWS_OF_A_SUM)) - exponent) if math.isfinite(largest) else 1.0
 
 
 @intrinsic
@@ -157,29 +175,66 @@ def _count_tiles(words, n_words, counts, top):
 
 
 @kernel
-def _add_products(codes, rows, n_rows, cross, sums, squares):
-    n_columns, width = cross.shape
-    for i in range(n_rows):
-        for t in range(width):
+def _add_sums(rows, sums, squares):
+    for i in range(len(rows)):
+        for t in range(rows.shape[1]):
             sums[t] += rows[i, t]
             squares[t] += rows[i, t] * rows[i, t]
-    tables = np.zeros((_TABLES, 256, width))
-    panel = np.empty((_PANEL_COLUMNS, width))
+
+
+@kernel
+def _take_whole(rows, scale, whole):
+    """Move the whole multiples of 1 / scale from `rows` to `whole`; count the numbers of which something is left."""
+    n_left = 0
+    for i in range(len(rows)):
+        for t in range(rows.shape[1]):
+            whole[i, t] = np.int32(rows[i, t] * scale)
+            rows[i, t] -= whole[i, t] / scale
+            n_left += rows[i, t] != 0
+    return n_left
+
+
+@kernel
+def _add_rests(codes, rows, cross):
+    """Add X'r of the few numbers r in `rows` that are not zero."""
+    for left in range(0, len(cross), _PANEL_COLUMNS):
+        panel = cross[left : left + _PANEL_COLUMNS]
+        total = np.zeros((rows.shape[1], len(panel)))
+        for i in range(len(rows)):
+            code, bit = codes[i // 8, left : left + _PANEL_COLUMNS], np.uint8(i % 8)
+            for t in range(rows.shape[1]):
+                rest = rows[i, t]
+                if rest != 0:
+                    own = total[t]
+                    for j in range(len(own)):
+                        own[j] += rest * ((code[j] >> bit) & np.uint8(1))
+        for j in range(len(panel)):
+            for t in range(rows.shape[1]):
+                panel[j, t] += total[t, j]
+
+
+@kernel
+def _add_products(codes, rows, unit, cross):
+    """Add X'(rows) * unit; the sums of `_ROWS_OF_A_SUM` rows fit into the numbers of `rows`."""
+    n_columns, width = cross.shape
+    tables = np.zeros((_TABLES, 256, width), rows.dtype)
+    panel = np.empty((_PANEL_COLUMNS, width), rows.dtype)
     for left in range(0, n_columns, _PANEL_COLUMNS):
         right = min(left + _PANEL_COLUMNS, n_columns)
-        panel[:] = 0
-        for g in range(0, len(codes), _TABLES):
-            for h in range(_TABLES):
-                _sum_subsets(rows[8 * (g + h) : 8 * (g + h + 1)], tables[h])
+        for top in range(0, len(codes), _ROWS_OF_A_SUM // 8):
+            panel[:] = 0
+            for g in range(top, min(top + _ROWS_OF_A_SUM // 8, len(codes)), _TABLES):
+                for h in range(_TABLES):
+                    _sum_subsets(rows[8 * (g + h) : 8 * (g + h + 1)], tables[h])
+                for j in range(left, right):
+                    a, b = tables[0, codes[g, j]], tables[1, codes[g + 1, j]]
+                    c, d = tables[2, codes[g + 2, j]], tables[3, codes[g + 3, j]]
+                    total = panel[j - left]
+                    for t in range(width):
+                        total[t] += (a[t] + b[t]) + (c[t] + d[t])
             for j in range(left, right):
-                a, b = tables[0, codes[g, j]], tables[1, codes[g + 1, j]]
-                c, d = tables[2, codes[g + 2, j]], tables[3, codes[g + 3, j]]
-                total = panel[j - left]
                 for t in range(width):
-                    total[t] += (a[t] + b[t]) + (c[t] + d[t])
-        for j in range(left, right):
-            for t in range(width):
-                cross[j, t] += panel[j - left, t]
+                    cross[j, t] += unit * panel[j - left, t]
 
 
 @kernel

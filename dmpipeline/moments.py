@@ -104,7 +104,7 @@ class Moments:
         Notes
         -----
         Beside the result, memory holds one block, about `block_rows` x (n_train + 12 n_targets) bytes for boolean
-        masks and float16 outputs; at most `BITS_BYTES`, or the bits of a block if those are more; and 1.5 MiB a thread.
+        masks and float16 outputs; at most `BITS_BYTES`, or the bits of a block if those are more; and 2 MiB a thread.
 
         Examples
         --------
