@@ -117,7 +117,7 @@ def add_products(
 
 
 def _scale_of(largest: float) -> float:
-    """Find the power of two by which numbers up to `largest` may be multiplied, so that a panel's sums stay in int32."""
+    """Find the power of two by which numbers up to `largest` may be multiplied, so that sums of a panel fit int32."""
     _, exponent = math.frexp(largest)
     return math.ldexp(1.0, 31 - int(math.log2(_ROWS_OF_A_SUM)) - exponent) if math.isfinite(largest) else 1.0
 

@@ -31,6 +31,7 @@ from dmpipeline.regeneration import (
 from dmpipeline.spec import RunSpec
 
 if TYPE_CHECKING:
+    from dmpipeline import workflow
     from dmpipeline.evaluate import Evaluation
     from dmpipeline.store import Run
     from dmpipeline.verify import Finding
@@ -247,15 +248,51 @@ def verify(talk: Talk, directory: Path) -> None:
 @commands.command("fit")
 @DIRECTORY
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share of models to choose lambda on.")
+@click.option("--folds", type=int, help="Choose lambda by so many-fold cross-validation instead; slower by as much.")
+@click.option(
+    "--prior",
+    type=click.Choice(["none", "gradient"]),
+    default="none",
+    show_default=True,
+    help="Guide the fit by gradients of the run's first models: as good as half again as many models, or more.",
+)
+@click.option("--positive", is_flag=True, help="Allow no weight below zero.")
+@click.option("--strict", is_flag=True, help="Fail where a target did not converge.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep what is finished here, not in DIRECTORY/fitting.")
+@click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do it, as tcp://host:8786.")
 @talk_options
-def fit(talk: Talk, directory: Path, validation: float) -> None:
-    """Fit a datamodel to every test example's margin, on the models of the run at DIRECTORY."""
+def fit(
+    talk: Talk,
+    directory: Path,
+    validation: float,
+    folds: int | None,
+    prior: "workflow.PriorName",
+    positive: bool,
+    strict: bool,
+    work: Path | None,
+    scheduler: str | None,
+) -> None:
+    """Fit a datamodel to every test example's margin, on the models of the run at DIRECTORY.
+
+    Stop it at any time and run it again to go on. The second moments of the models are kept: a fit with other options
+    does not read them again, nor one of a longer run of the same seed that is given this one's by --work.
+    """
     from dmpipeline import workflow
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
     with talk.stages(workflow.FIT_STAGES) as progress:
-        workflow.fit_run(opened, validation=validation, progress=progress)
+        workflow.fit_run(
+            opened,
+            validation=validation,
+            folds=folds,
+            prior=prior,
+            is_positive=positive,
+            strict=strict,
+            directory=work,
+            scheduler=scheduler,
+            progress=progress,
+        )
     facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
     talk.print_data(facts, _facts(facts))
     talk.remark(f"next: dmpipeline evaluate {directory}")

@@ -7,18 +7,18 @@ certificate of how near its optimum is.
 Nothing is read before the shapes and settings are known to be usable.
 """
 
-import itertools
-import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpipeline import lasso
+from dmpipeline.checkpoints import Arrays, Block, Checkpoints
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Certificate, Datamodels
 from dmpipeline.errors import ConvergenceError, SpecError
@@ -45,6 +45,8 @@ def fit(
     strict: bool = False,
     block_rows: int = BLOCK_ROWS,
     threads: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
     """Fit a sparse linear datamodel to every target.
@@ -81,6 +83,14 @@ def fit(
         Models read at a time.
     threads : int, optional
         Targets solved at a time; all processors if not given. The result does not depend on it.
+    directory : path, optional
+        Keep there what is finished, moments of rows and blocks of targets: the same fit goes on from it after it was
+        killed, large arrays are mapped from it rather than held in memory, and the moments stay for later fits, with
+        other settings or more models, of masks and outputs that begin with the same rows.
+    scheduler : str, optional
+        Address of a Dask scheduler, as ``tcp://host:8786``, whose workers do the work. They must see `directory` under
+        the same path. Masks and outputs should be arrays that they can open, such as LazyArrays; others are sent to
+        them.
     progress : callable, optional
         See `Progress`.
 
@@ -116,16 +126,21 @@ def fit(
     n_models, n_train, n_targets = check_shapes(masks, outputs)
     _check_prior(prior, n_train, n_targets)
     ends = _ends_of_parts(n_models, validation=validation, folds=folds)
+    ranges = list(zip([0, *ends], ends, strict=False))
     settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
-    parts = []
-    for start, stop in zip([0, *ends], ends, strict=False):
-        report = settings.report("moments", start, n_models)
-        parts.append(
-            Moments.of(masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=threads, progress=report)
-        )
-    if folds is None:
-        return _fit_split(parts[0], parts[1], settings)
-    return _fit_folds(parts, settings)
+    place = Checkpoints.at(directory, scheduler)
+    with place.claimed():
+        report = settings.report("moments", n_models)
+        parts = place.moments(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=report)
+        # what the rows are is told by their number and their sums
+        own = place.under("fit", settings.facts, prior, ranges, *(part.y_squares for part in parts))
+        try:
+            datamodels = _fit_parts(parts, settings, own) if folds else _fit_split(parts[0], parts[1], settings, own)
+        except ConvergenceError:
+            own.remove()
+            raise
+        own.remove()
+    return datamodels
 
 
 def split_rows(n_models: int, validation: float) -> int:
@@ -169,7 +184,7 @@ def fit_moments(
     The settings are those of `fit`. No model is read, so the time does not depend on how many there were.
     """
     settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
-    return _fit_split(fitting, held_out, settings)
+    return _fit_split(fitting, held_out, settings, Checkpoints())
 
 
 def fit_folds(
@@ -191,7 +206,8 @@ def fit_folds(
     """
     if len(parts) < 2:
         raise SpecError(f"{len(parts)} sets of moments leave nothing to hold out; hand in at least 2")
-    return _fit_folds(parts, _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress))
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    return _fit_parts(parts, settings, Checkpoints())
 
 
 _MAX_SWEEPS = 10_000
@@ -242,33 +258,46 @@ class _Settings:
             cross, n_lams=self.n_lams, ratio=self.lam_ratio, factor=factor, is_positive=self.is_positive
         )
 
-    def report(self, stage: str, before: int, total: int) -> Callable[[int, int], None] | None:
-        """Make a reporter for one part of a stage, which counts on from what was done before it."""
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What results depend on, but for the prior."""
+        return (self.is_positive, self.n_lams, self.lam_ratio, self.tol, self.patience, _MAX_SWEEPS, _LEAST_RISE)
+
+    def solver(self, place: Checkpoints) -> dict[str, Any]:
+        """Give the arguments of the solver that are the same for all blocks of targets."""
+        threads = 1 if place.scheduler else self.threads or available_threads()
+        return {"is_positive": self.is_positive, "tol": self.tol, "max_sweeps": _MAX_SWEEPS, "threads": threads}
+
+    def report(self, stage: str, total: int, before: int = 0) -> Callable[[int], None]:
+        """Make a reporter for a part of a stage, which counts on from what was done before it."""
         progress = self.progress
-        return None if progress is None else lambda done, _: progress(stage, before + done, total)
+        return (lambda _: None) if progress is None else lambda done: progress(stage, before + done, total)
 
 
-def _fit_split(fitting: Moments, held_out: Moments, settings: _Settings) -> Datamodels:
-    return _choose_and_fit(fitting + held_out, [(fitting, held_out)], settings, grid_from=fitting, n_splits=1)
+def _fit_split(fitting: Moments, held_out: Moments, settings: _Settings, place: Checkpoints) -> Datamodels:
+    whole = fitting.plus(held_out, zeros=place.zeros)
+    return _choose_and_fit(whole, [(fitting, held_out)], settings, place, grid_from=fitting, n_splits=1)
 
 
-def _fit_folds(parts: Sequence[Moments], settings: _Settings) -> Datamodels:
-    whole = reduce(operator.add, parts)
-    splits = ((whole - part, part) for part in parts)  # one at a time: a Gram each
-    return _choose_and_fit(whole, splits, settings, grid_from=whole, n_splits=len(parts))
+def _fit_parts(parts: Sequence[Moments], settings: _Settings, place: Checkpoints) -> Datamodels:
+    whole = reduce(lambda left, right: left.plus(right, zeros=place.zeros), parts)
+    splits = ((whole.minus(part, zeros=place.zeros), part) for part in parts)  # one at a time: a Gram each
+    return _choose_and_fit(whole, splits, settings, place, grid_from=whole, n_splits=len(parts))
 
 
 def _choose_and_fit(
     whole: Moments,
     splits: Iterable[tuple[Moments, Moments]],
     settings: _Settings,
+    place: Checkpoints,
     *,
     grid_from: Moments,
     n_splits: int,
 ) -> Datamodels:
     """Choose each target's lam by its error on the held-out rows of all splits, then fit the whole at that lam."""
     _check_prior(settings.prior, *whole.cross.shape)
-    return _refit(whole, _choose(splits, settings, grid_from=grid_from, n_splits=n_splits), settings)
+    choice = _choose(splits, settings, place, grid_from=grid_from, n_splits=n_splits)
+    return _refit(whole, choice, settings, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,98 +305,134 @@ class _Choice:
     """Where each target's weights are to be looked for among all rows."""
 
     lam: NDArray[np.float64]  # (n_targets,)
-    weight: NDArray[np.float32]  # (n_targets, n_train), standardised: the fit to the rows of the last split
+    start: dict[int, NDArray[np.float32]]  # by first target of a part: standardised, of the last split
     validation_error: NDArray[np.float64]  # (n_targets,)
     strength: float  # of the prior
 
 
 def _choose(
-    splits: Iterable[tuple[Moments, Moments]], settings: _Settings, *, grid_from: Moments, n_splits: int
+    splits: Iterable[tuple[Moments, Moments]],
+    settings: _Settings,
+    place: Checkpoints,
+    *,
+    grid_from: Moments,
+    n_splits: int,
 ) -> _Choice:
     threads = settings.threads or available_threads()
-    n_train, n_targets = grid_from.cross.shape
+    n_targets = grid_from.cross.shape[1]
     strengths = (0.0,) if settings.prior is None else STRENGTHS
-    space = Space.of(grid_from)
+    tried = [(i, part) for i in range(len(strengths)) for part in _parts(n_targets)]
     lams = np.empty((len(strengths), n_targets, settings.n_lams))
+    space = Space.of(grid_from)
     for part in _parts(n_targets):
         cross = space.cross(grid_from, part)
         for i, strength in enumerate(strengths):
             lams[i, part] = settings.grid(cross, settings.factor(part, strength))
-    error, n_held_out = np.zeros(lams.shape), 0
-    weights = np.empty((len(strengths), n_targets, n_train), np.float32)
-    paths = itertools.count(0, n_targets)
-    for fitting, held_out in splits:
+    error, n_held_out, starts = np.zeros(lams.shape), 0, {}
+    for nth, (fitting, held_out) in enumerate(splits):
         space = Space.of(fitting)
-        gram, gram_out = space.gram(fitting, threads=threads), space.gram(held_out, threads=threads)
-        for i, strength in enumerate(strengths):
-            done = next(paths)
-            for part in _parts(n_targets):
-                path = lasso.solve_paths(
-                    gram,
-                    space.cross(fitting, part),
-                    lams[i, part],
-                    holdout=lasso.Holdout(gram_out, space.cross(held_out, part), space.square(held_out, part)),
-                    factor=settings.factor(part, strength),
-                    is_positive=settings.is_positive,
-                    tol=settings.tol,
-                    patience=settings.patience,
-                    least_rise=_LEAST_RISE / held_out.n**0.5,
-                    max_sweeps=_MAX_SWEEPS,
-                    threads=threads,
-                    progress=settings.report("paths", done + part.start, n_splits * len(strengths) * n_targets),
-                )
-                weights[i, part] = path.weight
-                error[i, part] += held_out.n * path.error
+
+        def grams(space: Space = space, fitting: Moments = fitting, held_out: Moments = held_out) -> Arrays:
+            gram, gram_out = (space.gram(rows, threads=threads, zeros=place.zeros) for rows in (fitting, held_out))
+            return {"gram": gram, "gram_out": gram_out}
+
+        def problem(
+            i: int, part: slice, space: Space = space, fitting: Moments = fitting, held_out: Moments = held_out
+        ) -> Arrays:
+            return {
+                "cross": space.cross(fitting, part),
+                "lams": lams[i, part],
+                "cross_out": space.cross(held_out, part),
+                "square_out": space.square(held_out, part),
+            } | _factor_of(settings, part, strengths[i])
+
+        how = settings.solver(place) | {"patience": settings.patience, "least_rise": _LEAST_RISE / held_out.n**0.5}
+        paths = place.solved(
+            partial(_solve_paths, how),
+            (f"grams-{nth}", grams),
+            {f"paths-{nth}-{i}-{part.start}": _block(part, partial(problem, i, part)) for i, part in tried},
+            settings.report("paths", n_splits * len(strengths) * n_targets, nth * len(strengths) * n_targets),
+        )
+        for i, part in tried:
+            path = paths[f"paths-{nth}-{i}-{part.start}"]
+            starts[i, part.start] = path["weight"]
+            error[i, part] += held_out.n * path["error"]
         n_held_out += held_out.n
-        del gram, gram_out
     # a point that some split's path did not reach is nan, and the first is reached by all
     of_strengths = np.nanmin(error, axis=2) / n_held_out
     chosen = _best_strength(of_strengths)
     return _Choice(
         lam=lams[chosen, np.arange(n_targets), np.nanargmin(error[chosen], axis=1)],
-        weight=weights[chosen].copy(),
+        start={first: weight for (i, first), weight in starts.items() if i == chosen},
         validation_error=of_strengths[chosen],
         strength=strengths[chosen],
     )
 
 
-def _refit(whole: Moments, choice: _Choice, settings: _Settings) -> Datamodels:
+def _refit(whole: Moments, choice: _Choice, settings: _Settings, place: Checkpoints) -> Datamodels:
     threads = settings.threads or available_threads()
-    n_targets = whole.cross.shape[1]
-    lam, weight = choice.lam, choice.weight
-    space = Space.of(whole)
-    gram = space.gram(whole, threads=threads)
-    gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.zeros(n_targets, np.bool_)
-    for part in _parts(n_targets):
-        cross, factor = space.cross(whole, part), settings.factor(part, choice.strength)
+    n_train, n_targets = whole.cross.shape
+    lam, space = choice.lam, Space.of(whole)
+
+    def problem(part: slice) -> Arrays:
+        factor = _factor_of(settings, part, choice.strength)
+        cross = space.cross(whole, part)
         # a target without a path, which nothing pulled over the fitting rows, is silenced over all rows too
-        lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, factor)[:, 0])
-        solution = lasso.solve(
-            gram,
-            cross,
-            space.square(whole, part),
-            lam[part],
-            start=weight[part],
-            factor=factor,
-            is_positive=settings.is_positive,
-            tol=settings.tol,
-            max_sweeps=_MAX_SWEEPS,
-            threads=threads,
-            progress=settings.report("refit", part.start, n_targets),
-        )
-        weight[part], converged[part] = solution.weight, solution.converged
-        gap[part], kkt[part] = solution.gap, solution.kkt
+        lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, factor.get("factor"))[:, 0])
+        problem = {"cross": cross, "square": space.square(whole, part), "lam": lam[part]}
+        return problem | {"start": choice.start[part.start]} | factor
+
+    solutions = place.solved(
+        partial(_solve, settings.solver(place)),
+        ("gram", lambda: {"gram": space.gram(whole, threads=threads, zeros=place.zeros)}),
+        {f"refit-{part.start}": _block(part, partial(problem, part)) for part in _parts(n_targets)},
+        settings.report("refit", n_targets),
+    )
+    weight, bias = place.zeros((n_train, n_targets), np.float32), np.empty(n_targets, np.float32)
+    for part in _parts(n_targets):
+        weight[:, part], bias[part] = space.raw(solutions[f"refit-{part.start}"]["weight"], part)
+    lam, gap, kkt, converged = (
+        np.concatenate([solution[name] for solution in solutions.values()])
+        for name in ("lam", "gap", "kkt", "converged")
+    )
     if not converged.all():
         _tell_unconverged(np.flatnonzero(~converged), gap, settings)
-    of_masks, bias = space.raw(weight)
     return Datamodels(
-        weight=of_masks,
+        weight=weight,
         bias=bias,
         lam=lam.astype(np.float32),
         certificate=Certificate(gap=gap, kkt=kkt),
         validation_error=choice.validation_error,
         prior_strength=None if settings.prior is None else choice.strength,
     )
+
+
+def _solve_paths(how: dict[str, Any], shared: Arrays, problem: Arrays, progress: Callable[[int], None]) -> Arrays:
+    path = lasso.solve_paths(
+        shared["gram"],
+        problem["cross"],
+        problem["lams"],
+        holdout=lasso.Holdout(shared["gram_out"], problem["cross_out"], problem["square_out"]),
+        factor=problem.get("factor"),
+        progress=lambda done, _: progress(done),
+        **how,
+    )
+    return {"weight": path.weight, "error": path.error}
+
+
+def _solve(how: dict[str, Any], shared: Arrays, problem: Arrays, progress: Callable[[int], None]) -> Arrays:
+    own: dict[str, Any] = dict(problem)
+    solution = lasso.solve(shared["gram"], **own, progress=lambda done, _: progress(done), **how)
+    return {name: getattr(solution, name) for name in ("weight", "gap", "kkt", "converged")} | {"lam": problem["lam"]}
+
+
+def _block(part: slice, make: Callable[[], Arrays]) -> Block:
+    return Block(part.stop - part.start, make)
+
+
+def _factor_of(settings: _Settings, part: slice, strength: float) -> dict[str, NDArray[np.float32]]:
+    factor = settings.factor(part, strength)
+    return {} if factor is None else {"factor": factor}
 
 
 def _best_strength(errors: NDArray[np.float64]) -> int:

@@ -33,6 +33,13 @@ BITS_BYTES = 2**27
 """Masks are packed to bits, and so many bytes of them gathered (128 MiB) before X'X is passed over once."""
 
 
+class Zeros(Protocol):
+    """Makes an array of zeros, in memory or elsewhere."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any, /) -> NDArray[Any]:
+        """Make one."""
+
+
 class RowSliceable(Protocol):
     """Anything with a shape whose `x[i:j]` can be made a NumPy array: ndarray, LazyArray, Zarr or dask array."""
 
@@ -82,6 +89,7 @@ class Moments:
         block_rows: int = BLOCK_ROWS,
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        zeros: Zeros = np.zeros,
     ) -> Self:
         """Sum the rows `start` to `stop` (half-open), `block_rows` at a time.
 
@@ -94,6 +102,8 @@ class Moments:
             All processors if not given. The result does not depend on it.
         progress : callable, optional
             Called with (rows done, rows in all) after each block.
+        zeros : callable
+            Makes the arrays of sums from a shape and a dtype, as `numpy.zeros` does.
 
         Raises
         ------
@@ -116,9 +126,9 @@ class Moments:
         _, n_train, n_targets = check_shapes(masks, outputs)
         none = cls(
             n=0,
-            gram=np.zeros((n_train, n_train), np.int32),
+            gram=zeros((n_train, n_train), np.int32),
             shift=np.zeros(n_targets),
-            cross=np.zeros((n_train, n_targets)),
+            cross=zeros((n_train, n_targets), np.float64),
             y_sum=np.zeros(n_targets),
             y_squares=np.zeros(n_targets),
         )
@@ -241,20 +251,30 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of the rows of both; SpecError where their columns differ in number."""
-        return self._with(other, 1)
+        return self.plus(other)
 
     def __sub__(self, other: "Moments") -> "Moments":
         """Moments of the rows that are in these and not in `other`, all of whose rows must be in these."""
-        return self._with(other, -1)
+        return self.minus(other)
 
-    def _with(self, other: "Moments", sign: int) -> "Moments":
+    def plus(self, other: "Moments", *, zeros: Zeros = np.zeros) -> "Moments":
+        """Add, into arrays that `zeros` makes."""
+        return self._with(other, 1, zeros)
+
+    def minus(self, other: "Moments", *, zeros: Zeros = np.zeros) -> "Moments":
+        """Take off, into arrays that `zeros` makes."""
+        return self._with(other, -1, zeros)
+
+    def _with(self, other: "Moments", sign: int, zeros: Zeros) -> "Moments":
         if self.cross.shape != other.cross.shape:
             raise SpecError(
                 f"moments of {self.cross.shape} and {other.cross.shape} (n_train, n_targets) cannot be added or taken "
                 "off; take both from the same examples and targets"
             )
         n = _checked_count(self.n + sign * other.n)
-        cross = self.cross + sign * other.cross
+        combine = np.add if sign > 0 else np.subtract
+        gram = combine(self.gram, other.gram, out=zeros(self.gram.shape, np.int32))
+        cross = combine(self.cross, other.cross, out=zeros(self.cross.shape, np.float64))
         y_sum = self.y_sum + sign * other.y_sum
         y_squares = self.y_squares + sign * other.y_squares
         off = other.shift - self.shift
@@ -264,7 +284,6 @@ class Moments:
                 cross[rows] += np.outer(sign * other.ones[rows], off)
             y_sum += sign * other.n * off
             y_squares += sign * (2 * off * other.y_sum + other.n * off**2)
-        gram = np.add(self.gram, other.gram) if sign > 0 else np.subtract(self.gram, other.gram)
         return Moments(n=n, gram=gram, shift=self.shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpipeline.compute import kernel
-from dmpipeline.moments import Moments
+from dmpipeline.moments import Moments, Zeros
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +36,11 @@ class Space:
         return cls(mean, inverse_scale, moments.shift, y_mean, varies)
 
     def gram(
-        self, moments: Moments, *, threads: int, dtype: type[np.floating[Any]] = np.float32
+        self, moments: Moments, *, threads: int, dtype: type[np.floating[Any]] = np.float32, zeros: Zeros = np.zeros
     ) -> NDArray[np.floating[Any]]:
         """(X - mean)'(X - mean) / n in these units, shape (n_train, n_train); the sums are formed in float64."""
         seen = moments.ones / moments.n
-        gram = np.empty(moments.gram.shape, dtype)
+        gram = zeros(moments.gram.shape, dtype)
 
         def rows_from(top: int) -> None:
             _standardise(moments.gram, moments.n, seen, self.mean, self.inverse_scale, gram, top, top + _ROWS_AT_ONCE)
@@ -70,14 +70,21 @@ class Space:
         """Give the outputs' mean, counted from the shift of these moments."""
         return self.y_mean[part] + (self.shift[part] - moments.shift[part])
 
-    def raw(self, weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Turn weights in these units, (n_targets, n_train), into those of raw masks, (n_train, n_targets), and biases.
+    def raw(
+        self, weight: NDArray[np.float32], part: slice = slice(None)
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Turn weights in these units, (n_targets of the part, n_train), into those of raw masks, and biases.
 
         For an output y = sum_j w_j (x_j - mean_j) / scale_j + y_mean the weight of a raw mask is w_j / scale_j.
+
+        Returns
+        -------
+        weight : array of float32, shape (n_train, n_targets of the part)
+        bias : array of float32, shape (n_targets of the part,)
         """
         of_masks = np.ascontiguousarray(weight.T)
         of_masks *= self.inverse_scale[:, None].astype(np.float32)
-        bias = self.shift + (self.y_mean - self.mean @ of_masks)
+        bias = self.shift[part] + (self.y_mean[part] - self.mean @ of_masks)
         return of_masks, bias.astype(np.float32)
 
 

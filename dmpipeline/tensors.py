@@ -35,13 +35,13 @@ def save_tensors(arrays: Mapping[str, NDArray[Any]], path: str | os.PathLike[str
     return path
 
 
-def map_tensors(path: str | os.PathLike[str], names: set[str]) -> dict[str, NDArray[Any]]:
+def map_tensors(path: str | os.PathLike[str], names: set[str] | None = None) -> dict[str, NDArray[Any]]:
     """Map the tensors of a file into memory; what is changed there does not reach the file.
 
     Raises
     ------
     FormatError
-        If it is not such a file, or does not hold tensors of just these names.
+        If it is not such a file, or does not hold tensors of just these names, if any are given.
     RunError
         If it cannot be read.
     """
@@ -50,7 +50,9 @@ def map_tensors(path: str | os.PathLike[str], names: set[str]) -> dict[str, NDAr
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise FormatError(f"{path} cannot be read ({error}); write it anew", url=str(path)) from error
-    if not isinstance(tensors, dict) or set(tensors) != names or not all(map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise FormatError(f"{path} does not hold tensors by name; write it anew", url=str(path))
+    if names is not None and set(tensors) != names:
         raise FormatError(f"{path} does not hold the tensors {', '.join(sorted(names))}; write it anew", url=str(path))
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 

@@ -5,6 +5,7 @@
     run/
       datamodels/test_50pct.pt     fit_run
       datamodels/fit.json          fit_run: settings, certificate, seconds
+      fitting/                     fit_run: second moments, kept for further fits
       evaluation.json              evaluate_run
       report.html                  report_run
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ import dmdata
 from dmdata.download import n_requests_of
 from dmdata.errors import FormatError
 from dmdata.prices import destination_of, price_table, prices_in_words, quote, readable_bytes, readable_usd, usage_of
+from dmpipeline.attribution import gradient_scores
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
 from dmpipeline.errors import IncompleteRunError, RunError
@@ -38,6 +40,9 @@ from dmpipeline.train import models_at_once, train_rows
 
 FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
+
+
+PriorName = Literal["none", "gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +64,32 @@ class RowsOf:
             return self.array[self.rows.start + start : self.rows.start + stop]
 
 
-def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = None) -> Datamodels:
+def fit_run(
+    run: Run,
+    *,
+    validation: float = 0.1,
+    folds: int | None = None,
+    prior: PriorName = "none",
+    is_positive: bool = False,
+    strict: bool = False,
+    directory: Path | None = None,
+    scheduler: str | None = None,
+    progress: Progress | None = None,
+) -> Datamodels:
     """Fit datamodels of the test margins on a run's models, held-out ones left out, and save them in the run.
+
+    What is finished is kept in the run, or in `directory`, as `dmpipeline.fit` has it.
 
     Parameters
     ----------
     run : Run
         Complete.
-    validation : float
-        Share of the models on which lambda is chosen.
+    validation, folds, is_positive, strict, scheduler
+        As for `dmpipeline.fit`.
+    prior : {"none", "gradient"}
+        Scores to guide the fit by: gradients of the run's first models, `attribution.gradient_scores`.
+    directory : path, optional
+        Where another run's moments are kept whose models this run begins with: a shorter one of the same seed.
     progress : callable, optional
         See `dmpipeline.fitting.Progress`.
 
@@ -77,6 +99,8 @@ def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = No
         If rows are missing.
     RunError
         If the arrays are damaged, or the results cannot be written.
+    SpecError, ConvergenceError
+        As for `dmpipeline.fit`.
     """
     try:
         run.write_catalog()
@@ -85,14 +109,25 @@ def fit_run(run: Run, *, validation: float = 0.1, progress: Progress | None = No
         run.write_catalog(datamodels=False)
     started = time.monotonic()
     masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
-    datamodels = fit(masks, margins, validation=validation, progress=progress)
+    datamodels = fit(
+        masks,
+        margins,
+        validation=validation,
+        folds=folds,
+        prior=gradient_scores(run) if prior == "gradient" else None,
+        is_positive=is_positive,
+        strict=strict,
+        directory=directory or run.path / "fitting",
+        scheduler=scheduler,
+        progress=progress,
+    )
     datamodels.save(run.datamodels_path)
-    facts = {
-        "n_models": run.spec.n_models,
-        "validation": validation,
-        "seconds": round(time.monotonic() - started, 3),
-        "nonzero_weights": float(np.count_nonzero(datamodels.weight) / max(datamodels.n_targets, 1)),
-    }
+    facts: dict[str, float] = {"n_models": run.spec.n_models}
+    facts |= {"validation": validation} if folds is None else {"folds": folds}
+    facts |= {"seconds": round(time.monotonic() - started, 3)}
+    facts |= {"nonzero_weights": float(np.count_nonzero(datamodels.weight) / max(datamodels.n_targets, 1))}
+    if datamodels.prior_strength is not None:
+        facts["prior_strength"] = datamodels.prior_strength
     if datamodels.certificate is not None:
         facts["worst_gap"] = float(datamodels.certificate.gap.max())
         facts["worst_kkt"] = float(datamodels.certificate.kkt.max())

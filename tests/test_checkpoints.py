@@ -1,0 +1,235 @@
+"""What a fit has finished is kept: it goes on after a kill, never reads a row twice, and workers may share it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dmdata.errors import FormatError
+from dmpipeline import checkpoints, fitting
+from dmpipeline.checkpoints import Checkpoints
+from dmpipeline.errors import ConvergenceError, RunError, SpecError
+from dmpipeline.fitting import fit
+
+
+class Counted:
+    """An array that notes which rows are read."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.rows = array, array.shape, []
+
+    def __getitem__(self, rows):
+        self.rows += range(*rows.indices(len(self.array)))
+        return self.array[rows]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(3)
+    masks = rng.random((900, 40)) < 0.5
+    truth = rng.standard_normal((40, 10)) * (rng.random((40, 10)) < 0.3)
+    return masks, (masks @ truth + 0.3 * rng.standard_normal((900, 10))).astype(np.float16)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several pieces of rows and blocks of targets, and arrays mapped from files, in a problem of any size."""
+    monkeypatch.setattr(fitting, "_TARGETS_AT_ONCE", 3)
+    monkeypatch.setattr(checkpoints, "_ROWS_OF_A_PIECE", 200)
+    monkeypatch.setattr(checkpoints, "_LEAST_ROWS_OF_A_TASK", 200)
+    monkeypatch.setattr(checkpoints, "_MAPPED_BYTES", 1)
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A directory of the fit's own; tmp_path also holds the ledger's home."""
+    return tmp_path / "work"
+
+
+def assert_same(got, expected):
+    for name in ("weight", "bias", "lam", "validation_error"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    np.testing.assert_array_equal(got.certificate.gap, expected.certificate.gap)
+    assert got.prior_strength == expected.prior_strength
+
+
+@pytest.mark.parametrize("how", [{}, {"folds": 3}, {"prior": True}, {"is_positive": True}])
+def test_a_fit_in_a_directory_is_the_fit_in_memory(problem, small_blocks, work, how):
+    masks, outputs = problem
+    if "prior" in how:
+        how = {"prior": np.abs(np.random.default_rng(0).standard_normal((40, 10)))}
+    assert_same(fit(masks, outputs, directory=work, **how), fit(masks, outputs, **how))
+    (moments,) = work.iterdir()
+    assert moments.name.startswith("moments-"), "what was needed for this fit alone is gone"
+    assert not list(moments.glob(".*")), "nor is anything left of what was written"
+
+
+def test_further_settings_read_only_the_rows_that_a_problem_is_known_by(problem, work):
+    masks, outputs = problem
+    fit(masks, outputs, directory=work)
+    again = Counted(masks), Counted(outputs)
+    assert_same(fit(*again, directory=work, is_positive=True), fit(masks, outputs, is_positive=True))
+    assert again[0].rows == again[1].rows == list(range(16))
+
+
+def test_more_models_are_added_to_those_that_were_read(problem, small_blocks, work):
+    masks, outputs = problem
+    fit(masks[:500], outputs[:500], directory=work)
+    grown = Counted(masks), Counted(outputs)
+    assert_same(fit(*grown, directory=work), fit(masks, outputs))
+    assert grown[0].rows == grown[1].rows == [*range(16), *range(500, 900)]
+    assert sorted(path.name for path in work.glob("moments-*/*")) == ["0-810.pt", "810-900.pt"]
+
+
+def test_other_data_are_not_taken_for_those_that_were_read(problem, work):
+    masks, outputs = problem
+    fit(masks, outputs, directory=work)
+    assert_same(fit(masks, -outputs, directory=work), fit(masks, -outputs))
+    assert len(list(work.iterdir())) == 2
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from dmpipeline import checkpoints, fitting, lasso
+fitting._TARGETS_AT_ONCE, checkpoints._ROWS_OF_A_PIECE = 3, 200
+solve = getattr(lasso, sys.argv[2])
+def slow(*arguments, **settings):
+    print("solving", flush=True)
+    time.sleep(0.2)
+    return solve(*arguments, **settings)
+setattr(lasso, sys.argv[2], slow)
+rng = np.random.default_rng(3)
+data = np.load(sys.argv[3])
+fitting.fit(data["masks"], data["outputs"], directory=sys.argv[1])
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("stage", ["solve_paths", "solve"])
+def test_a_killed_fit_goes_on_where_it_was(problem, small_blocks, tmp_path, work, monkeypatch, stage):
+    masks, outputs = problem
+    np.savez(tmp_path / "data.npz", masks=masks, outputs=outputs)
+    command = [sys.executable, "-c", KILLED, str(work), stage, str(tmp_path / "data.npz")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        for _ in range(3):
+            assert killed.stdout.readline() == "solving\n"
+        killed.kill()
+        assert "done" not in killed.stdout.read()
+    called = []
+    for name in ("solve_paths", "solve"):
+        solve = getattr(fitting.lasso, name)
+        monkeypatch.setattr(
+            fitting.lasso, name, lambda *a, _name=name, _solve=solve, **s: (called.append(_name), _solve(*a, **s))[1]
+        )
+    again = Counted(masks), Counted(outputs)
+    got = fit(*again, directory=work)
+    assert again[0].rows == list(range(16)), "the moments were kept"
+    # of four blocks the third was under way
+    assert called == (["solve_paths"] * 2 + ["solve"] * 4 if stage == "solve_paths" else ["solve"] * 2)
+    assert_same(got, fit(masks, outputs))
+
+
+def test_moments_go_on_from_the_last_piece_that_was_read(problem, small_blocks, work):
+    masks, outputs = problem
+
+    class Failing(Counted):
+        def __getitem__(self, rows):
+            if rows.start >= 600:
+                raise OSError("gone")
+            return super().__getitem__(rows)
+
+    with pytest.raises(OSError, match="gone"):
+        fit(masks, Failing(outputs), directory=work)
+    again = Counted(masks)
+    assert_same(fit(again, outputs, directory=work), fit(masks, outputs))
+    assert again.rows == [*range(16), *range(600, 900)]
+
+
+def test_a_damaged_checkpoint_is_named(problem, work):
+    masks, outputs = problem
+    fit(masks, outputs, directory=work)
+    (path, _) = sorted(work.glob("moments-*/*"))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(FormatError, match=path.name):
+        fit(masks, outputs, directory=work)
+
+
+def test_a_refused_fit_leaves_its_moments_alone(problem, work, monkeypatch):
+    masks, outputs = problem
+    monkeypatch.setattr(fitting, "_MAX_SWEEPS", 1)
+    with pytest.raises(ConvergenceError):
+        fit(masks, outputs, directory=work, tol=1e-9, strict=True)
+    assert [path.name.partition("-")[0] for path in work.iterdir()] == ["moments"]
+
+
+def test_a_full_disk_is_said_before_anything_is_mapped(work, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match=r"No space left on device.*make room"):
+        Checkpoints.at(work).zeros((10_000, 10_000), np.float32)
+
+
+def test_a_scheduler_without_a_directory_is_refused_before_anything_is_read(problem):
+    masks = Counted(problem[0])
+    with pytest.raises(SpecError, match="name one"):
+        fit(masks, problem[1], scheduler="tcp://127.0.0.1:1")
+    assert not masks.rows
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs="CRITICAL"
+    ) as local:
+        yield local
+
+
+@pytest.mark.parametrize("how", [{}, {"folds": 3, "prior": True}])
+def test_a_cluster_gives_the_fit_of_one_process(problem, small_blocks, cluster, work, how):
+    masks, outputs = problem
+    if "prior" in how:
+        how = how | {"prior": np.abs(np.random.default_rng(0).standard_normal((40, 10)))}
+    seen = []
+    got = fit(
+        masks,
+        outputs,
+        directory=work,
+        scheduler=cluster.scheduler_address,
+        progress=lambda *said: seen.append(said),
+        **how,
+    )
+    assert_same(got, fit(masks, outputs, **how))
+    for stage in ("moments", "paths", "refit"):
+        counts = [(done, total) for name, done, total in seen if name == stage]
+        assert counts == sorted(counts)
+        assert counts[-1][0] == counts[-1][1]
+    assert [path.name.partition("-")[0] for path in work.iterdir()] == ["moments"]
+
+
+def test_a_fit_outlives_its_workers(problem, small_blocks, cluster, work, monkeypatch):
+    masks, outputs = problem
+    monkeypatch.setattr(fitting, "_TARGETS_AT_ONCE", 1)
+    killed = []
+
+    def kill_one():
+        while not list(work.glob("fit-*/paths-0-0-1.pt")):
+            time.sleep(0.005)
+        pid = next(iter(cluster.workers.values())).pid
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    got = fit(masks, outputs, directory=work, scheduler=cluster.scheduler_address)
+    killer.join()
+    assert killed
+    assert_same(got, fit(masks, outputs))
