@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dmdata
+from dmpipeline import workflow
 from dmpipeline.cli import main
 from dmpipeline.datamodels import Datamodels
 
@@ -102,6 +103,45 @@ def test_a_run_goes_from_init_to_export_step_by_step(tmp_path, capsys):
     assert "dmpipeline fit" in said
     assert call(capsys, "export", directory, tmp_path / "out")[0] == 0
     assert dmdata.open("digits/20pct/train_masks", catalog=tmp_path / "out")[:].sum(1).tolist() == [287] * 68
+
+
+def test_a_fit_takes_its_settings_and_notes_them(demo, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(demo, run)
+    code, facts, _ = call(capsys, "fit", run, "--folds", 3, "--prior", "gradient", "--positive", "--json")
+    assert code == 0
+    assert facts["folds"] == 3
+    assert "validation" not in facts
+    assert facts["prior_strength"] in (0, 0.25, 0.5)
+    assert (Datamodels.load(run / "datamodels" / "test_50pct.pt").weight >= 0).all()
+    code, _, said = call(capsys, "fit", run, "--scheduler", "tcp://127.0.0.1:1", "--folds", 4)
+    assert code == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in said
+
+
+def test_a_longer_run_goes_on_from_the_moments_of_a_shorter(demo, tmp_path, capsys, monkeypatch):
+    longer = tmp_path / "longer"
+    call(capsys, "init", longer, *SMALL[2:], "--models", 90)
+    call(capsys, "run", longer)
+    seen = []
+    read = workflow.RowsOf.__getitem__
+    monkeypatch.setattr(workflow.RowsOf, "__getitem__", lambda rows, key: (seen.append(key), read(rows, key))[1])
+    work = tmp_path / "work"
+    shutil.copytree(demo / "fitting", work)
+    assert call(capsys, "fit", longer, "--work", work)[0] == 0
+    assert {(rows.start, rows.stop) for rows in seen} == {(0, 16), (60, 81), (81, 90)}
+    weight = Datamodels.load(longer / "datamodels" / "test_50pct.pt").weight
+    assert call(capsys, "fit", longer)[0] == 0
+    np.testing.assert_array_equal(Datamodels.load(longer / "datamodels" / "test_50pct.pt").weight, weight)
+
+
+def test_a_run_is_fitted_on_a_cluster(demo, tmp_path, capsys):
+    distributed = pytest.importorskip("distributed")
+    weight = Datamodels.load(demo / "datamodels" / "test_50pct.pt").weight
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs=50) as local:
+        work = ("--work", tmp_path / "work", "--scheduler", local.scheduler_address)
+        assert call(capsys, "fit", demo, *work)[0] == 0
+    np.testing.assert_array_equal(Datamodels.load(demo / "datamodels" / "test_50pct.pt").weight, weight)
 
 
 def test_a_run_that_was_tampered_with_fails_verification_with_its_own_code(tmp_path, capsys):
