@@ -4,8 +4,6 @@ Each command imports the rooms it needs when it runs: torch, numba and matplotli
 should wait for who asks for help, and without the `pipeline` extra they are not there.
 """
 
-import contextlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +12,11 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from dmdata.completion import complete_artifacts, completion_command
-from dmdata.console import AMOUNT, Talk, run, talk_options
-from dmdata.prices import prices_in_words, readable_bytes, readable_seconds, readable_usd
-from dmdata.release import estimate, load_catalog
+from dmdata.completion import completion_command
+from dmdata.console import Talk, run, talk_options
+from dmdata.prices import readable_bytes
 from dmpipeline.errors import VerificationError, explain_missing_extra
-from dmpipeline.regeneration import (
-    GPU_PRICE_DATE,
-    GPU_USD_PER_HOUR,
-    Basis,
-    Comparison,
-    Regeneration,
-    release_models,
-    release_seconds_per_model,
-)
+from dmpipeline.plan_command import plan
 from dmpipeline.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -59,6 +48,7 @@ def commands() -> None:
 
 
 commands.add_command(completion_command("dmpipeline"))
+commands.add_command(plan)
 
 
 @commands.command("demo")
@@ -114,88 +104,6 @@ def init(
     created = Run.create(directory, wanted)
     talk.print_data({"directory": str(created.path), "n_rows": wanted.n_rows}, _facts({"run": str(created.path)}))
     talk.remark(f"{wanted.n_rows:,} models to train; next: dmpipeline run {directory}")
-
-
-@commands.command("plan")
-@click.argument("target", shell_complete=complete_artifacts)
-@click.option("--seconds-per-model", type=AMOUNT, help="Instead of what is measured or published.")
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices at work side by side.")
-@click.option(
-    "--gpu-usd-per-hour",
-    type=AMOUNT,
-    help=f"Of one device. [default: {GPU_USD_PER_HOUR} for the release, 0 for a run on this machine]",
-)
-@talk_options
-def plan(talk: Talk, target: str, seconds_per_model: float | None, gpus: int, gpu_usd_per_hour: float | None) -> None:
-    """Price making the models of TARGET again, in device-hours and dollars, beside downloading them.
-
-    TARGET is the directory of a run or a run.yaml, whose time is measured by training a few of its models here and
-    now, or names of a catalogued release, as cifar/50pct.
-    """
-    if Path(target).is_dir() or Path(target).suffix in (".yaml", ".yml"):
-        compared = _plan_of_run(Path(target), seconds_per_model, gpus, gpu_usd_per_hour or 0.0)
-    else:
-        usd_per_hour = GPU_USD_PER_HOUR if gpu_usd_per_hour is None else gpu_usd_per_hour
-        compared = _plan_of_release(target, seconds_per_model, gpus, usd_per_hour)
-    usd_per_hour = next(iter(compared.jobs.values())).usd_per_hour
-    talk.print_data(_plan_facts(compared) | {"gpus": gpus, "gpu_usd_per_hour": usd_per_hour}, _plan_table(compared))
-    assumed = gpu_usd_per_hour is None and usd_per_hour
-    known = {_BASIS_IN_WORDS[job.basis] for job in compared.jobs.values()}
-    even = compared.break_even_usd_per_hour
-    talk.remark(
-        f"{gpus} device{'s' if gpus > 1 else ''} at {readable_usd(usd_per_hour)} an hour"
-        + (f" (an A100 of {GPU_PRICE_DATE}, an assumption)" if assumed else "")
-        + f"; seconds a model {', '.join(sorted(known))}; the download at {prices_in_words()} "
-        f"to {compared.download.destination}, an upper bound"
-        + (f"; training costs less below {readable_usd(even)} a device-hour" if even else "")
-        + ("; fitting the datamodels anew comes on top" if compared.has_datamodels else "")
-    )
-
-
-_BASIS_IN_WORDS = {
-    "given": "as given",
-    "measured": "measured here just now",
-    "published": "second-hand, on an A100, in proportion to the subset",
-}
-
-
-def _plan_facts(plan: Comparison) -> dict[str, Any]:
-    parts = {}
-    for name, job in plan.jobs.items():
-        parts[name] = {"models": job.n_models, "seconds_per_model": job.seconds_per_model, "basis": job.basis}
-        parts[name] |= {"device_hours": job.device_hours, "seconds": job.seconds, "usd": job.usd}
-    price = plan.download
-    fetched = {"bytes": price.n_bytes, "requests": price.n_requests, "usd": price.usd, "usd_low": price.usd_low}
-    return {
-        "device_hours": plan.device_hours,
-        "seconds": plan.seconds,
-        "usd": plan.usd,
-        "train": parts,
-        "download": fetched | {"seconds": price.seconds},
-        "break_even_gpu_usd_per_hour": plan.break_even_usd_per_hour,
-        "fitting_left_out": plan.has_datamodels,
-    }
-
-
-def _plan_table(plan: Comparison) -> Table:
-    table = Table(
-        "way", "models", "s a model", "device-hours", "time", "dollars", "size", box=None, header_style="bold"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, job in plan.jobs.items():
-        work = (f"{job.n_models:,}", f"{job.seconds_per_model:,.3g}", _hours(job.device_hours))
-        table.add_row(f"train {name}", *work, readable_seconds(job.seconds), readable_usd(job.usd))
-    price = plan.download
-    trained = (f"{plan.n_models:,}", "", _hours(plan.device_hours), readable_seconds(plan.seconds))
-    fetched = ("", "", "", readable_seconds(price.seconds))
-    table.add_row("train, in all", *trained, readable_usd(plan.usd), readable_bytes(price.n_bytes), style="bold")
-    table.add_row("download", *fetched, readable_usd(price.usd), readable_bytes(price.n_bytes), style="bold")
-    return table
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
 @commands.command("run")
@@ -351,37 +259,6 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     data = [{"name": f.name, "key": f.key, "bytes": f.n_bytes, "sha256": f.sha256} for f in files]
     talk.print_data({"destination": destination, "files": data}, table)
     talk.remark(f"next: dmdata ls --catalog {destination}")
-
-
-def _plan_of_run(path: Path, seconds_per_model: float | None, gpus: int, usd_per_hour: float) -> Comparison:
-    from dmpipeline import workflow
-    from dmpipeline.store import Run
-
-    with contextlib.ExitStack() as until_planned:
-        if path.is_dir():
-            opened = Run.open(path)
-        else:
-            # what a run of this spec holds is what the run itself says, so one is made and thrown away
-            place = until_planned.enter_context(tempfile.TemporaryDirectory())
-            opened = Run.create(Path(place) / "run", RunSpec.read(path))
-        measured = seconds_per_model is None
-        seconds = workflow.probe_seconds_per_model(opened) if seconds_per_model is None else seconds_per_model
-        job = Regeneration(opened.spec.n_rows, seconds, gpus, usd_per_hour, "measured" if measured else "given")
-        return Comparison({str(path): job}, workflow.price_of_arrays(opened))
-
-
-def _plan_of_release(pattern: str, seconds_per_model: float | None, gpus: int, usd_per_hour: float) -> Comparison:
-    patterns = [pattern, f"{pattern.rstrip('/')}/**"] if pattern.count("/") < 2 else [pattern]
-    catalog = load_catalog()
-    wanted = [name for name in patterns if catalog.has(name)] or patterns[:1]
-    jobs, artifacts = {}, catalog.match(wanted)
-    for (dataset, alpha_name), (n_models, alpha) in release_models(artifacts).items():
-        published = seconds_per_model is None
-        seconds = release_seconds_per_model(dataset, alpha) if seconds_per_model is None else seconds_per_model
-        basis: Basis = "published" if published else "given"
-        jobs[f"{dataset}/{alpha_name}"] = Regeneration(n_models, seconds, gpus, usd_per_hour, basis)
-    fitted = any(artifact.stored.format == "pt" for artifact in artifacts)
-    return Comparison(jobs, estimate(wanted), has_datamodels=fitted)
 
 
 def _print_status(talk: Talk, opened: "Run") -> None:

@@ -1,0 +1,254 @@
+"""``dmpipeline plan``: what making models again and fitting datamodels to them takes, beside downloading both."""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from dmdata.completion import complete_artifacts
+from dmdata.console import AMOUNT, Talk, talk_options
+from dmdata.prices import prices_in_words, readable_bytes, readable_seconds, readable_usd
+from dmdata.release import estimate, load_catalog
+from dmpipeline.errors import SpecError
+from dmpipeline.regeneration import (
+    GPU_PRICE_DATE,
+    GPU_USD_PER_HOUR,
+    Basis,
+    Comparison,
+    Regeneration,
+    release_models,
+    release_seconds_per_model,
+)
+from dmpipeline.spec import RunSpec
+
+if TYPE_CHECKING:
+    from dmpipeline.forecast import Forecast
+
+
+@click.command("plan")
+@click.argument("target", shell_complete=complete_artifacts)
+@click.option("--seconds-per-model", type=AMOUNT, help="Instead of what is measured or published.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices at work side by side.")
+@click.option(
+    "--gpu-usd-per-hour",
+    type=AMOUNT,
+    help=f"Of one device. [default: {GPU_USD_PER_HOUR} for the release, 0 for a run on this machine]",
+)
+@click.option("--fit", is_flag=True, help="Plan fitting the datamodels too, from a small fit here and now.")
+@click.option(
+    "--nonzero",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Weights a target that are not zero. [default: those of a fitted run, else 2% of the examples, a guess]",
+)
+@click.option("--cores", type=click.IntRange(min=1), help="Processors to fit with. [default: those of this machine]")
+@click.option(
+    "--core-usd-per-hour",
+    type=AMOUNT,
+    help="Of one processor. [default: 0.0504 for the release, 0 for a run on this machine]",
+)
+@talk_options
+def plan(
+    talk: Talk,
+    target: str,
+    seconds_per_model: float | None,
+    gpus: int,
+    gpu_usd_per_hour: float | None,
+    fit: bool,
+    nonzero: float | None,
+    cores: int | None,
+    core_usd_per_hour: float | None,
+) -> None:
+    """Price making the models of TARGET again, in device-hours and dollars, beside downloading them.
+
+    TARGET is the directory of a run or a run.yaml, whose time is measured by training a few of its models here and
+    now, or names of a catalogued release, as cifar/50pct. With --fit also what fitting datamodels to them takes.
+    """
+    is_run = Path(target).is_dir() or Path(target).suffix in (".yaml", ".yml")
+    if is_run:
+        compared, fits = _plan_of_run(Path(target), seconds_per_model, gpus, gpu_usd_per_hour or 0.0)
+    else:
+        usd_per_hour = GPU_USD_PER_HOUR if gpu_usd_per_hour is None else gpu_usd_per_hour
+        compared, fits = _plan_of_release(target, seconds_per_model, gpus, usd_per_hour)
+    usd_per_hour = next(iter(compared.jobs.values())).usd_per_hour
+    data = _plan_facts(compared) | {"gpus": gpus, "gpu_usd_per_hour": usd_per_hour}
+    tables = [_plan_table(compared)]
+    if fit:
+        forecasts = _forecasts(fits, nonzero, cores, 0.0 if is_run and core_usd_per_hour is None else core_usd_per_hour)
+        data |= {"fit": {name: forecast.as_dict() for name, forecast in forecasts.items()}, "fitting_left_out": False}
+        tables.append(_fit_table(forecasts))
+    talk.print_data(data, *tables)
+    assumed = gpu_usd_per_hour is None and usd_per_hour
+    known = {_BASIS_IN_WORDS[job.basis] for job in compared.jobs.values()}
+    even = compared.break_even_usd_per_hour
+    talk.remark(
+        f"{gpus} device{'s' if gpus > 1 else ''} at {readable_usd(usd_per_hour)} an hour"
+        + (f" (an A100 of {GPU_PRICE_DATE}, an assumption)" if assumed else "")
+        + f"; seconds a model {', '.join(sorted(known))}; the download at {prices_in_words()} "
+        f"to {compared.download.destination}, an upper bound"
+        + (f"; training costs less below {readable_usd(even)} a device-hour" if even else "")
+        + ("; fitting the datamodels anew comes on top, see --fit" if compared.has_datamodels and not fit else "")
+    )
+    if fit:
+        for forecast in list(forecasts.values())[:1]:
+            talk.remark(
+                f"fit with {forecast.n_cores} core{'s' if forecast.n_cores > 1 else ''} at "
+                f"{readable_usd(forecast.usd_per_core_hour)} an hour each, rates measured here just now; with --work "
+                "memory may be less than what is stated, down to the part that is not mapped from disk"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What is to be fitted."""
+
+    n_models: int
+    n_train: int
+    n_targets: int
+    n_nonzero: float | None = None  # where a fit is there already
+
+
+_BASIS_IN_WORDS = {
+    "given": "as given",
+    "measured": "measured here just now",
+    "published": "second-hand, on an A100, in proportion to the subset",
+}
+
+
+def _plan_facts(plan: Comparison) -> dict[str, Any]:
+    parts = {}
+    for name, job in plan.jobs.items():
+        parts[name] = {"models": job.n_models, "seconds_per_model": job.seconds_per_model, "basis": job.basis}
+        parts[name] |= {"device_hours": job.device_hours, "seconds": job.seconds, "usd": job.usd}
+    price = plan.download
+    fetched = {"bytes": price.n_bytes, "requests": price.n_requests, "usd": price.usd, "usd_low": price.usd_low}
+    return {
+        "device_hours": plan.device_hours,
+        "seconds": plan.seconds,
+        "usd": plan.usd,
+        "train": parts,
+        "download": fetched | {"seconds": price.seconds},
+        "break_even_gpu_usd_per_hour": plan.break_even_usd_per_hour,
+        "fitting_left_out": plan.has_datamodels,
+    }
+
+
+def _plan_table(plan: Comparison) -> Table:
+    table = Table(
+        "way", "models", "s a model", "device-hours", "time", "dollars", "size", box=None, header_style="bold"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, job in plan.jobs.items():
+        work = (f"{job.n_models:,}", f"{job.seconds_per_model:,.3g}", _hours(job.device_hours))
+        table.add_row(f"train {name}", *work, readable_seconds(job.seconds), readable_usd(job.usd))
+    price = plan.download
+    trained = (f"{plan.n_models:,}", "", _hours(plan.device_hours), readable_seconds(plan.seconds))
+    fetched = ("", "", "", readable_seconds(price.seconds))
+    table.add_row("train, in all", *trained, readable_usd(plan.usd), readable_bytes(price.n_bytes), style="bold")
+    table.add_row("download", *fetched, readable_usd(price.usd), readable_bytes(price.n_bytes), style="bold")
+    return table
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def _plan_of_run(
+    path: Path, seconds_per_model: float | None, gpus: int, usd_per_hour: float
+) -> tuple[Comparison, dict[str, _Shape]]:
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
+    with contextlib.ExitStack() as until_planned:
+        if path.is_dir():
+            opened = Run.open(path)
+        else:
+            # what a run of this spec holds is what the run itself says, so one is made and thrown away
+            place = until_planned.enter_context(tempfile.TemporaryDirectory())
+            opened = Run.create(Path(place) / "run", RunSpec.read(path))
+        measured = seconds_per_model is None
+        seconds = workflow.probe_seconds_per_model(opened) if seconds_per_model is None else seconds_per_model
+        job = Regeneration(opened.spec.n_rows, seconds, gpus, usd_per_hour, "measured" if measured else "given")
+        dataset = opened.dataset()
+        shape = _Shape(opened.spec.n_models, dataset.n_train, dataset.n_test, workflow.fit_facts(opened).get(_NONZERO))
+        return Comparison({str(path): job}, workflow.price_of_arrays(opened)), {str(path): shape}
+
+
+def _plan_of_release(
+    pattern: str, seconds_per_model: float | None, gpus: int, usd_per_hour: float
+) -> tuple[Comparison, dict[str, _Shape]]:
+    patterns = [pattern, f"{pattern.rstrip('/')}/**"] if pattern.count("/") < 2 else [pattern]
+    catalog = load_catalog()
+    wanted = [name for name in patterns if catalog.has(name)] or patterns[:1]
+    jobs, artifacts = {}, catalog.match(wanted)
+    for (dataset, alpha_name), (n_models, alpha) in release_models(artifacts).items():
+        published = seconds_per_model is None
+        seconds = release_seconds_per_model(dataset, alpha) if seconds_per_model is None else seconds_per_model
+        basis: Basis = "published" if published else "given"
+        jobs[f"{dataset}/{alpha_name}"] = Regeneration(n_models, seconds, gpus, usd_per_hour, basis)
+    fits = {
+        artifact.name: _Shape(artifact.rows.fit[1] - artifact.rows.fit[0], *artifact.stored.members["weight"].shape)
+        for artifact in artifacts
+        if "weight" in artifact.stored.members
+    }
+    return Comparison(jobs, estimate(wanted), has_datamodels=bool(fits)), fits
+
+
+def _forecasts(
+    fits: Mapping[str, _Shape], nonzero: float | None, cores: int | None, usd_per_hour: float | None
+) -> "dict[str, Forecast]":
+    from dmpipeline.compute import available_threads
+    from dmpipeline.forecast import CORE_USD_PER_HOUR, GUESSED_NONZERO_SHARE, Forecast, Rates
+
+    if not fits:
+        raise SpecError("--fit needs names of datamodels, such as cifar/50pct/test_datamodels, or a run")
+    rates = Rates.measured()
+    return {
+        name: Forecast(
+            shape.n_models,
+            shape.n_train,
+            shape.n_targets,
+            nonzero or shape.n_nonzero or GUESSED_NONZERO_SHARE * shape.n_train,
+            n_cores=cores or available_threads(),
+            usd_per_core_hour=CORE_USD_PER_HOUR if usd_per_hour is None else usd_per_hour,
+            rates=rates,
+        )
+        for name, shape in fits.items()
+    }
+
+
+def _fit_table(forecasts: "Mapping[str, Forecast]") -> Table:
+    columns = (
+        "models x examples x targets",
+        "nonzero",
+        "moments",
+        "fit",
+        "dollars",
+        "memory",
+        "memory with --work",
+        "disk",
+    )
+    table = Table("fit", *columns, box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, f in forecasts.items():
+        table.add_row(
+            name,
+            f"{f.n_models:,} x {f.n_train:,} x {f.n_targets:,}",
+            f"{f.n_nonzero:,.0f}",
+            readable_seconds(f.moments_seconds),
+            readable_seconds(f.paths_seconds),
+            readable_usd(f.usd),
+            readable_bytes(f.memory_bytes),
+            f"{readable_bytes(f.least_memory_bytes)} to {readable_bytes(f.fast_memory_bytes)}",
+            readable_bytes(f.disk_bytes),
+        )
+    return table
+
+
+_NONZERO = "nonzero_weights"
