@@ -28,12 +28,12 @@ test: install
 	$(BIN)/pytest
 	@echo "$(TREE)" > $(TESTED)
 
-# dmdata alone, without torch, on the newest Python there is and the newest of every package
+# dmdata alone, without torch, on the newest Python there is and the newest of every package; kills and fuzz left out
 test-newest:
 	$$(tests/newest-python) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade 'pip>=25.1'
 	.venv-newest/bin/pip install --quiet --editable '.[xarray]' --group tests
-	.venv-newest/bin/pytest -q
+	.venv-newest/bin/pytest -q -m "not slow"
 
 # the gate: lint, types, tests and docs; tests that passed on this very tree are not run again
 check: lint types tested docs

@@ -36,6 +36,8 @@ from dmdata.fetch import CONNECTIONS
 from dmdata.formats import NPY_PREFIX_BYTES
 from dmdata.ledger import Ledger, Reservation, home
 
+pytestmark = pytest.mark.slow
+
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
 ROWS = np.array([1, 2, 5, 11, 12, 23, 29, 30])

@@ -42,6 +42,8 @@ from dmdata.prices import Destination, quote
 from dmdata.settings import config_path
 from dmdata.settings import settings as settings_in_force
 
+pytestmark = pytest.mark.slow
+
 N_CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 URL = "s3://bucket/damaged"

@@ -80,6 +80,7 @@ def test_a_block_whose_worker_dies_is_copied_by_another(s3: LoopbackS3, cluster:
     assert dmdata.spend().n_bytes >= s3.n_object_bytes
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
     catalog = write_locally({MARGINS: VALUES}, tmp_path / "run")
     with pytest.raises(DmdataError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):

@@ -25,6 +25,8 @@ from dmdata.place import SPOOL
 from dmdata.selection import select
 from dmdata.spool import Landing, read_key
 
+pytestmark = pytest.mark.slow
+
 MARGINS = "toy/50pct/test_margins"
 MASKS = "toy/50pct/train_masks"
 MEBIBYTE = 1 << 20
