@@ -23,7 +23,13 @@ from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Certificate, Datamodels
 from dmpipeline.errors import ConvergenceError, SpecError
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
-from dmpipeline.priors import STRENGTHS, check_prior, penalty_factors
+from dmpipeline.priors import (
+    STRENGTHS,
+    check_prior,
+    expected_weights,
+    penalty_factors,
+    standardised_scores,
+)
 from dmpipeline.spaces import Space
 
 Progress = Callable[[str, int, int], None]
@@ -63,9 +69,11 @@ def fit(
         Choose lam by so many-fold cross-validation instead: each of so many runs of rows is held out in turn, and the
         lam of least mean error taken. It takes that many times as long.
     prior : array of float, shape (n_train, n_targets), optional
-        Scores that say, by their magnitude, which examples are likely to matter for a target; any attribution will do.
-        Likely ones are penalised less, by a strength from `priors.STRENGTHS` that is chosen for all targets together by
-        their validation errors. None is among them: a useless prior costs time, three times as much, and little else.
+        Scores that say which examples are likely to matter for a target; any attribution will do. Likely ones are
+        penalised less, by a strength from `priors.STRENGTHS` that is chosen for all targets together by their
+        validation errors, and weights are shrunk towards the scores, times a factor that the fitted models give each
+        target, instead of towards zero (but not if `is_positive`). None is among the strengths: a useless prior costs
+        time, three times as much, and little else.
     is_positive : bool
         Allow no weight below zero (the positive Lasso of Efron et al., Least Angle Regression, 2004).
     n_lams, lam_ratio
@@ -252,6 +260,16 @@ class _Settings:
             return None
         return penalty_factors(np.asarray(self.prior[:, part]), strength=strength)
 
+    def told(self, part: slice, strength: float, space: Space) -> dict[str, NDArray[np.float32]]:
+        """Give what the prior says of some targets: penalty factors, and scores to shrink weights towards."""
+        factor = self.factor(part, strength)
+        if self.prior is None or factor is None:
+            return {}
+        if self.is_positive:
+            return {"factor": factor}
+        scores = standardised_scores(np.asarray(self.prior[:, part]), space.inverse_scale)
+        return {"factor": factor, "scores": scores}
+
     def grid(self, cross: NDArray[np.float64], factor: NDArray[np.float32] | None) -> NDArray[np.float64]:
         """Space the strengths of some targets, (n_targets, n_lams)."""
         return lasso.lambda_grid(
@@ -322,12 +340,7 @@ def _choose(
     n_targets = grid_from.cross.shape[1]
     strengths = (0.0,) if settings.prior is None else STRENGTHS
     tried = [(i, part) for i in range(len(strengths)) for part in _parts(n_targets)]
-    lams = np.empty((len(strengths), n_targets, settings.n_lams))
-    space = Space.of(grid_from)
-    for part in _parts(n_targets):
-        cross = space.cross(grid_from, part)
-        for i, strength in enumerate(strengths):
-            lams[i, part] = settings.grid(cross, settings.factor(part, strength))
+    lams = _grids(grid_from, settings, place, strengths)
     error, n_held_out, starts = np.zeros(lams.shape), 0, {}
     for nth, (fitting, held_out) in enumerate(splits):
         space = Space.of(fitting)
@@ -344,7 +357,7 @@ def _choose(
                 "lams": lams[i, part],
                 "cross_out": space.cross(held_out, part),
                 "square_out": space.square(held_out, part),
-            } | _factor_of(settings, part, strengths[i])
+            } | settings.told(part, strengths[i], space)
 
         how = settings.solver(place) | {"patience": settings.patience, "least_rise": _LEAST_RISE / held_out.n**0.5}
         paths = place.solved(
@@ -369,18 +382,39 @@ def _choose(
     )
 
 
+def _grids(
+    moments: Moments, settings: _Settings, place: Checkpoints, strengths: Sequence[float]
+) -> NDArray[np.float64]:
+    """Space the strengths of all targets, (n_strengths of the prior, n_targets, n_lams).
+
+    A grid starts where all weights are as expected, which is far lower than where they are zero.
+    """
+    n_targets, space, gram = moments.cross.shape[1], Space.of(moments), None
+    lams = np.empty((len(strengths), n_targets, settings.n_lams))
+    for part in _parts(n_targets):
+        plain = space.cross(moments, part)
+        for i, strength in enumerate(strengths):
+            told, cross = settings.told(part, strength, space), plain
+            if "scores" in told:
+                if gram is None:
+                    gram = space.gram(moments, threads=settings.threads or available_threads(), zeros=place.zeros)
+                cross = plain - expected_weights(told["scores"], gram, plain)[1]
+            lams[i, part] = settings.grid(cross, told.get("factor"))
+    return lams
+
+
 def _refit(whole: Moments, choice: _Choice, settings: _Settings, place: Checkpoints) -> Datamodels:
     threads = settings.threads or available_threads()
     n_train, n_targets = whole.cross.shape
     lam, space = choice.lam, Space.of(whole)
 
     def problem(part: slice) -> Arrays:
-        factor = _factor_of(settings, part, choice.strength)
+        told = settings.told(part, choice.strength, space)
         cross = space.cross(whole, part)
         # a target without a path, which nothing pulled over the fitting rows, is silenced over all rows too
-        lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, factor.get("factor"))[:, 0])
+        lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, told.get("factor"))[:, 0])
         problem = {"cross": cross, "square": space.square(whole, part), "lam": lam[part]}
-        return problem | {"start": choice.start[part.start]} | factor
+        return problem | {"start": choice.start[part.start]} | told
 
     solutions = place.solved(
         partial(_solve, settings.solver(place)),
@@ -408,11 +442,18 @@ def _refit(whole: Moments, choice: _Choice, settings: _Settings, place: Checkpoi
 
 
 def _solve_paths(how: dict[str, Any], shared: Arrays, problem: Arrays, progress: Callable[[int], None]) -> Arrays:
+    cross, cross_out, square_out = problem["cross"], problem["cross_out"], problem["square_out"]
+    if "scores" in problem:
+        # the weights' deviation from what is expected is solved for, and its error is that of the weights
+        expected, pull = expected_weights(problem["scores"], shared["gram"], cross)
+        pull_out = (expected @ shared["gram_out"]).astype(np.float64)
+        cross, square_out = cross - pull, _left_over(square_out, expected, pull_out, cross_out)
+        cross_out = cross_out - pull_out
     path = lasso.solve_paths(
         shared["gram"],
-        problem["cross"],
+        cross,
         problem["lams"],
-        holdout=lasso.Holdout(shared["gram_out"], problem["cross_out"], problem["square_out"]),
+        holdout=lasso.Holdout(shared["gram_out"], cross_out, square_out),
         factor=problem.get("factor"),
         progress=lambda done, _: progress(done),
         **how,
@@ -421,18 +462,35 @@ def _solve_paths(how: dict[str, Any], shared: Arrays, problem: Arrays, progress:
 
 
 def _solve(how: dict[str, Any], shared: Arrays, problem: Arrays, progress: Callable[[int], None]) -> Arrays:
-    own: dict[str, Any] = dict(problem)
-    solution = lasso.solve(shared["gram"], **own, progress=lambda done, _: progress(done), **how)
-    return {name: getattr(solution, name) for name in ("weight", "gap", "kkt", "converged")} | {"lam": problem["lam"]}
+    cross, square, expected = problem["cross"], problem["square"], None
+    if "scores" in problem:
+        expected, pull = expected_weights(problem["scores"], shared["gram"], cross)
+        cross, square = cross - pull, _left_over(square, expected, pull, cross)
+    solution = lasso.solve(
+        shared["gram"],
+        cross,
+        square,
+        problem["lam"],
+        start=problem["start"],
+        factor=problem.get("factor"),
+        progress=lambda done, _: progress(done),
+        **how,
+    )
+    results = {name: getattr(solution, name) for name in ("gap", "kkt", "converged")}
+    weight = solution.weight if expected is None else expected + solution.weight
+    return results | {"weight": weight, "lam": problem["lam"]}
+
+
+def _left_over(
+    square: NDArray[np.float64], weight: NDArray[Any], pull: NDArray[np.float64], cross: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean square of y - Xw, from y'y, w, X'Xw and X'y, all but w divided by n."""
+    left: NDArray[np.float64] = np.maximum(square + np.einsum("tj,tj->t", weight, pull - 2 * cross), 0)
+    return left
 
 
 def _block(part: slice, make: Callable[[], Arrays]) -> Block:
     return Block(part.stop - part.start, make)
-
-
-def _factor_of(settings: _Settings, part: slice, strength: float) -> dict[str, NDArray[np.float32]]:
-    factor = settings.factor(part, strength)
-    return {} if factor is None else {"factor": factor}
 
 
 def _best_strength(errors: NDArray[np.float64]) -> int:

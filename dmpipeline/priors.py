@@ -1,7 +1,8 @@
-"""Penalty factors from a prior: which examples are likely to matter for a target, by any attribution score.
+"""What a prior says of the weights: which examples are likely to matter for a target, by any attribution score.
 
-A LASSO that penalises likely examples less needs fewer models to find them. How far to trust the prior is chosen on
-validation models from strengths that include none, so a useless one costs time and nothing else.
+A LASSO that penalises likely examples less, and shrinks weights towards what the scores lead to expect rather than
+towards zero, needs fewer models. How far to trust the prior is chosen on validation models from strengths that include
+none, so a useless one costs time and nothing else.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from dmpipeline.moments import RowSliceable
 STRENGTHS = (0.0, 0.25, 0.5)
 """Exponents from which `fit` chooses; 0 is no prior."""
 
-_FLOOR = 0.01
+_FLOOR = 0.003
 _BLOCK_ROWS = 4096
 
 
@@ -38,7 +39,7 @@ def check_prior(prior: NDArray[Any], *, n_train: int, n_targets: int) -> None:
 
 
 def penalty_factors(prior: NDArray[Any], *, strength: float) -> NDArray[np.float32]:
-    """Turn scores s of any sign and scale into penalty factors (|s| / max |s| + 0.01) ** -strength, a target at a time.
+    """Turn scores s of any sign and scale into penalty factors (|s| / max |s| + 0.003) ** -strength, for each target.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def penalty_factors(prior: NDArray[Any], *, strength: float) -> NDArray[np.float
     Returns
     -------
     factor : array of float32, shape (n_targets, n_train)
-        From about 1 for the likeliest example up to 100 ** strength for one of score 0. All 1 for a target whose scores
+        From about 1 for the likeliest example up to 333 ** strength for one of score 0. All 1 for a target whose scores
         are all 0, of which nothing is known.
     """
     size = np.abs(np.asarray(prior, np.float64).T)
@@ -57,6 +58,57 @@ def penalty_factors(prior: NDArray[Any], *, strength: float) -> NDArray[np.float
     share = np.divide(size, largest, out=np.ones_like(size), where=largest > 0)
     factor: NDArray[np.float32] = ((share + _FLOOR) ** -strength).astype(np.float32)
     return factor
+
+
+def standardised_scores(prior: NDArray[Any], inverse_scale: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Take scores as weights of raw masks, up to a factor, and turn them into those of masks scaled to unit variance.
+
+    Parameters
+    ----------
+    prior : array of float, shape (n_train, n_targets)
+    inverse_scale : array of float64, shape (n_train,)
+        One over the masks' deviations; 0 for an example in all subsets or in none.
+
+    Returns
+    -------
+    scores : array of float32, shape (n_targets, n_train)
+        At most 1 before scaling; 0 below 0.003 of a target's largest, so that weights stay sparse.
+    """
+    scores = np.asarray(prior, np.float64).T
+    largest = np.abs(scores).max(axis=1, keepdims=True)
+    share = np.divide(scores, largest, out=np.zeros_like(scores), where=largest > 0)
+    share[np.abs(share) < _FLOOR] = 0
+    scale = np.divide(1, inverse_scale, out=np.zeros_like(inverse_scale), where=inverse_scale > 0)
+    standardised: NDArray[np.float32] = (share * scale).astype(np.float32)
+    return standardised
+
+
+def expected_weights(
+    scores: NDArray[np.float32], gram: NDArray[Any], cross: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Fit each target by one factor c on its scores s, by least squares: c = s'X'y / s'X'X s.
+
+    The sign is the data's: scores that are all turned round serve as well.
+
+    Parameters
+    ----------
+    scores : array of float32, shape (n_targets, n_train)
+    gram : array of float, shape (n_train, n_train)
+        X'X / n.
+    cross : array of float64, shape (n_targets, n_train)
+        X'y / n.
+
+    Returns
+    -------
+    expected : array of float32, shape (n_targets, n_train)
+        c s; 0 where the scores say nothing.
+    pull : array of float64, shape (n_targets, n_train)
+        X'X c s / n: what of `cross` they account for.
+    """
+    pull = (scores @ gram).astype(np.float64)
+    reach, agreement = (np.einsum("tj,tj->t", scores, other, dtype=np.float64) for other in (pull, cross))
+    factor = np.divide(agreement, reach, out=np.zeros_like(reach), where=reach > 0)[:, None]
+    return (factor * scores).astype(np.float32), factor * pull
 
 
 def pooled_scores(datamodels: Datamodels, outputs: RowSliceable) -> NDArray[np.float32]:
