@@ -277,16 +277,16 @@ def fit(talk: Talk, directory: Path, validation: float) -> None:
 
 @commands.command("evaluate")
 @DIRECTORY
-@click.option("--compare", "has_others", is_flag=True, help="Beside ridge, debiased weights and differences of means.")
+@click.option("--compare", "is_compared", is_flag=True, help="Beside ridge, debiased weights and differences of means.")
 @talk_options
-def evaluate(talk: Talk, directory: Path, has_others: bool) -> None:
+def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
     evaluation = workflow.evaluate_run(opened)
-    if has_others:
+    if is_compared:
         _print_comparison(talk, opened, evaluation)
     else:
         talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))

@@ -11,7 +11,7 @@ import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -114,7 +114,7 @@ class LearningCurve:
         rows : list of dict
             The attributes of `CurvePoint` by name.
         """
-        return [{name: _or_none(getattr(point, name)) for name in CurvePoint.__slots__} for point in self.points]
+        return [{name: _or_none(value) for name, value in asdict(point).items()} for point in self.points]
 
     def as_dict(self) -> dict[str, Any]:
         """Give all there is, ready for JSON: `lds_ceiling`, `level`, and `points` as `as_rows` gives them."""
@@ -426,6 +426,7 @@ def curve_figure(curves: Mapping[str, LearningCurve], *, palette: Palette = LIGH
             fontsize=10,
             weight="bold",
             va="center",
+            parse_math=False,  # a name may hold dollars
         )
     return figure
 

@@ -201,12 +201,14 @@ def curve_run(
     Raises
     ------
     SpecError
-        If the counts cannot be used, or there are too few held-out subsets.
+        If the counts or the prior cannot be used, or there are too few held-out subsets.
     IncompleteRunError
         If rows are missing.
     RunError
         If arrays are damaged, or the results cannot be written.
     """
+    if prior not in (None, "gradient"):
+        raise SpecError(f"prior is {prior!r}; choose gradient, or leave it out", value=prior)
     spec = run.spec
     counts = default_counts(spec.n_models, validation=validation) if counts is None else counts
     split_counts(counts, n_models=spec.n_models, validation=validation)

@@ -28,7 +28,7 @@ from dmpipeline.evaluate import evaluate
 from dmpipeline.fitting import fit, fit_moments
 from dmpipeline.moments import Moments
 from dmpipeline.store import Run
-from dmpipeline.workflow import load_curves
+from dmpipeline.workflow import curve_run, load_curves
 
 QUICK = {"n_bootstraps": 50, "n_splits": 10}
 N_TRAIN, N_TARGETS, R = 30, 4, 3
@@ -264,12 +264,12 @@ def test_what_is_no_curve_is_refused(data):
 
 
 def test_a_picture_names_curves_counts_and_ceiling_and_turns_dark(tmp_path):
-    curves = {"plain": curve(0.5, 0.7, 0.8), "<prior> & more": curve(0.6, 0.75, 0.803)}
+    curves = {"plain": curve(0.5, 0.7, 0.8), "<$prior$> & more": curve(0.6, 0.75, 0.803)}
     path = draw_curves(curves, tmp_path / "curve.svg")
     text = path.read_text()
     root = ElementTree.fromstring(text)  # noqa: S314, our own
     said = [html.unescape("".join(element.itertext())) for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    for words in ("plain 0.800", "<prior> & more 0.803", "100", "200", "400", "noise ceiling 0.900", "LDS"):
+    for words in ("plain 0.800", "<$prior$> & more 0.803", "100", "200", "400", "noise ceiling 0.900", "LDS"):
         assert words in said
     assert "plain from 0.500 with 100 models to 0.800 with 400" in root.attrib["aria-label"]
     assert "prefers-color-scheme: dark" in text
@@ -350,6 +350,7 @@ def test_the_command_leaves_its_numbers_and_picture_and_the_report_shows_them(ru
     page = html.unescape((run / "report.html").read_text())
     assert 'id="curve"' in page
     assert re.search(r"plain from 0?-?[\d.]+ with 20 models", page)
+    assert not re.search("https?:|#0[1-6]0[1-6]0[1-6]", page)  # nothing of a server, and no stand-in for a colour
 
 
 def test_a_prior_is_drawn_beside_the_plain_curve_and_what_it_saves_is_said(run, capsys, monkeypatch):
@@ -407,6 +408,11 @@ def test_unusable_counts_are_said_in_a_line_and_write_nothing(run, capsys, count
     assert words in said
     assert "Traceback" not in said
     assert not (run / "curve.json").exists()
+
+
+def test_a_prior_nobody_knows_is_refused(run):
+    with pytest.raises(SpecError, match="prior is 'graident'; choose gradient"):
+        curve_run(Run.open(run), prior="graident")
 
 
 def test_a_run_without_datamodels_has_a_curve_and_one_without_models_does_not(run, tmp_path, capsys):
