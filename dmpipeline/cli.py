@@ -4,6 +4,7 @@ Each command imports the rooms it needs when it runs: torch, numba and matplotli
 should wait for who asks for help, and without the `pipeline` extra they are not there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,24 @@ from dmpipeline.spec import RunSpec
 
 if TYPE_CHECKING:
     from dmpipeline import workflow
+    from dmpipeline.curves import LearningCurve
     from dmpipeline.evaluate import Evaluation
     from dmpipeline.store import Run
     from dmpipeline.verify import Finding
 
 DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+
+
+class _Counts(click.ParamType[list[int]]):
+    """Whole numbers with commas between them."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        try:
+            return [int(count) for count in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers; give such as 500,1000,2000.", param, ctx)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,15 +222,76 @@ def fit(
 
 @commands.command("evaluate")
 @DIRECTORY
+@click.option("--compare", "is_compared", is_flag=True, help="Beside ridge, debiased weights and differences of means.")
 @talk_options
-def evaluate(talk: Talk, directory: Path) -> None:
+def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
     from dmpipeline.store import Run
 
-    evaluation = workflow.evaluate_run(Run.open(directory))
-    talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
+    opened = Run.open(directory)
+    evaluation = workflow.evaluate_run(opened)
+    if is_compared:
+        _print_comparison(talk, opened, evaluation)
+    else:
+        talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
     talk.remark(f"next: dmpipeline report {directory}")
+
+
+def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> None:
+    from dmpipeline import workflow
+
+    with talk.stages(workflow.COMPARE_STAGES) as progress:
+        compared = workflow.compare_run(opened, progress=progress)
+    talk.print_data(evaluation.as_dict() | {"comparison": compared.as_rows()}, compared.table())
+
+
+@commands.command("curve")
+@DIRECTORY
+@click.option("--counts", type=_Counts(), help="Numbers of models, as 500,1000,2000. [default: about 7, up to all]")
+@click.option(
+    "--prior",
+    type=click.Choice(["none", "gradient"]),
+    default="none",
+    show_default=True,
+    help="Draw a second curve, with gradient scores of the run's first models as the prior.",
+)
+@talk_options
+def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> None:
+    """Draw LDS against the number of models of the run at DIRECTORY that are fitted on.
+
+    Leaves curve.json and curve.svg in the run; dmpipeline report shows them.
+    """
+    from dmpipeline import workflow
+    from dmpipeline.store import Run
+
+    opened = Run.open(directory)
+    with talk.stages(workflow.CURVE_STAGES) as progress:
+        curves = workflow.curve_run(opened, counts, "gradient" if prior == "gradient" else None, progress=progress)
+    tables = [drawn.table() for drawn in curves.values()]
+    data: dict[str, Any] = {name: drawn.as_dict() for name, drawn in curves.items()}
+    facts: dict[str, Any] = {"picture": str(workflow.curve_picture(opened)), "curves": data}
+    if workflow.GRADIENT in curves:
+        for name, table in zip(curves, tables, strict=True):
+            table.columns[0].header = f"models, {name}"
+        plain, helped = curves[workflow.PLAIN], curves[workflow.GRADIENT]
+        needed = helped.models_for(plain.points[-1].lds)
+        facts["models_for_plain_lds"] = None if math.isnan(needed) else round(needed)
+    talk.print_data(facts, *tables)
+    if workflow.GRADIENT in curves:
+        talk.remark(_saving(plain, helped, needed))
+    talk.remark(f"drawn in {facts['picture']}; next: dmpipeline report {directory}")
+
+
+def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> str:
+    """Say with how many models a prior reaches the LDS that all models reach without."""
+    last = plain.points[-1]
+    goal = f"the LDS that {last.n_models:,} reach without ({last.lds:.3f})"
+    if not math.isnan(needed):
+        return f"with gradient scores {round(needed):,} models reach {goal}: {last.n_models - round(needed):,} fewer"
+    if helped.points[0].lds > last.lds:
+        return f"with gradient scores fewer than {helped.counts[0]:,} models reach {goal}"
+    return f"with gradient scores no number of these models reaches {goal}"
 
 
 @commands.command("report")

@@ -6,11 +6,9 @@ not at all.
 """
 
 import base64
-import html
 import io
 import math
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +20,13 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dmpipeline.curves import LearningCurve, curve_figure, describe
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError, explain_os_errors
 from dmpipeline.evaluate import Evaluation, readable_score
+from dmpipeline.figures import DARK, LIGHT, PAGE, blank, page_svg
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +61,7 @@ def write_report(
     costs: Mapping[str, object],
     gallery: Gallery | None,
     output_name: str,
+    curves: Mapping[str, LearningCurve] | None = None,
 ) -> Path:
     """Write the report page.
 
@@ -82,6 +82,8 @@ def write_report(
         Without it the page leaves out the training images behind the predictions.
     output_name : str
         What a trained model gave for a target, say "margin".
+    curves : mapping of str to LearningCurve, optional
+        By the names to show; LDS against the number of models.
 
     Raises
     ------
@@ -100,6 +102,8 @@ def write_report(
     height, width = (0, 0) if gallery is None else gallery.targets.shape[1:3]
     page = _environment().from_string(resources.files("dmpipeline").joinpath("report.html.j2").read_text("utf-8"))
     text = page.render(
+        light=LIGHT,
+        dark=DARK,
         title=title,
         summary=_summary(evaluation, n_models=n_models, output_name=output_name),
         tiles=_tiles(evaluation, output_name=output_name),
@@ -107,6 +111,7 @@ def write_report(
         figures=[
             _lds_figure(evaluation),
             _margins_figure(evaluation, predicted, true, output_name=output_name),
+            *([_curves_figure(curves)] if curves else []),
         ],
         cards=cards,
         n_shown=_N_SHOWN,
@@ -126,10 +131,6 @@ def write_report(
 
 
 _N_SHOWN = 5
-
-# the figures are drawn in these stand-ins, which the page's style then decides, so that they follow light and dark
-_INK, _SOFT, _ACCENT, _ACCENT_SOFT, _HURT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_STYLED = {_INK: "ink", _SOFT: "soft", _ACCENT: "accent", _ACCENT_SOFT: "accent-soft", _HURT: "hurt"}
 
 
 def _environment() -> Environment:
@@ -198,13 +199,13 @@ def _fit_rows(datamodels: Datamodels, evaluation: Evaluation, *, n_models: int) 
 
 def _lds_figure(evaluation: Evaluation) -> dict[str, str]:
     scores = evaluation.target_lds[~np.isnan(evaluation.target_lds)]
-    figure, axes = _blank(5.2, 4.0)
+    figure, axes = blank(5.2, 4.0)
     ax = axes[0]
     low = min(0.0, float(scores.min(initial=0.0)))
-    counts, _, _ = ax.hist(scores, bins=np.linspace(low, 1, 41), color=_ACCENT_SOFT)
+    counts, _, _ = ax.hist(scores, bins=np.linspace(low, 1, 41), color=PAGE.accent_soft)
     top = max(float(np.max(counts)), 1.0)
     ax.set(xlim=(low, 1), ylim=(0, top * 1.3), xlabel="LDS of a target", ylabel="targets")
-    marks = [(evaluation.lds, "mean", _ACCENT, 1.1), (evaluation.lds_ceiling, "ceiling", _HURT, 1.22)]
+    marks = [(evaluation.lds, "mean", PAGE.accent, 1.1), (evaluation.lds_ceiling, "ceiling", PAGE.hurt, 1.22)]
     for value, name, color, height in marks:
         if not math.isnan(value):
             ax.axvline(value, ymax=height / 1.3, color=color, lw=2, ls="-" if name == "mean" else (0, (4, 2)))
@@ -224,31 +225,41 @@ def _lds_figure(evaluation: Evaluation) -> dict[str, str]:
     caption = (
         "LDS of every target against the average of its retrainings; the lines are the mean and the mean noise ceiling."
     )
-    return {"name": "lds", "svg": _svg(figure, label=label, salt="lds"), "caption": caption}
+    return {"name": "lds", "svg": page_svg(figure, label=label, salt="lds"), "caption": caption}
 
 
 def _margins_figure(
     evaluation: Evaluation, predicted: NDArray[Any], true: NDArray[Any], *, output_name: str
 ) -> dict[str, str]:
     shown = _spread(evaluation.target_lds, (0.1, 0.4, 0.7, 0.95))
-    figure, axes = _blank(5.2, 4.0, rows=2, columns=2)
+    figure, axes = blank(5.2, 4.0, rows=2, columns=2)
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
     for ax, t in zip(axes, shown, strict=False):
         x, y = predicted[:, t].astype(float), true[:, t].astype(float)
-        ax.scatter(x, y, s=9, color=_ACCENT, alpha=0.65, linewidths=0)
+        ax.scatter(x, y, s=9, color=PAGE.accent, alpha=0.65, linewidths=0)
         ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
-        ax.plot(ends, ends, color=_SOFT, lw=1, ls=(0, (4, 2)), zorder=0)
-        ax.set_title(f"target {t}, LDS {evaluation.target_lds[t]:.2f}", fontsize=9.5, loc="left", color=_INK)
-    figure.supxlabel(f"predicted {output_name}", color=_INK, fontsize=10.5)
-    figure.supylabel(f"actual {output_name}, average of retrainings", color=_INK, fontsize=10.5)
+        ax.plot(ends, ends, color=PAGE.soft, lw=1, ls=(0, (4, 2)), zorder=0)
+        ax.set_title(f"target {t}, LDS {evaluation.target_lds[t]:.2f}", fontsize=9.5, loc="left", color=PAGE.ink)
+    figure.supxlabel(f"predicted {output_name}", color=PAGE.ink, fontsize=10.5)
+    figure.supylabel(f"actual {output_name}, average of retrainings", color=PAGE.ink, fontsize=10.5)
     names = ", ".join(f"target {t} with LDS {evaluation.target_lds[t]:.2f}" for t in shown) or "no target varies"
     label = f"Predicted against actual {output_name} on held-out subsets: {names}."
     caption = (
         "A dot is a held-out subset. Targets at the 10th, 40th, 70th and 95th percentile of LDS; on the dashed line, "
         "prediction and truth agree."
     )
-    return {"name": "margins", "svg": _svg(figure, label=label, salt="margins"), "caption": caption}
+    return {"name": "margins", "svg": page_svg(figure, label=label, salt="margins"), "caption": caption}
+
+
+def _curves_figure(curves: Mapping[str, LearningCurve]) -> dict[str, str]:
+    level = next(iter(curves.values())).level
+    caption = (
+        f"LDS of datamodels fitted on the first models of the run, with {level:.0%} intervals over the held-out "
+        "subsets. The dashed line is the mean noise ceiling."
+    )
+    svg = page_svg(curve_figure(curves, palette=PAGE), label=describe(curves), salt="curve")
+    return {"name": "curve", "svg": svg, "caption": caption}
 
 
 def _spread(values: NDArray[np.float64], quantiles: Sequence[float]) -> list[int]:
@@ -317,39 +328,6 @@ def _data_uri(image: NDArray[Any]) -> str:
     else:
         matplotlib.image.imsave(buffer, np.clip(pixels, 0, 1), format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _blank(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    """Make a figure in the page's ink, without a frame's upper and right side; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(_SOFT)
-        ax.tick_params(colors=_SOFT, labelsize=9)
-        ax.xaxis.label.set(color=_INK, fontsize=10.5)
-        ax.yaxis.label.set(color=_INK, fontsize=10.5)
-    return figure, axes
-
-
-def _svg(figure: Figure, *, label: str, salt: str) -> str:
-    """Draw as SVG to be put inside HTML: transparent, with real text and the page's colours, and no XML preamble."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace("xlink:href", "href")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, rest = text.split(">", 1)
-    text = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", head) + ">" + rest
-    for stand_in, name in _STYLED.items():
-        text = text.replace(stand_in, f"var(--{name})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
 def _write_whole(path: Path, text: str) -> Path:

@@ -443,8 +443,8 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
     return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis)
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that a reader sees the old text or the new.
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there, so that a reader sees the old content or the new; text as UTF-8.
 
     Raises
     ------
@@ -454,8 +454,7 @@ def write_beside(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     with explain_os_errors(path):
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

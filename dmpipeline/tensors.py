@@ -49,11 +49,13 @@ def map_tensors(path: str | os.PathLike[str], names: set[str] | None = None) -> 
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise FormatError(f"{path} cannot be read ({error}); write it anew", url=str(path)) from error
+            raise FormatError(f"{path} cannot be read ({error}); delete it, or write it anew", url=str(path)) from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise FormatError(f"{path} does not hold tensors by name; write it anew", url=str(path))
+        raise FormatError(f"{path} does not hold tensors by name; delete it, or write it anew", url=str(path))
     if names is not None and set(tensors) != names:
-        raise FormatError(f"{path} does not hold the tensors {', '.join(sorted(names))}; write it anew", url=str(path))
+        raise FormatError(
+            f"{path} does not hold the tensors {', '.join(sorted(names))}; delete it, or write it anew", url=str(path)
+        )
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

@@ -7,15 +7,17 @@
       datamodels/fit.json          fit_run: settings, certificate, seconds
       fitting/                     fit_run: second moments, kept for further fits
       evaluation.json              evaluate_run
+      curve.json, curve.svg        curve_run
       report.html                  report_run
 
 Arrays are read through the run's catalog, a block of rows at a time, as those of a release would be. What is damaged
 ends a step with a `RunError` that names the command which finds or replaces it.
 """
 
+import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +30,31 @@ import dmdata
 from dmdata.download import n_requests_of
 from dmdata.errors import FormatError
 from dmdata.prices import destination_of, price_table, prices_in_words, quote, readable_bytes, readable_usd, usage_of
+from dmpipeline.alternatives import Comparison, compare, debiased, difference_of_means, ridge
 from dmpipeline.attribution import gradient_scores
+from dmpipeline.checkpoints import Checkpoints
+from dmpipeline.curves import Estimate, LearningCurve, default_counts, draw_curves, learning_curves, split_counts
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
-from dmpipeline.errors import IncompleteRunError, RunError
+from dmpipeline.errors import IncompleteRunError, RunError, SpecError
 from dmpipeline.evaluate import Evaluation, evaluate
-from dmpipeline.fitting import Progress, fit
+from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
+from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import ARRAYS, Run, write_beside
 from dmpipeline.train import models_at_once, train_rows
 
-FIT_STAGES = {"moments": "models", "paths": "targets", "refit": "targets"}
+FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
+
+CURVE_STAGES = {"gradients": "models", "moments": "models", "points": "fits"}
+"""Stages that `curve_run` reports, and what each counts."""
+
+COMPARE_STAGES = {"moments": "models"}
+"""Stages that `compare_run` reports, and what each counts."""
+
+PLAIN, GRADIENT = "plain", "gradient scores"
+"""Names of the curves that `curve_run` gives."""
 
 
 PriorName = Literal["none", "gradient"]
@@ -102,11 +117,7 @@ def fit_run(
     SpecError, ConvergenceError
         As for `dmpipeline.fit`.
     """
-    try:
-        run.write_catalog()
-    except FormatError:
-        # the datamodels that are there are damaged, and about to be replaced
-        run.write_catalog(datamodels=False)
+    _write_catalog(run)
     started = time.monotonic()
     masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
     datamodels = fit(
@@ -114,10 +125,10 @@ def fit_run(
         margins,
         validation=validation,
         folds=folds,
-        prior=gradient_scores(run) if prior == "gradient" else None,
+        prior=_gradient_scores(run, progress) if prior == "gradient" else None,
         is_positive=is_positive,
         strict=strict,
-        directory=directory or run.path / "fitting",
+        directory=directory or _fitting_path(run),
         scheduler=scheduler,
         progress=progress,
     )
@@ -159,6 +170,129 @@ def evaluate_run(run: Run) -> Evaluation:
     return evaluation
 
 
+def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
+    """Score a run's datamodels beside other estimates from the same models, on its held-out models.
+
+    These are least squares on the support of the saved ones, ridge with the same validation models, and differences of
+    means.
+
+    Parameters
+    ----------
+    run : Run
+        Complete, with datamodels.
+    progress : callable, optional
+        Called with (stage, done, in all); see `COMPARE_STAGES`.
+
+    Raises
+    ------
+    IncompleteRunError
+        If the run has no datamodels yet, or rows are missing.
+    SpecError
+        If it has too few held-out subsets.
+    RunError
+        If arrays, datamodels or the notes on their fit are damaged.
+    """
+    saved, held_out = load_datamodels(run), run.spec.rows.held_out
+    fitting, validation = _moments(run, fit_facts(run).get("validation", 0.1), progress=progress)
+    whole = fitting + validation
+    estimates = {
+        "saved datamodels": saved,
+        "debiased": debiased(saved, whole),
+        "ridge": ridge(fitting, validation),
+        "difference of means": difference_of_means(whole),
+    }
+    masks, margins = _open(run, "train_masks", held_out), _open(run, "test_margins", held_out)
+    return compare(estimates, masks, margins, n_retrainings=run.spec.held_out.n_retrainings)
+
+
+def curve_run(
+    run: Run,
+    counts: Sequence[int] | None = None,
+    prior: Literal["gradient"] | None = None,
+    *,
+    validation: float = 0.1,
+    progress: Progress | None = None,
+) -> dict[str, LearningCurve]:
+    """Draw LDS against the number of a run's models fitted on; write ``curve.json`` and ``curve.svg`` in the run.
+
+    Parameters
+    ----------
+    run : Run
+        Complete.
+    counts : sequence of int, optional
+        Numbers of models, rising; see `dmpipeline.curves.default_counts`.
+    prior : {"gradient"}, optional
+        Draw a second curve, of fits with the run's gradient scores as their prior.
+    validation : float
+        Share of each number of models on which lambda is chosen.
+    progress : callable, optional
+        Called with (stage, done, in all); see `CURVE_STAGES`.
+
+    Returns
+    -------
+    curves : dict of str to LearningCurve
+        `PLAIN`, and with a prior `GRADIENT`.
+
+    Raises
+    ------
+    SpecError
+        If the counts or the prior cannot be used, or there are too few held-out subsets.
+    IncompleteRunError
+        If rows are missing.
+    RunError
+        If arrays are damaged, or the results cannot be written.
+    """
+    if prior not in (None, "gradient"):
+        raise SpecError(f"prior is {prior!r}; choose gradient, or leave it out", value=prior)
+    spec = run.spec
+    counts = default_counts(spec.n_models, validation=validation) if counts is None else counts
+    split_counts(counts, n_models=spec.n_models, validation=validation)
+    _write_catalog(run)
+    estimates: dict[str, Estimate] = {PLAIN: fit_moments}
+    if prior is not None:
+        estimates[GRADIENT] = functools.partial(fit_moments, prior=_gradient_scores(run, progress))
+    curves = learning_curves(
+        *(_open(run, name, spec.rows.models) for name in ("train_masks", "test_margins")),
+        *(_open(run, name, spec.rows.held_out) for name in ("train_masks", "test_margins")),
+        estimates=estimates,
+        counts=counts,
+        n_retrainings=spec.held_out.n_retrainings,
+        validation=validation,
+        progress=progress,
+    )
+    facts = {name: curve.as_dict() for name, curve in curves.items()}
+    write_beside(_curve_path(run), json.dumps(facts, indent=2) + "\n")
+    draw_curves(curves, curve_picture(run))
+    return curves
+
+
+def curve_picture(run: Run) -> Path:
+    """Where `curve_run` draws."""
+    return _curve_path(run).with_suffix(".svg")
+
+
+def load_curves(run: Run) -> dict[str, LearningCurve]:
+    """Read the curves that `curve_run` wrote; empty where there are none.
+
+    Raises
+    ------
+    RunError
+        If they are damaged.
+    """
+    path = _curve_path(run)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise SpecError("it holds no curves by name")
+        return {name: LearningCurve.from_dict(curve) for name, curve in facts.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {run.path}`", path=run.path
+        ) from error
+
+
 def report_run(run: Run, evaluation: Evaluation) -> Path:
     """Write a run's page, ``report.html``; return its path.
 
@@ -167,7 +301,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
     IncompleteRunError
         If the run has no datamodels yet.
     RunError
-        If arrays, datamodels or the notes on their fit are damaged, or the page cannot be written.
+        If arrays, datamodels, the notes on their fit or the learning curve are damaged, or the page cannot be written.
     """
     spec, dataset, datamodels = run.spec, run.dataset(), load_datamodels(run)
     n_subsets, n_retrainings = spec.held_out.n_subsets, spec.held_out.n_retrainings
@@ -186,6 +320,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
         costs=_costs(run),
         gallery=_gallery(dataset),
         output_name="margin",
+        curves=load_curves(run),
     )
 
 
@@ -319,6 +454,42 @@ def _gallery(dataset: Dataset) -> Gallery | None:
     )
 
 
+def _moments(run: Run, validation: float, *, progress: Progress | None) -> tuple[Moments, Moments]:
+    """Give the moments of a run's models, of those to fit on and of those that choose lambda; kept ones where they are.
+
+    The run is fitted already, mostly: then no model is read.
+    """
+    n_models, n_fit = run.spec.n_models, split_rows(run.spec.n_models, validation)
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
+    place = Checkpoints.at(_fitting_path(run))
+    with place.claimed():
+        fitting, held_out = place.moments(
+            masks,
+            margins,
+            [(0, n_fit), (n_fit, n_models)],
+            block_rows=BLOCK_ROWS,
+            threads=None,
+            progress=lambda done: None if progress is None else progress("moments", done, n_models),
+        )
+    return fitting, held_out
+
+
+def _gradient_scores(run: Run, progress: Progress | None) -> npt.NDArray[np.float32]:
+    return gradient_scores(run, progress=None if progress is None else functools.partial(progress, "gradients"))
+
+
+def _fitting_path(run: Run) -> Path:
+    return run.path / "fitting"
+
+
+def _write_catalog(run: Run) -> None:
+    """List in the catalog what the run holds, without datamodels that are damaged and are to be replaced."""
+    try:
+        run.write_catalog()
+    except FormatError:
+        run.write_catalog(datamodels=False)
+
+
 def _open(run: Run, array: str, rows: slice) -> RowsOf:
     with _explained(run):
         return RowsOf(run, dmdata.open(artifact_name(run, array), catalog=run.path), rows)
@@ -337,6 +508,10 @@ def _explained(run: Run) -> Iterator[None]:
 
 def _damaged_notes(run: Run, how: str) -> RunError:
     return RunError(f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {run.path}`", path=run.path)
+
+
+def _curve_path(run: Run) -> Path:
+    return run.path / "curve.json"
 
 
 def _fit_path(run: Run) -> Path:

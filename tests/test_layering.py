@@ -18,7 +18,7 @@ ROOMS_IN_ORDER = {
     "dmpipeline": """
         errors regeneration spec masks datasets recipes outputs train store cluster attribution verify tensors compute
         binary moments checkpoints spaces descent lasso datamodels priors fitting forecast readings evaluate
-        alternatives applications export report workflow demo plan_command cli
+        alternatives figures curves applications export report workflow demo plan_command cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
