@@ -17,8 +17,8 @@ ROOMS_IN_ORDER = {
     """,
     "dmpipeline": """
         errors regeneration spec masks datasets recipes outputs train store cluster attribution verify tensors compute
-        binary moments spaces descent lasso datamodels priors fitting readings evaluate alternatives applications
-        export report workflow demo cli
+        binary moments spaces descent lasso proximal datamodels priors fitting readings evaluate alternatives
+        applications export report workflow demo cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
