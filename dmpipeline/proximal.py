@@ -17,6 +17,7 @@ few for gradients, is kept out: torch does not use it for products by default (p
 process has allowed it, it is disallowed while a solver runs.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -232,13 +233,15 @@ class _Problem:
         waiting = torch.arange(len(c), device=self.device)
         while len(waiting) > 0:
             for rows, width in self._groups(active, waiting):
-                if width == c.shape[1]:
-                    active[rows] = True
-                    w[rows], is_optimal[rows] = self._descend(
-                        self.gram, c[rows], w[rows], strength[rows], small[rows], max_steps
-                    )
+                if width < c.shape[1]:  # there is room for the next most likely, too
+                    near = (self._pull(g[rows]) / strength[rows]).masked_fill(active[rows], torch.inf)
+                    features = near.topk(width).indices
+                    own = self.gram[features[:, :, None], features[:, None, :]]
                 else:
-                    self._descend_packed(rows, width, active, c, w, strength, small, is_optimal, max_steps)
+                    features, own = torch.arange(width, device=self.device), self.gram
+                at = rows[:, None], features
+                active[at] = True
+                w[at], is_optimal[rows] = self._descend(own, c[at], w[at], strength[at], small[rows], max_steps)
             g[waiting] = c[waiting] - w[waiting] @ self.gram
             joining = (self._pull(g[waiting]) > (1 + tol) * strength[waiting]) & ~active[waiting]
             active[waiting] |= joining
@@ -282,57 +285,26 @@ class _Problem:
         yield from torch.split(self.gram, max(_BLOCK_BYTES // (8 * len(self.gram)), 1))
 
     def _groups(self, active: Tensor, waiting: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Put targets together that have about as many active features, with room for the most of them in a row.
+        """Put targets together that have about as many active features; give the targets and the room they need.
 
-        The room is n_features where all of G is to be used. Targets without active features are in no group.
+        The room depends on a target's own number alone, and is n_features where all of G is to be used. Targets
+        without active features are in no group.
         """
         n_features = active.shape[1]
-        counts, order = torch.sort(active[waiting].sum(1), descending=True)
-        widths, targets = counts.tolist(), waiting[order]
-        start = 0
-        while start < len(widths) and widths[start] > 0:
-            width = widths[start]
-            stop = start + 1
-            if width > max(n_features // _PACKED_SHARE, min(_ALWAYS_PACKED, n_features - 1)):
-                least, n_most, width = max(n_features // _PACKED_SHARE, _ALWAYS_PACKED), len(widths), n_features
-            else:
-                least = width // 2
-                n_most = max(_PACKED_BYTES // (width**2 * self.gram.element_size()), 1)
-            while stop < len(widths) and widths[stop] > least and stop - start < n_most:
-                stop += 1
-            yield targets[start:stop], width
-            start = stop
+        counts, order = torch.sort(active[waiting].sum(1))
+        order = order[counts > 0]
 
-    def _descend_packed(
-        self,
-        rows: Tensor,
-        width: int,
-        active: Tensor,
-        c: Tensor,
-        w: Tensor,
-        strength: Tensor,
-        small: Tensor,
-        is_optimal: Tensor,
-        max_steps: int,
-    ) -> None:
-        """Solve some targets over their active features, and write what was found to `w` and `is_optimal`."""
-        own = active[rows]
-        target, feature = own.nonzero(as_tuple=True)
-        place = (own.cumsum(1) - 1)[target, feature]
-        features = torch.zeros(len(rows), width, dtype=torch.int64, device=self.device)
-        features[target, place] = feature
-        is_filler = torch.arange(width, device=self.device) >= own.sum(1, keepdim=True)
-        packed = self.gram[features[:, :, None], features[:, None, :]]
-        row = rows[:, None]
-        found, is_optimal[rows] = self._descend(
-            packed,
-            c[row, features].masked_fill(is_filler, 0),
-            w[row, features].masked_fill(is_filler, 0),
-            strength[row, features].masked_fill(is_filler, torch.inf),
-            small[rows],
-            max_steps,
-        )
-        w[rows[target], feature] = found[target, place]
+        def room(n_active: int) -> int:
+            width = 1 << (n_active - 1).bit_length()
+            return width if width <= max(n_features // _PACKED_SHARE, _ALWAYS_PACKED) else n_features
+
+        start = 0
+        for width, same in itertools.groupby(counts[counts > 0].tolist(), room):
+            width, n = min(width, n_features), len(list(same))
+            n_most = n if width == n_features else max(_PACKED_BYTES // (width**2 * self.gram.element_size()), 1)
+            for left in range(start, start + n, n_most):
+                yield waiting[order[left : min(left + n_most, start + n)]], width
+            start += n
 
     def _descend(
         self, gram: Tensor, c: Tensor, w: Tensor, strength: Tensor, small: Tensor, max_steps: int
