@@ -36,14 +36,14 @@ class Holdout:
     Attributes
     ----------
     gram : array of float, shape (n_features, n_features)
-        X'X / n, of the dtype of the problem's.
+        X'X / n, of the dtype of the problem's; for `proximal` it may be a tensor.
     cross : array of float64, shape (n_targets, n_features)
         X'y / n.
     square : array of float64, shape (n_targets,)
         y'y / n.
     """
 
-    gram: Floats
+    gram: Any
     cross: NDArray[np.float64]
     square: NDArray[np.float64]
 

@@ -30,12 +30,20 @@ from torch import Tensor
 from dmpipeline import lasso
 
 _PACKED_SHARE = 4
-"""A target is packed if it has at most one in so many features active: a product with a packed part of G fetches a
-number for each multiplication, which takes about so many times longer than one where targets share what is fetched."""
+"""A target is packed if its active features fit in one in so many of all.
 
+A product with a packed part of G fetches a number for each multiplication, which takes about so many times longer than
+where targets share what is fetched.
+"""
 _ALWAYS_PACKED = 256
 _PACKED_BYTES = 1 << 30
 _BLOCK_BYTES = 1 << 28
+
+_MARGIN = 1.05
+"""By how much the largest eigenvalue may be underestimated."""
+
+_FIRST_TURN = 16
+"""Targets that have not arrived after so many steps take as many by conjugate gradients, and so again later."""
 
 
 def solve_paths(
@@ -158,14 +166,16 @@ def solve(
         weight[problem.index(pulled)] = problem.tensor(start[pulled])
         finer, rows, max_steps = tol, pulled, max_sweeps
         while len(rows) > 0:
-            c, at = problem.tensor(cross[rows]), problem.index(rows)
-            weight[at], _, met = problem.solve_at(
-                c, None, problem.factor_of(rows), lam[rows], weight[at], early=lam[rows], tol=finer, max_steps=max_steps
-            )
+            c, f, w = problem.tensor(cross[rows]), problem.factor_of(rows), weight[problem.index(rows)]
+            w, _, met = problem.solve_at(c, None, f, lam[rows], w, early=lam[rows], tol=finer, max_steps=max_steps)
+            new_gap, new_kkt = problem.certify(cross[rows], square[rows], lam[rows], f, w)
             if finer == tol:
-                converged[rows] = met
-            varying = rows[square[rows] > 0]
-            gap[varying], kkt[varying] = problem.certify(varying, cross, square, lam, weight)
+                converged[rows], is_better = met, np.ones(len(rows), np.bool_)
+            else:
+                is_better = (new_gap < gap[rows]) & (new_kkt <= np.maximum(kkt[rows], tol))
+            better = rows[is_better]
+            weight[problem.index(better)] = w[problem.index(is_better)]
+            gap[better], kkt[better] = new_gap[is_better], new_kkt[is_better]
             rows = rows[converged[rows] & (gap[rows] > lasso.LARGE_GAP)] if finer > tol / 100 else rows[:0]
             if progress is not None and len(rows) > 0:
                 progress(n_targets - len(rows), n_targets)
@@ -235,7 +245,7 @@ class _Problem:
             for rows, width in self._groups(active, waiting):
                 if width < c.shape[1]:  # there is room for the next most likely, too
                     near = (self._pull(g[rows]) / strength[rows]).masked_fill(active[rows], torch.inf)
-                    features = near.topk(width).indices
+                    features = near.topk(width).indices.sort().values
                     own = self.gram[features[:, :, None], features[:, None, :]]
                 else:
                     features, own = torch.arange(width, device=self.device), self.gram
@@ -251,31 +261,19 @@ class _Problem:
 
     def certify(
         self,
-        targets: NDArray[np.intp],
         cross: NDArray[np.float64],
         square: NDArray[np.float64],
         lam: NDArray[np.float64],
+        factor: Tensor,
         weight: Tensor,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Certificates of some of the targets as `lasso.certify` gives them, with G converted a block at a time."""
-        c, w = self.tensor(cross[targets], torch.float64), weight[self.index(targets)].double()
-        gradient = torch.empty_like(c)
-        left = 0
-        for rows in self._blocks():
-            right = left + len(rows)
-            gradient[:, left:right] = c[:, left:right] - w @ rows.double().T
-            left = right
-        gap, kkt = lasso.certificate(
-            torch,
-            w,
-            c,
-            gradient,
-            self.tensor(square[targets], torch.float64),
-            self.tensor(lam[targets], torch.float64),
-            self.factor_of(targets).double(),
-            is_positive=self.is_positive,
-        )
-        return gap.cpu().numpy(), kkt.cpu().numpy()
+        """Certify weights as `lasso.certify` does, with G converted a block at a time."""
+        c, w = self.tensor(cross, torch.float64), weight.double()
+        gradient = c - torch.cat([w @ rows.double().T for rows in self._blocks()], 1)
+        of_target = (self.tensor(np.where(square > 0, square, 1), torch.float64), self.tensor(lam, torch.float64))
+        pair = lasso.certificate(torch, w, c, gradient, *of_target, factor.double(), is_positive=self.is_positive)
+        gap, kkt = (np.where(square > 0, values.cpu().numpy(), 0) for values in pair)
+        return gap, kkt
 
     def _pull(self, gradient: Tensor) -> Tensor:
         return gradient if self.is_positive else gradient.abs()
@@ -291,20 +289,19 @@ class _Problem:
         without active features are in no group.
         """
         n_features = active.shape[1]
+        waiting = waiting[active[waiting].any(1)]
         counts, order = torch.sort(active[waiting].sum(1))
-        order = order[counts > 0]
 
         def room(n_active: int) -> int:
             width = 1 << (n_active - 1).bit_length()
-            return width if width <= max(n_features // _PACKED_SHARE, _ALWAYS_PACKED) else n_features
+            return width if width <= min(max(n_features // _PACKED_SHARE, _ALWAYS_PACKED), n_features) else n_features
 
         start = 0
-        for width, same in itertools.groupby(counts[counts > 0].tolist(), room):
-            width, n = min(width, n_features), len(list(same))
-            n_most = n if width == n_features else max(_PACKED_BYTES // (width**2 * self.gram.element_size()), 1)
-            for left in range(start, start + n, n_most):
-                yield waiting[order[left : min(left + n_most, start + n)]], width
-            start += n
+        for width, same in itertools.groupby(counts.tolist(), room):
+            n_most = len(counts) if width == n_features else _PACKED_BYTES // (width**2 * self.gram.element_size())
+            rows = waiting[order[start : start + len(list(same))]]
+            yield from ((part, width) for part in torch.split(rows, max(n_most, 1)))
+            start += len(rows)
 
     def _descend(
         self, gram: Tensor, c: Tensor, w: Tensor, strength: Tensor, small: Tensor, max_steps: int
@@ -364,14 +361,6 @@ class _Problem:
             n_steps += 1
         found[rows[~is_optimal[rows]]] = w[~is_optimal[rows]]
         return found, is_optimal
-
-
-_MARGIN = 1.05
-"""By how much the largest eigenvalue may be underestimated."""
-
-
-_FIRST_TURN = 16
-"""Targets that have not arrived after so many steps take as many by conjugate gradients, and so again later."""
 
 
 def _descend_face(gram: Tensor, w: Tensor, g: Tensor, strength: Tensor, small: Tensor, n_steps: int) -> Tensor:
