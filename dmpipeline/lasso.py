@@ -28,6 +28,11 @@ from dmpipeline import descent
 
 Floats = NDArray[np.floating[Any]]
 
+LARGE_GAP = 1e-4
+"""A solution with a duality gap above this share of the variance is refined,"""
+MORE_SWEEPS = 100
+"""by at most so many sweeps at each finer tolerance."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Holdout:
@@ -358,10 +363,6 @@ def _for_each(
             raise
     if progress is not None:
         progress(n_targets, n_targets)
-
-
-LARGE_GAP = 1e-4
-MORE_SWEEPS = 100
 
 
 class _WorkSpace(threading.local):

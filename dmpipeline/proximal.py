@@ -7,9 +7,8 @@ strength, momentum and end; those that have arrived wait and are taken out of th
 A point of a path is solved over the features that carry weight or may come to (the strong rule: Tibshirani et al.,
 2012), with each target's part of G packed side by side; then one product with all of G checks every other feature, and
 targets for which one breaks its condition go again with it. Targets with so many active features that packing saves
-nothing take their steps over all of G. Now and then the steps are cut short by solving the equations of the support:
-without that, where G is ill-conditioned, thousands of steps would be needed, and in float32 they might end short of the
-tolerance.
+nothing take their steps over all of G. Where steps turn out to be many, G being ill-conditioned, runs of conjugate
+gradients over the weights that are not zero come in between; each is a product, too, and they save most of the steps.
 
 Promises and conventions are those of `lasso`, but for rounding: which targets are solved together decides the order of
 sums, and the last digits may differ. The device must have float64. TensorFloat-32, whose 10 bits of mantissa are too
@@ -29,15 +28,11 @@ from torch import Tensor
 
 from dmpipeline import lasso
 
-_PACKED_SHARE = 4
-"""A target is packed if its active features fit in one in so many of all.
-
-A product with a packed part of G fetches a number for each multiplication, which takes about so many times longer than
-where targets share what is fetched.
-"""
-_ALWAYS_PACKED = 256
-_PACKED_BYTES = 1 << 30
-_BLOCK_BYTES = 1 << 28
+# A target is packed if its active features fit in one in so many of all, or in so many: a product with a packed part
+# of G fetches a number for each multiplication, so each takes longer than where targets share what is fetched.
+_PACKED_SHARE, _ALWAYS_PACKED = 4, 256
+_PACKED_BYTES = 1 << 30  # at a time, unless one target's part is larger
+_BLOCK_BYTES = 1 << 28  # of G in float64, for certificates
 
 _MARGIN = 1.05
 """By how much the largest eigenvalue may be underestimated."""
@@ -68,8 +63,8 @@ def solve_paths(
     gram : array or tensor of float32 or float64, shape (n_features, n_features)
         As a tensor on the device, it is used where it is; so is `holdout.gram`.
     max_sweeps : int
-        Most steps at one point of the grid between two looks at all features. A point at which they ran out is taken
-        as it is.
+        Most steps at one point of the grid between two looks at all features, each a product with G or a packed part;
+        they are worth less than sweeps. A point at which they ran out is taken as it is.
     device : str or torch.device
         Such as "cpu", "cuda" or "cuda:1".
     progress : callable or None
@@ -80,9 +75,9 @@ def solve_paths(
 
     Notes
     -----
-    The device holds G and the held-out rows' G, about ten buffers (n_targets, n_features) of their dtype and three of
-    float64, and up to 2 GiB of packed parts of G; where more than a quarter of the features are active for some
-    targets, for these about ten buffers more.
+    The device holds G and the held-out rows' G and, beside them, at most 21 times (n_targets, n_features) floats of G's
+    dtype, or 42 times while many targets take their steps over all of G (measured, of float32), and 2 GiB of packed
+    parts of G, or a single one if that is larger. G is never copied.
     """
     n_targets, n_lams = lams.shape
     error, lowest = np.full(lams.shape, np.nan), np.full(n_targets, np.inf)
@@ -100,8 +95,7 @@ def solve_paths(
         for k in range(n_lams):
             if len(live) == 0:
                 break
-            lam, before = lams[live, k], lams[live, max(k - 1, 0)]
-            start = w
+            lam, before, start = lams[live, k], lams[live, max(k - 1, 0)], w
             if k > 1:  # a path is straight between two kinks
                 ahead = (lam - before) / (before - lams[live, k - 2])
                 start = w + problem.tensor(ahead)[:, None] * (w - w_before)
@@ -148,31 +142,29 @@ def solve(
     Parameters
     ----------
     gram, max_sweeps, device, progress
-        As for `solve_paths`.
+        As for `solve_paths`; all targets but those refined are done at once.
     cross, square, lam, start, factor, is_positive, tol
         As for `lasso.solve`.
 
     Notes
     -----
-    The device holds G, about ten buffers (n_targets, n_features) of its dtype and eight of float64 for the certificates
-    (for which G is converted 256 MiB at a time), and packed parts of G as for `solve_paths`.
+    The device holds what it does for `solve_paths`, with one G. The certificates are computed there in float64, for
+    which G is converted 256 MiB at a time.
     """
     n_targets = len(cross)
     gap, kkt, converged = np.zeros(n_targets), np.zeros(n_targets), np.ones(n_targets, np.bool_)
-    pulled = np.flatnonzero(lam > 0)
     with _full_precision():
         problem = _Problem(gram, factor, is_positive=is_positive, device=device)
         weight = problem.tensor(np.zeros(cross.shape))
-        weight[problem.index(pulled)] = problem.tensor(start[pulled])
-        finer, rows, max_steps = tol, pulled, max_sweeps
+        finer, rows, max_steps = tol, np.flatnonzero(lam > 0), max_sweeps
+        weight[problem.index(rows)] = problem.tensor(start[rows])
         while len(rows) > 0:
             c, f, w = problem.tensor(cross[rows]), problem.factor_of(rows), weight[problem.index(rows)]
             w, _, met = problem.solve_at(c, None, f, lam[rows], w, early=lam[rows], tol=finer, max_steps=max_steps)
             new_gap, new_kkt = problem.certify(cross[rows], square[rows], lam[rows], f, w)
             if finer == tol:
-                converged[rows], is_better = met, np.ones(len(rows), np.bool_)
-            else:
-                is_better = (new_gap < gap[rows]) & (new_kkt <= np.maximum(kkt[rows], tol))
+                converged[rows] = met
+            is_better = (finer == tol) | (new_gap < gap[rows]) & (new_kkt <= np.maximum(kkt[rows], tol))
             better = rows[is_better]
             weight[problem.index(better)] = w[problem.index(is_better)]
             gap[better], kkt[better] = new_gap[is_better], new_kkt[is_better]
@@ -193,11 +185,11 @@ class _Problem:
         self, gram: lasso.Floats | Tensor, factor: lasso.Floats | None, *, is_positive: bool, device: str | torch.device
     ) -> None:
         self.device, self.is_positive = torch.device(device), is_positive
-        self.gram = gram.to(self.device) if isinstance(gram, Tensor) else _from_numpy(gram).to(self.device)
+        self.gram = (gram if isinstance(gram, Tensor) else _from_numpy(gram)).to(self.device)
         self.can_move = self.gram.diagonal() > 0
         self.factor = np.ones((1, len(gram))) if factor is None else factor
-        self.bound = max((float(rows.abs().sum(1).amax()) for rows in self._blocks()), default=0.0) or 1.0
-        """At least the largest eigenvalue."""
+        # no eigenvalue is larger
+        self.bound = max(float(rows.abs().sum(1).amax()) for rows in self._blocks()) or 1.0
         self.curvature = min(_MARGIN * _largest_eigenvalue(self.gram), self.bound) or 1.0
 
     def tensor(self, array: lasso.Floats | Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -213,17 +205,9 @@ class _Problem:
         return self.tensor(self.factor if len(self.factor) == 1 else self.factor[targets])
 
     def solve_at(
-        self,
-        c: Tensor,
-        g: Tensor | None,
-        factor: Tensor,
-        lam: NDArray[np.float64],
-        start: Tensor,
-        *,
-        early: NDArray[np.float64],
-        tol: float,
-        max_steps: int,
-    ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        self, c: Tensor, g: Tensor | None, factor: Tensor, lam: NDArray[np.float64], start: Tensor, *,
+        early: NDArray[np.float64], tol: float, max_steps: int,
+    ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:  # fmt: skip
         """Find the targets' weights at `lam`, each feature checked; tell which targets meet all conditions.
 
         Features whose gradient `g`, of weights near by, is above `early` times their factor are active from the start.
@@ -260,13 +244,9 @@ class _Problem:
         return w, g, is_optimal.cpu().numpy()
 
     def certify(
-        self,
-        cross: NDArray[np.float64],
-        square: NDArray[np.float64],
-        lam: NDArray[np.float64],
-        factor: Tensor,
-        weight: Tensor,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        self, cross: NDArray[np.float64], square: NDArray[np.float64], lam: NDArray[np.float64],
+        factor: Tensor, weight: Tensor,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
         """Certify weights as `lasso.certify` does, with G converted a block at a time."""
         c, w = self.tensor(cross, torch.float64), weight.double()
         gradient = c - torch.cat([w @ rows.double().T for rows in self._blocks()], 1)
@@ -283,18 +263,17 @@ class _Problem:
         yield from torch.split(self.gram, max(_BLOCK_BYTES // (8 * len(self.gram)), 1))
 
     def _groups(self, active: Tensor, waiting: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Put targets together that have about as many active features; give the targets and the room they need.
+        """Put targets together that need the same room, a number of features: all where the whole of G is to be used.
 
-        The room depends on a target's own number alone, and is n_features where all of G is to be used. Targets
-        without active features are in no group.
+        It depends on a target's own active features alone. Targets without any are in no group.
         """
         n_features = active.shape[1]
         waiting = waiting[active[waiting].any(1)]
         counts, order = torch.sort(active[waiting].sum(1))
 
         def room(n_active: int) -> int:
-            width = 1 << (n_active - 1).bit_length()
-            return width if width <= min(max(n_features // _PACKED_SHARE, _ALWAYS_PACKED), n_features) else n_features
+            width: int = 1 << (n_active - 1).bit_length()
+            return min(width, n_features) if width <= max(n_features // _PACKED_SHARE, _ALWAYS_PACKED) else n_features
 
         start = 0
         for width, same in itertools.groupby(counts.tolist(), room):
