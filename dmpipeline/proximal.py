@@ -188,8 +188,7 @@ class _Problem:
         self.gram = (gram if isinstance(gram, Tensor) else _from_numpy(gram)).to(self.device)
         self.can_move = self.gram.diagonal() > 0
         self.factor = np.ones((1, len(gram))) if factor is None else factor
-        # no eigenvalue is larger
-        self.bound = max(float(rows.abs().sum(1).amax()) for rows in self._blocks()) or 1.0
+        self.bound = max(float(rows.abs().sum(1).amax()) for rows in self._blocks()) or 1.0  # no eigenvalue is larger
         self.curvature = min(_MARGIN * _largest_eigenvalue(self.gram), self.bound) or 1.0
 
     def tensor(self, array: lasso.Floats | Tensor, dtype: torch.dtype | None = None) -> Tensor:
