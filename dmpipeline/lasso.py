@@ -28,6 +28,11 @@ from dmpipeline import descent
 
 Floats = NDArray[np.floating[Any]]
 
+LARGE_GAP = 1e-4
+"""A solution with a duality gap above this share of the variance is refined,"""
+MORE_SWEEPS = 100
+"""by at most so many sweeps at each finer tolerance."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Holdout:
@@ -36,14 +41,14 @@ class Holdout:
     Attributes
     ----------
     gram : array of float, shape (n_features, n_features)
-        X'X / n, of the dtype of the problem's.
+        X'X / n, of the dtype of the problem's; for `proximal` it may be a tensor.
     cross : array of float64, shape (n_targets, n_features)
         X'y / n.
     square : array of float64, shape (n_targets,)
         y'y / n.
     """
 
-    gram: Floats
+    gram: Any
     cross: NDArray[np.float64]
     square: NDArray[np.float64]
 
@@ -228,15 +233,17 @@ def solve(
         converged[t], own.packed = descent.solve_at(
             gram, cross[t], lam[t], penalty, tol, max_sweeps, is_positive, weight[t], own.packed
         )
-        gap[t], kkt[t] = descent.certify_one(gram, cross[t], square[t], lam[t], penalty, is_positive, weight[t])
+        gap[t], kkt[t] = _certify_one(gram, cross[t], square[t], lam[t], penalty, weight[t], is_positive=is_positive)
         finer = tol
-        while converged[t] and gap[t] > _LARGE_GAP and finer > tol / 100:
+        while converged[t] and gap[t] > LARGE_GAP and finer > tol / 100:
             finer /= 4
-            n_more = min(max_sweeps, _MORE_SWEEPS)
+            n_more = min(max_sweeps, MORE_SWEEPS)
             _, own.packed = descent.solve_at(
                 gram, cross[t], lam[t], penalty, finer, n_more, is_positive, weight[t], own.packed
             )
-            gap[t], kkt[t] = descent.certify_one(gram, cross[t], square[t], lam[t], penalty, is_positive, weight[t])
+            gap[t], kkt[t] = _certify_one(
+                gram, cross[t], square[t], lam[t], penalty, weight[t], is_positive=is_positive
+            )
 
     _for_each(one, n_targets, threads=threads, progress=progress)
     return Solution(weight=weight, gap=gap, kkt=kkt, converged=converged)
@@ -278,11 +285,61 @@ def certify(
     """
     factor = _factor_rows(factor, gram)
     pairs = [
-        descent.certify_one(gram, cross[t], square[t], lam[t], factor[t % len(factor)], is_positive, weight[t])
+        _certify_one(gram, cross[t], square[t], lam[t], factor[t % len(factor)], weight[t], is_positive=is_positive)
         for t in range(len(cross))
     ]
     gap, kkt = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return gap, kkt
+
+
+def certificate(
+    xp: Any, weight: Any, cross: Any, gradient: Any, square: Any, lam: Any, factor: Any, *, is_positive: bool
+) -> tuple[Any, Any]:
+    """Compute what `certify` describes from the gradient c - Gw, with the functions of `xp`: numpy or torch.
+
+    Parameters
+    ----------
+    weight, cross, gradient : arrays of float64, shape (n_targets, n_features)
+    square, lam : arrays of float64, shape (n_targets,)
+        Above zero.
+    factor : array of float64, shape (n_targets, n_features) or (1, n_features)
+
+    Returns
+    -------
+    gap, kkt : arrays of float64, shape (n_targets,)
+    """
+    strength = lam[:, None] * factor
+    pull = gradient if is_positive else xp.abs(gradient)
+    scale = xp.amin(strength / xp.maximum(pull, strength), 1)
+    residual = square - (weight * cross).sum(1) - (weight * gradient).sum(1)
+    norm = (strength * xp.abs(weight)).sum(1)
+    gap = residual / 2 + norm - scale * (square - (weight * cross).sum(1)) + scale * scale * residual / 2
+    worst = xp.amax(violation(xp, weight, gradient, strength, is_positive=is_positive), 1)
+    return xp.clip(gap, 0, None) / square, xp.clip(worst, 0, None) / lam
+
+
+def violation(xp: Any, weight: Any, gradient: Any, strength: Any, *, is_positive: bool) -> Any:
+    """Tell how far each feature is from its condition, in the units of its gradient; below 0 inside it."""
+    at_zero = gradient if is_positive else xp.abs(gradient)
+    return xp.where(weight == 0, at_zero - strength, xp.abs(gradient - xp.sign(weight) * strength))
+
+
+def _certify_one(
+    gram: Floats,
+    cross: NDArray[np.float64],
+    square: np.float64,
+    lam: np.float64,
+    factor: Floats,
+    weight: Floats,
+    *,
+    is_positive: bool,
+) -> tuple[float, float]:
+    if square <= 0 or lam <= 0:
+        return 0.0, 0.0
+    gradient = descent.exact_gradient(gram, cross, weight)
+    w, c, g, f = (np.asarray(row, np.float64)[None] for row in (weight, cross, gradient, factor))
+    gap, kkt = certificate(np, w, c, g, np.array([square]), np.array([lam]), f, is_positive=is_positive)
+    return float(gap[0]), float(kkt[0])
 
 
 def _for_each(
@@ -306,10 +363,6 @@ def _for_each(
             raise
     if progress is not None:
         progress(n_targets, n_targets)
-
-
-_LARGE_GAP = 1e-4
-_MORE_SWEEPS = 100
 
 
 class _WorkSpace(threading.local):

@@ -17,7 +17,7 @@ ROOMS_IN_ORDER = {
     """,
     "dmpipeline": """
         errors regeneration spec masks datasets recipes outputs train store cluster attribution verify tensors compute
-        binary moments checkpoints spaces descent lasso datamodels priors fitting forecast readings evaluate
+        binary moments checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings evaluate
         alternatives figures curves applications export report workflow demo plan_command cli
     """,
 }
