@@ -149,6 +149,27 @@ def solve_at(gram, cross, lam, factor, tol, max_sweeps, is_positive, weight, pac
 
 
 @kernel
+def certify_one(gram, cross, square, lam, factor, is_positive, weight):
+    """Duality gap over the variance, and worst violation over lam, of one target; see `lasso.certify`."""
+    if square <= 0 or lam <= 0:
+        return 0.0, 0.0
+    gradient = exact_gradient(gram, cross, weight)
+    scale, worst, norm, w_cross, w_gradient = 1.0, 0.0, 0.0, 0.0, 0.0
+    for j in range(len(weight)):
+        value, slope, strength = np.float64(weight[j]), gradient[j], lam * np.float64(factor[j])
+        worst = max(worst, _violation(value, slope, strength, is_positive))
+        pull = slope if is_positive else abs(slope)
+        if pull > strength:
+            scale = min(scale, strength / pull)
+        norm += strength * abs(value)
+        w_cross += value * cross[j]
+        w_gradient += value * slope
+    residual = square - w_cross - w_gradient
+    gap = residual / 2 + norm - scale * (square - w_cross) + scale * scale * residual / 2
+    return max(gap, 0.0) / square, worst / lam
+
+
+@kernel
 def exact_gradient(gram, cross, weight):
     """Compute c - Gw of one target in float64."""
     feature = np.flatnonzero(weight).astype(np.int32)

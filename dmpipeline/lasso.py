@@ -233,7 +233,7 @@ def solve(
         converged[t], own.packed = descent.solve_at(
             gram, cross[t], lam[t], penalty, tol, max_sweeps, is_positive, weight[t], own.packed
         )
-        gap[t], kkt[t] = _certify_one(gram, cross[t], square[t], lam[t], penalty, weight[t], is_positive=is_positive)
+        gap[t], kkt[t] = descent.certify_one(gram, cross[t], square[t], lam[t], penalty, is_positive, weight[t])
         finer = tol
         while converged[t] and gap[t] > LARGE_GAP and finer > tol / 100:
             finer /= 4
@@ -241,9 +241,7 @@ def solve(
             _, own.packed = descent.solve_at(
                 gram, cross[t], lam[t], penalty, finer, n_more, is_positive, weight[t], own.packed
             )
-            gap[t], kkt[t] = _certify_one(
-                gram, cross[t], square[t], lam[t], penalty, weight[t], is_positive=is_positive
-            )
+            gap[t], kkt[t] = descent.certify_one(gram, cross[t], square[t], lam[t], penalty, is_positive, weight[t])
 
     _for_each(one, n_targets, threads=threads, progress=progress)
     return Solution(weight=weight, gap=gap, kkt=kkt, converged=converged)
@@ -285,61 +283,11 @@ def certify(
     """
     factor = _factor_rows(factor, gram)
     pairs = [
-        _certify_one(gram, cross[t], square[t], lam[t], factor[t % len(factor)], weight[t], is_positive=is_positive)
+        descent.certify_one(gram, cross[t], square[t], lam[t], factor[t % len(factor)], is_positive, weight[t])
         for t in range(len(cross))
     ]
     gap, kkt = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return gap, kkt
-
-
-def certificate(
-    xp: Any, weight: Any, cross: Any, gradient: Any, square: Any, lam: Any, factor: Any, *, is_positive: bool
-) -> tuple[Any, Any]:
-    """Compute what `certify` describes from the gradient c - Gw, with the functions of `xp`: numpy or torch.
-
-    Parameters
-    ----------
-    weight, cross, gradient : arrays of float64, shape (n_targets, n_features)
-    square, lam : arrays of float64, shape (n_targets,)
-        Above zero.
-    factor : array of float64, shape (n_targets, n_features) or (1, n_features)
-
-    Returns
-    -------
-    gap, kkt : arrays of float64, shape (n_targets,)
-    """
-    strength = lam[:, None] * factor
-    pull = gradient if is_positive else xp.abs(gradient)
-    scale = xp.amin(strength / xp.maximum(pull, strength), 1)
-    residual = square - (weight * cross).sum(1) - (weight * gradient).sum(1)
-    norm = (strength * xp.abs(weight)).sum(1)
-    gap = residual / 2 + norm - scale * (square - (weight * cross).sum(1)) + scale * scale * residual / 2
-    worst = xp.amax(violation(xp, weight, gradient, strength, is_positive=is_positive), 1)
-    return xp.clip(gap, 0, None) / square, xp.clip(worst, 0, None) / lam
-
-
-def violation(xp: Any, weight: Any, gradient: Any, strength: Any, *, is_positive: bool) -> Any:
-    """Tell how far each feature is from its condition, in the units of its gradient; below 0 inside it."""
-    at_zero = gradient if is_positive else xp.abs(gradient)
-    return xp.where(weight == 0, at_zero - strength, xp.abs(gradient - xp.sign(weight) * strength))
-
-
-def _certify_one(
-    gram: Floats,
-    cross: NDArray[np.float64],
-    square: np.float64,
-    lam: np.float64,
-    factor: Floats,
-    weight: Floats,
-    *,
-    is_positive: bool,
-) -> tuple[float, float]:
-    if square <= 0 or lam <= 0:
-        return 0.0, 0.0
-    gradient = descent.exact_gradient(gram, cross, weight)
-    w, c, g, f = (np.asarray(row, np.float64)[None] for row in (weight, cross, gradient, factor))
-    gap, kkt = certificate(np, w, c, g, np.array([square]), np.array([lam]), f, is_positive=is_positive)
-    return float(gap[0]), float(kkt[0])
 
 
 def _for_each(

@@ -250,7 +250,7 @@ class _Problem:
         c, w = self.tensor(cross, torch.float64), weight.double()
         gradient = c - torch.cat([w @ rows.double().T for rows in self._blocks()], 1)
         of_target = (self.tensor(np.where(square > 0, square, 1), torch.float64), self.tensor(lam, torch.float64))
-        pair = lasso.certificate(torch, w, c, gradient, *of_target, factor.double(), is_positive=self.is_positive)
+        pair = _certificate(w, c, gradient, *of_target, factor.double(), is_positive=self.is_positive)
         gap, kkt = (np.where(square > 0, values.cpu().numpy(), 0) for values in pair)
         return gap, kkt
 
@@ -304,7 +304,7 @@ class _Problem:
         curvature, t = torch.full_like(small, self.curvature), torch.ones_like(small)
         n_steps, turn = 0, _FIRST_TURN
         while True:
-            met = (lasso.violation(torch, w, g, strength, is_positive=self.is_positive) <= small).all(1)
+            met = (_violation(w, g, strength, is_positive=self.is_positive) <= small).all(1)
             arrived = met & ~is_optimal[rows]
             found[rows[arrived]], is_optimal[rows[arrived]] = w[arrived], True
             stay = ~is_optimal[rows]
@@ -366,6 +366,26 @@ def _descend_face(gram: Tensor, w: Tensor, g: Tensor, strength: Tensor, small: T
         w, g = torch.where(ends, 0, w + length * direction), g - length * bent
         before = torch.where(ends.any(1, keepdim=True), 0, slope)
     return w
+
+
+def _certificate(
+    weight: Tensor, cross: Tensor, gradient: Tensor, square: Tensor, lam: Tensor, factor: Tensor, *, is_positive: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute what `lasso.certify` describes from the gradient c - Gw, all in float64 and targets that vary."""
+    strength = lam[:, None] * factor
+    pull = gradient if is_positive else torch.abs(gradient)
+    scale = torch.amin(strength / torch.maximum(pull, strength), 1)
+    residual = square - (weight * cross).sum(1) - (weight * gradient).sum(1)
+    norm = (strength * torch.abs(weight)).sum(1)
+    gap = residual / 2 + norm - scale * (square - (weight * cross).sum(1)) + scale * scale * residual / 2
+    worst = torch.amax(_violation(weight, gradient, strength, is_positive=is_positive), 1)
+    return gap.clip(min=0) / square, worst.clip(min=0) / lam
+
+
+def _violation(weight: Tensor, gradient: Tensor, strength: Tensor, *, is_positive: bool) -> Tensor:
+    """Tell how far each feature is from its condition, in the units of its gradient; below 0 inside it."""
+    at_zero = gradient if is_positive else torch.abs(gradient)
+    return torch.where(weight == 0, at_zero - strength, torch.abs(gradient - torch.sign(weight) * strength))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
