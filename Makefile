@@ -8,7 +8,7 @@ TESTED := $(VENV)/.tested
 # what the tests ran on: every file, changed or not, and what had to or could run
 TREE = $(shell (git ls-files -s; git diff HEAD; git status --porcelain; echo $$DMDATA_TESTS_REQUIRE $$S3_ENDPOINT) | git hash-object --stdin)
 
-.PHONY: install demo test tested test-newest check lint types docs bench clean
+.PHONY: install demo test tested test-newest test-peers peers check lint types docs bench clean
 
 install: $(STAMP)
 
@@ -53,10 +53,16 @@ docs: install
 	$(BIN)/pytest -q --doctest-modules dmdata dmpipeline
 	$(BIN)/pdoc --docformat numpy --output-directory site dmdata dmpipeline
 
-bench: install $(PEERS)
+# our solver against public ones
+test-peers: install peers
+	DMDATA_TESTS_REQUIRE=peers $(BIN)/pytest -q -m peers
+
+bench: install peers
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 # s3fs and public LASSO solvers, in an environment of their own: they pin packages that are not ours
+peers: $(PEERS)
+
 $(PEERS): pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'

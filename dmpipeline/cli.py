@@ -180,6 +180,7 @@ def verify(talk: Talk, directory: Path) -> None:
 )
 @click.option("--positive", is_flag=True, help="Allow no weight below zero.")
 @click.option("--strict", is_flag=True, help="Fail where a target did not converge.")
+@click.option("--device", metavar="NAME", help="Solve with torch there, as cuda. [default: on the processors]")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep what is finished here, not in DIRECTORY/fitting.")
 @click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do it, as tcp://host:8786.")
 @talk_options
@@ -191,6 +192,7 @@ def fit(
     prior: "workflow.PriorName",
     positive: bool,
     strict: bool,
+    device: str | None,
     work: Path | None,
     scheduler: str | None,
 ) -> None:
@@ -211,6 +213,7 @@ def fit(
             prior=prior,
             is_positive=positive,
             strict=strict,
+            device=device,
             directory=work,
             scheduler=scheduler,
             progress=progress,

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpipeline import lasso
+from dmpipeline import lasso, proximal
 from dmpipeline.checkpoints import Arrays, Block, Checkpoints
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Certificate, Datamodels
 from dmpipeline.errors import ConvergenceError, SpecError
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
 from dmpipeline.priors import (
-    STRENGTHS,
+    TRUSTS,
+    Trust,
     check_prior,
     expected_weights,
     penalty_factors,
@@ -51,6 +52,7 @@ def fit(
     strict: bool = False,
     block_rows: int = BLOCK_ROWS,
     threads: int | None = None,
+    device: str | None = None,
     directory: str | os.PathLike[str] | None = None,
     scheduler: str | None = None,
     progress: Progress | None = None,
@@ -70,10 +72,10 @@ def fit(
         lam of least mean error taken. It takes that many times as long.
     prior : array of float, shape (n_train, n_targets), optional
         Scores that say which examples are likely to matter for a target; any attribution will do. Likely ones are
-        penalised less, by a strength from `priors.STRENGTHS` that is chosen for all targets together by their
-        validation errors, and weights are shrunk towards the scores, times a factor that the fitted models give each
-        target, instead of towards zero (but not if `is_positive`). None is among the strengths: a useless prior costs
-        time, three times as much, and little else.
+        penalised less, and weights may be shrunk towards the scores, times a factor that the fitted models give each
+        target, instead of towards zero (but not if `is_positive`). Which of `priors.TRUSTS` is best is chosen for all
+        targets together by their validation errors. Not at all is among them: a useless prior costs time, four times
+        as much, and little else.
     is_positive : bool
         Allow no weight below zero (the positive Lasso of Efron et al., Least Angle Regression, 2004).
     n_lams, lam_ratio
@@ -91,6 +93,10 @@ def fit(
         Models read at a time.
     threads : int, optional
         Targets solved at a time; all processors if not given. The result does not depend on it.
+    device : str, optional
+        Solve with torch on this device, many targets at a time, as "cuda"; else on the processors, which is far faster
+        than torch on them. The answer is the same but for what `tol` allows. The second moments are counted on the
+        processors all the same.
     directory : path, optional
         Keep there what is finished, moments of rows and blocks of targets: the same fit goes on from it after it was
         killed, large arrays are mapped from it rather than held in memory, and the moments stay for later fits, with
@@ -135,7 +141,7 @@ def fit(
     _check_prior(prior, n_train, n_targets)
     ends = _ends_of_parts(n_models, validation=validation, folds=folds)
     ranges = list(zip([0, *ends], ends, strict=False))
-    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, device, progress)
     place = Checkpoints.at(directory, scheduler)
     with place.claimed():
         report = settings.report("moments", n_models)
@@ -185,13 +191,14 @@ def fit_moments(
     patience: int = 5,
     strict: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
     """Fit from second moments: choose lam on the rows of `held_out`, then fit the rows of both at that lam.
 
     The settings are those of `fit`. No model is read, so the time does not depend on how many there were.
     """
-    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, device, progress)
     return _fit_split(fitting, held_out, settings, Checkpoints())
 
 
@@ -206,6 +213,7 @@ def fit_folds(
     patience: int = 5,
     strict: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
     """Fit from the second moments of two or more sets of rows: hold out each in turn to choose lam, then fit all.
@@ -214,7 +222,7 @@ def fit_folds(
     """
     if len(parts) < 2:
         raise SpecError(f"{len(parts)} sets of moments leave nothing to hold out; hand in at least 2")
-    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, progress)
+    settings = _Settings(prior, is_positive, n_lams, lam_ratio, tol, patience, strict, threads, device, progress)
     return _fit_parts(parts, settings, Checkpoints())
 
 
@@ -240,6 +248,7 @@ class _Settings:
     patience: int
     strict: bool
     threads: int | None
+    device: str | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -253,22 +262,23 @@ class _Settings:
             if not usable:
                 value = getattr(self, name)
                 raise SpecError(f"{name} is {value}; choose {expected}", field=name, value=value)
+        if self.device is not None:
+            proximal.check_device(self.device)
 
-    def factor(self, part: slice, strength: float) -> NDArray[np.float32] | None:
-        """Give the penalty factors of some targets, (n_targets of the part, n_train), or None where all are 1."""
-        if self.prior is None or strength == 0:
-            return None
-        return penalty_factors(np.asarray(self.prior[:, part]), strength=strength)
-
-    def told(self, part: slice, strength: float, space: Space) -> dict[str, NDArray[np.float32]]:
+    def told(self, part: slice, trust: Trust, space: Space) -> dict[str, NDArray[np.float32]]:
         """Give what the prior says of some targets: penalty factors, and scores to shrink weights towards."""
-        factor = self.factor(part, strength)
-        if self.prior is None or factor is None:
+        if self.prior is None or trust.strength == 0:
             return {}
-        if self.is_positive:
-            return {"factor": factor}
-        scores = standardised_scores(np.asarray(self.prior[:, part]), space.inverse_scale)
-        return {"factor": factor, "scores": scores}
+        prior = np.asarray(self.prior[:, part])
+        told = {"factor": penalty_factors(prior, strength=trust.strength)}
+        return told | ({"scores": standardised_scores(prior, space.inverse_scale)} if trust.in_values else {})
+
+    @property
+    def trusts(self) -> Sequence[Trust]:
+        """How far the prior may be trusted; a weight that may not be negative is not shrunk towards one."""
+        if self.prior is None:
+            return TRUSTS[:1]
+        return [trust for trust in TRUSTS if not (trust.in_values and self.is_positive)]
 
     def grid(self, cross: NDArray[np.float64], factor: NDArray[np.float32] | None) -> NDArray[np.float64]:
         """Space the strengths of some targets, (n_targets, n_lams)."""
@@ -284,7 +294,8 @@ class _Settings:
     def solver(self, place: Checkpoints) -> dict[str, Any]:
         """Give the arguments of the solver that are the same for all blocks of targets."""
         threads = 1 if place.scheduler else self.threads or available_threads()
-        return {"is_positive": self.is_positive, "tol": self.tol, "max_sweeps": _MAX_SWEEPS, "threads": threads}
+        where = {"threads": threads} if self.device is None else {"device": self.device}
+        return {"is_positive": self.is_positive, "tol": self.tol, "max_sweeps": _MAX_SWEEPS} | where
 
     def report(self, stage: str, total: int, before: int = 0) -> Callable[[int], None]:
         """Make a reporter for a part of a stage, which counts on from what was done before it."""
@@ -325,7 +336,7 @@ class _Choice:
     lam: NDArray[np.float64]  # (n_targets,)
     start: dict[int, NDArray[np.float32]]  # by first target of a part: standardised, of the last split
     validation_error: NDArray[np.float64]  # (n_targets,)
-    strength: float  # of the prior
+    trust: Trust  # in the prior
 
 
 def _choose(
@@ -338,9 +349,9 @@ def _choose(
 ) -> _Choice:
     threads = settings.threads or available_threads()
     n_targets = grid_from.cross.shape[1]
-    strengths = (0.0,) if settings.prior is None else STRENGTHS
-    tried = [(i, part) for i in range(len(strengths)) for part in _parts(n_targets)]
-    lams = _grids(grid_from, settings, place, strengths)
+    trusts = settings.trusts
+    tried = [(i, part) for i in range(len(trusts)) for part in _parts(n_targets)]
+    lams = _grids(grid_from, settings, place)
     error, n_held_out, starts = np.zeros(lams.shape), 0, {}
     for nth, (fitting, held_out) in enumerate(splits):
         space = Space.of(fitting)
@@ -357,14 +368,14 @@ def _choose(
                 "lams": lams[i, part],
                 "cross_out": space.cross(held_out, part),
                 "square_out": space.square(held_out, part),
-            } | settings.told(part, strengths[i], space)
+            } | settings.told(part, trusts[i], space)
 
         how = settings.solver(place) | {"patience": settings.patience, "least_rise": _LEAST_RISE / held_out.n**0.5}
         paths = place.solved(
             partial(_solve_paths, how),
             (f"grams-{nth}", grams),
             {f"paths-{nth}-{i}-{part.start}": _block(part, partial(problem, i, part)) for i, part in tried},
-            settings.report("paths", n_splits * len(strengths) * n_targets, nth * len(strengths) * n_targets),
+            settings.report("paths", n_splits * len(trusts) * n_targets, nth * len(trusts) * n_targets),
         )
         for i, part in tried:
             path = paths[f"paths-{nth}-{i}-{part.start}"]
@@ -372,29 +383,27 @@ def _choose(
             error[i, part] += held_out.n * path["error"]
         n_held_out += held_out.n
     # a point that some split's path did not reach is nan, and the first is reached by all
-    of_strengths = np.nanmin(error, axis=2) / n_held_out
-    chosen = _best_strength(of_strengths)
+    of_trusts = np.nanmin(error, axis=2) / n_held_out
+    chosen = _most_fitting(of_trusts)
     return _Choice(
         lam=lams[chosen, np.arange(n_targets), np.nanargmin(error[chosen], axis=1)],
         start={first: weight for (i, first), weight in starts.items() if i == chosen},
-        validation_error=of_strengths[chosen],
-        strength=strengths[chosen],
+        validation_error=of_trusts[chosen],
+        trust=trusts[chosen],
     )
 
 
-def _grids(
-    moments: Moments, settings: _Settings, place: Checkpoints, strengths: Sequence[float]
-) -> NDArray[np.float64]:
-    """Space the strengths of all targets, (n_strengths of the prior, n_targets, n_lams).
+def _grids(moments: Moments, settings: _Settings, place: Checkpoints) -> NDArray[np.float64]:
+    """Space the strengths of all targets, (n_trusts, n_targets, n_lams).
 
     A grid starts where all weights are as expected, which is far lower than where they are zero.
     """
     n_targets, space, gram = moments.cross.shape[1], Space.of(moments), None
-    lams = np.empty((len(strengths), n_targets, settings.n_lams))
+    lams = np.empty((len(settings.trusts), n_targets, settings.n_lams))
     for part in _parts(n_targets):
         plain = space.cross(moments, part)
-        for i, strength in enumerate(strengths):
-            told, cross = settings.told(part, strength, space), plain
+        for i, trust in enumerate(settings.trusts):
+            told, cross = settings.told(part, trust, space), plain
             if "scores" in told:
                 if gram is None:
                     gram = space.gram(moments, threads=settings.threads or available_threads(), zeros=place.zeros)
@@ -409,7 +418,7 @@ def _refit(whole: Moments, choice: _Choice, settings: _Settings, place: Checkpoi
     lam, space = choice.lam, Space.of(whole)
 
     def problem(part: slice) -> Arrays:
-        told = settings.told(part, choice.strength, space)
+        told = settings.told(part, choice.trust, space)
         cross = space.cross(whole, part)
         # a target without a path, which nothing pulled over the fitting rows, is silenced over all rows too
         lam[part] = np.where(lam[part] > 0, lam[part], settings.grid(cross, told.get("factor"))[:, 0])
@@ -437,7 +446,7 @@ def _refit(whole: Moments, choice: _Choice, settings: _Settings, place: Checkpoi
         lam=lam.astype(np.float32),
         certificate=Certificate(gap=gap, kkt=kkt),
         validation_error=choice.validation_error,
-        prior_strength=None if settings.prior is None else choice.strength,
+        prior_strength=None if settings.prior is None else choice.trust.strength,
     )
 
 
@@ -449,7 +458,7 @@ def _solve_paths(how: dict[str, Any], shared: Arrays, problem: Arrays, progress:
         pull_out = (expected @ shared["gram_out"]).astype(np.float64)
         cross, square_out = cross - pull, _left_over(square_out, expected, pull_out, cross_out)
         cross_out = cross_out - pull_out
-    path = lasso.solve_paths(
+    path = (proximal if "device" in how else lasso).solve_paths(
         shared["gram"],
         cross,
         problem["lams"],
@@ -466,7 +475,7 @@ def _solve(how: dict[str, Any], shared: Arrays, problem: Arrays, progress: Calla
     if "scores" in problem:
         expected, pull = expected_weights(problem["scores"], shared["gram"], cross)
         cross, square = cross - pull, _left_over(square, expected, pull, cross)
-    solution = lasso.solve(
+    solution = (proximal if "device" in how else lasso).solve(
         shared["gram"],
         cross,
         square,
@@ -493,10 +502,10 @@ def _block(part: slice, make: Callable[[], Arrays]) -> Block:
     return Block(part.stop - part.start, make)
 
 
-def _best_strength(errors: NDArray[np.float64]) -> int:
-    """Choose the strength whose validation errors, (n_strengths, n_targets), are least on average, as shares of none's.
+def _most_fitting(errors: NDArray[np.float64]) -> int:
+    """Choose the trust whose validation errors, (n_trusts, n_targets), are least on average, as shares of none's.
 
-    One strength serves all targets: for each by itself the validation rows would be too few to choose well.
+    One trust serves all targets: for each by itself the validation rows would be too few to choose well.
     """
     known = errors[0] > 0
     shares = errors[:, known] / errors[0, known]

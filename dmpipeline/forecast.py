@@ -86,7 +86,7 @@ class Forecast:
     usd_per_core_hour : float
     rates : Rates
     n_paths : int
-        Paths a target, beside the refit: one, or so many as folds times strengths of a prior.
+        Paths a target, beside the refit: one, or so many as folds times `priors.TRUSTS`.
     """
 
     n_models: int

@@ -1,11 +1,11 @@
 """What a prior says of the weights: which examples are likely to matter for a target, by any attribution score.
 
 A LASSO that penalises likely examples less, and shrinks weights towards what the scores lead to expect rather than
-towards zero, needs fewer models. How far to trust the prior is chosen on validation models from strengths that include
-none, so a useless one costs time and nothing else.
+towards zero, needs fewer models. How far to trust the prior is chosen on validation models from `TRUSTS` that include
+not at all, so a useless one costs time and nothing else.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,24 @@ from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import RowSliceable
 
-STRENGTHS = (0.0, 0.25, 0.5)
-"""Exponents from which `fit` chooses; 0 is no prior."""
+
+class Trust(NamedTuple):
+    """How far scores are believed.
+
+    Attributes
+    ----------
+    strength : float
+        Exponent of the penalty factors; 0 is no prior.
+    in_values : bool
+        Whether weights are shrunk towards the scores, and not only their sizes taken for penalty factors.
+    """
+
+    strength: float
+    in_values: bool
+
+
+TRUSTS = (Trust(0.0, False), Trust(0.25, False), Trust(0.5, False), Trust(0.5, True))
+"""From which `fit` chooses."""
 
 _FLOOR = 0.003
 _BLOCK_ROWS = 4096

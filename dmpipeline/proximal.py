@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmpipeline import lasso
+from dmpipeline.errors import SpecError
 
 # A target is packed if its active features fit in one in so many of all, or in so many: a product with a packed part
 # of G fetches a number for each multiplication, so each takes longer than where targets share what is fetched.
@@ -39,6 +40,20 @@ _MARGIN = 1.05
 
 _FIRST_TURN = 16
 """Targets that have not arrived after so many steps take as many by conjugate gradients, and so again later."""
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or have."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpecError(
+            f"device {device} cannot be used ({reason}); choose one such as cuda or cuda:1, or leave it out to solve "
+            "on the processors",
+            field="device",
+            value=device,
+        ) from error
 
 
 def solve_paths(

@@ -87,6 +87,7 @@ def fit_run(
     prior: PriorName = "none",
     is_positive: bool = False,
     strict: bool = False,
+    device: str | None = None,
     directory: Path | None = None,
     scheduler: str | None = None,
     progress: Progress | None = None,
@@ -99,7 +100,7 @@ def fit_run(
     ----------
     run : Run
         Complete.
-    validation, folds, is_positive, strict, scheduler
+    validation, folds, is_positive, strict, device, scheduler
         As for `dmpipeline.fit`.
     prior : {"none", "gradient"}
         Scores to guide the fit by: gradients of the run's first models, `attribution.gradient_scores`.
@@ -128,6 +129,7 @@ def fit_run(
         prior=_gradient_scores(run, progress) if prior == "gradient" else None,
         is_positive=is_positive,
         strict=strict,
+        device=device,
         directory=directory or _fitting_path(run),
         scheduler=scheduler,
         progress=progress,

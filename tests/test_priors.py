@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from dmpipeline import fit
 from dmpipeline.errors import SpecError
-from dmpipeline.priors import STRENGTHS, penalty_factors, pooled_scores
+from dmpipeline.priors import TRUSTS, penalty_factors, pooled_scores
 
 
 def planted(n_models=400, n_train=150, n_targets=30, *, seed=0):
@@ -49,10 +49,53 @@ def test_a_good_prior_brings_the_weights_nearer_to_the_truth():
     masks, outputs, truth = planted()
     plain, guided = fit(masks, outputs), fit(masks, outputs, prior=np.abs(truth))
     assert plain.prior_strength is None
-    assert guided.prior_strength == STRENGTHS[-1]
+    assert guided.prior_strength == TRUSTS[-1].strength
     assert distance(guided, truth) < 0.7 * distance(plain, truth)
     assert guided.validation_error.mean() < plain.validation_error.mean()
     assert (guided.certificate.gap < 1e-4).all()
+
+
+def test_weights_are_shrunk_towards_the_scores_whichever_sign_they_come_with():
+    masks, outputs, truth = planted()
+    near = truth * np.random.default_rng(5).uniform(0.9, 1.1, truth.shape)
+    signed, turned = fit(masks, outputs, prior=near), fit(masks, outputs, prior=-near)
+    np.testing.assert_array_equal(signed.weight, turned.weight)
+    by_size = fit(masks, outputs, prior=np.abs(near))
+    assert distance(signed, truth) < 0.8 * distance(by_size, truth)
+    assert signed.validation_error.mean() < by_size.validation_error.mean()
+
+
+def test_scores_that_are_wrong_in_value_still_say_where_to_look():
+    masks, outputs, truth = planted()
+    noisy = truth + 0.1 * np.random.default_rng(5).standard_normal(truth.shape)  # adds up to much over all examples
+    guided = fit(masks, outputs, prior=noisy)
+    assert guided.prior_strength > 0
+    assert distance(guided, truth) < 0.8 * distance(fit(masks, outputs), truth)
+
+
+def test_weights_guided_by_a_prior_meet_the_conditions_of_the_penalty_on_what_is_left():
+    masks, outputs, truth = planted()
+    prior = truth * np.random.default_rng(5).uniform(0.7, 1.3, truth.shape)
+    dm = fit(masks, outputs, prior=prior)
+    n, mean, scale = len(masks), masks.mean(axis=0), masks.std(axis=0)
+    x, y = (masks - mean) / scale, outputs - outputs.mean(axis=0)
+    weight = dm.weight * scale[:, None]
+    size = np.abs(prior) / np.abs(prior).max(axis=0)
+    scores = np.where(size < 0.003, 0, prior) * scale[:, None]
+    expected = scores * (np.einsum("ij,ij->j", x @ scores, y) / np.square(x @ scores).sum(axis=0))
+    left, gradient = weight - expected, x.T @ (y - x @ weight) / n
+    strength = dm.lam * (size + 0.003) ** -0.5
+    moved = np.abs(left) > 1e-5
+    assert (np.abs(gradient) <= strength * 1.002).all()
+    np.testing.assert_allclose(gradient[moved], (np.sign(left) * strength)[moved], rtol=5e-3, atol=1e-4)
+    assert 0 < moved.sum() < left.size / 2
+
+
+def test_scores_that_are_small_beside_the_largest_leave_weights_sparse():
+    masks, outputs, truth = planted()
+    dm = fit(masks, outputs, prior=np.where(truth == 0, 1e-3, 10 * truth))
+    assert dm.prior_strength > 0
+    assert np.count_nonzero(dm.weight) < dm.weight.size / 2
 
 
 def test_a_prior_of_noise_is_not_trusted_and_costs_nothing():

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Lasso
 
 from dmpipeline import lasso, proximal
+from dmpipeline.errors import SpecError
+from dmpipeline.fitting import fit
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -313,3 +315,24 @@ def test_reduced_precision_that_the_process_allowed_is_kept_out_and_given_back(m
     finally:
         torch.set_float32_matmul_precision(before)
     assert set(seen) == {"highest"}
+
+
+def test_a_fit_on_a_device_is_the_fit_on_the_processors():
+    rng = np.random.default_rng(2)
+    masks = rng.random((600, 30)) < 0.5
+    truth = rng.standard_normal((30, 6)) * (rng.random((30, 6)) < 0.4)
+    outputs = masks @ truth + 0.5 * rng.standard_normal((600, 6))
+    for how in ({}, {"is_positive": True}, {"folds": 3}, {"prior": truth + 0.1 * rng.standard_normal(truth.shape)}):
+        here, there = fit(masks, outputs, tol=1e-4, **how), fit(masks, outputs, tol=1e-4, device="cpu", **how)
+        same = there.lam == here.lam  # neighbours on the grid may be as good
+        assert same.mean() > 0.8
+        np.testing.assert_allclose(there.weight[:, same], here.weight[:, same], atol=1e-3)
+        np.testing.assert_allclose(there.validation_error, here.validation_error, rtol=1e-4)
+        assert (there.certificate.gap < 1e-4).all()
+        assert there.prior_strength == here.prior_strength
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(SpecError, match=f"device {device} cannot be used"):
+        fit(np.ones((40, 2), bool), np.ones((40, 1)), device=device)
