@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmpipeline.compute import available_threads
+from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting import fit_moments
 from dmpipeline.masks import draw_masks
@@ -57,20 +58,23 @@ class Rates:
         noise = rng.standard_normal((n_models, n_targets), dtype=np.float32)
         outputs = (masks.astype(np.float32) @ effects + noise).astype(np.float16)
         Moments.of(masks[:64, :64], outputs[:64])  # compiles
-        alone = _seconds(lambda: Moments.of(masks, outputs[:, :1]))
-        both = _seconds(lambda: Moments.of(masks, outputs))
-        held_out = Moments.of(masks, outputs, start=n_models * 9 // 10)
+        many = np.tile(outputs, 8)
+        few_seconds = _seconds(lambda: Moments.of(masks, outputs))
+        many_seconds = _seconds(lambda: Moments.of(masks, many))
+        sums = n_models * n_train * (many.shape[1] - n_targets) / max(many_seconds - few_seconds, _LEAST_SECONDS)
         fitting = Moments.of(masks, outputs, stop=n_models * 9 // 10)
+        held_out = Moments.of(masks, outputs, start=n_models * 9 // 10)
         space = Space.of(fitting)
-        standardised = _seconds(lambda: space.gram(fitting, threads=threads))
-        fitted = []
-        solved = _seconds(lambda: fitted.append(fit_moments(fitting, held_out)))
-        n_nonzero = np.count_nonzero(fitted[-1].weight)
+        gram_seconds = _seconds(lambda: space.gram(fitting, threads=threads))
+        fitted: list[Datamodels] = []
+        fit_seconds = _seconds(lambda: fitted.append(fit_moments(fitting, held_out)))
+        n_nonzero = int(np.count_nonzero(fitted[-1].weight))
+        counting = max(few_seconds - n_models * n_train * n_targets / sums, _LEAST_SECONDS)
         return cls(
-            pairs=n_models * n_train**2 / 2 / alone / threads,
-            sums=n_models * n_train * (n_targets - 1) / max(both - alone, 1e-3) / threads,
-            path_numbers=n_train * n_nonzero / max(solved - 3 * standardised, 1e-3) / threads,
-            gram_numbers=n_train**2 / standardised / threads,
+            pairs=n_models * n_train**2 / 2 / counting / threads,
+            sums=sums / threads,
+            path_numbers=n_train * n_nonzero / max(fit_seconds - 3 * gram_seconds, _LEAST_SECONDS) / threads,
+            gram_numbers=n_train**2 / gram_seconds / threads,
         )
 
 
@@ -158,7 +162,14 @@ class Forecast:
         return {name: getattr(self, name) for name in (*names, *derived, "disk_bytes")}
 
 
+_LEAST_SECONDS = 1e-3
+
+
 def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    """Time it twice, and take the less disturbed."""
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
