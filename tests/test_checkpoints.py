@@ -86,6 +86,13 @@ def test_more_models_are_added_to_those_that_were_read(problem, small_blocks, wo
     assert sorted(path.name for path in work.glob("moments-*/*")) == ["0-810.pt", "810-900.pt"]
 
 
+def test_moments_that_the_last_fit_did_not_need_are_not_kept(problem, work):
+    masks, outputs = problem
+    fit(masks, outputs, directory=work, folds=3)
+    fit(masks, outputs, directory=work)
+    assert sorted(path.name for path in work.glob("moments-*/*")) == ["0-810.pt", "810-900.pt"]
+
+
 def test_other_data_are_not_taken_for_those_that_were_read(problem, work):
     masks, outputs = problem
     fit(masks, outputs, directory=work)
