@@ -8,6 +8,10 @@ Four rates are measured, with all processors at work:
   fetched wherever its weights change, and the matrix lies in memory and not in a cache;
 - standardising a Gram matrix: n_train^2 numbers.
 
+On a GPU a path and its refit take products with all of the Gram matrix, some hundred for each target, however many of
+its weights are not zero: their arithmetic is counted in a small fit by the same solver, and divided by what the GPU
+does in a second, which is measured where there is one, and else an A100's.
+
 More processors are taken to be as much faster, which holds while each has its share of the memory's bandwidth.
 """
 
@@ -16,6 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Datamodels
@@ -28,18 +35,36 @@ from dmpipeline.spaces import Space
 CORE_USD_PER_HOUR = 0.0504
 """A virtual core by the hour: half an m7i.large on demand, us-east-1, 2024. An assumption."""
 
+A100_FLOPS = 0.6 * 19.5e12
+"""Float32 operations a second: six tenths of an A100's peak without TensorFloat-32. An assumption."""
+
 GUESSED_NONZERO_SHARE = 0.02
 """Share of the examples that get weight for a target where no fit is there to tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one processor does in a second, all others at the same work; see the module."""
+    """What is done in a second; see the module.
+
+    Attributes
+    ----------
+    pairs, sums, path_numbers, gram_numbers : float
+        By one processor, all others at the same work.
+    gpu_operations : float
+        Operations of a path and its refit on a GPU, a target, over n_train^2.
+    gpu_flops : float
+        What a GPU does in a second.
+    has_gpu : bool
+        Whether that was measured.
+    """
 
     pairs: float
     sums: float
     path_numbers: float
     gram_numbers: float
+    gpu_operations: float
+    gpu_flops: float
+    has_gpu: bool
 
     @classmethod
     def measured(cls, *, n_models: int = 4096, n_train: int = 4096, n_targets: int = 64) -> "Rates":
@@ -75,6 +100,9 @@ class Rates:
             sums=sums / threads,
             path_numbers=n_train * n_nonzero / max(fit_seconds - 3 * gram_seconds, _LEAST_SECONDS) / threads,
             gram_numbers=n_train**2 / gram_seconds / threads,
+            gpu_operations=_gpu_operations(masks[:, : n_train // 4], outputs[:, : n_targets // 2]),
+            gpu_flops=_gpu_flops() if torch.cuda.is_available() else A100_FLOPS,
+            has_gpu=torch.cuda.is_available(),
         )
 
 
@@ -87,7 +115,7 @@ class Forecast:
     n_models, n_train, n_targets : int
     n_nonzero : float
     n_cores : int
-    usd_per_core_hour : float
+    usd_per_core_hour, usd_per_gpu_hour : float
     rates : Rates
     n_paths : int
         Paths a target, beside the refit: one, or so many as folds times `priors.TRUSTS`.
@@ -99,6 +127,7 @@ class Forecast:
     n_nonzero: float
     n_cores: int
     usd_per_core_hour: float
+    usd_per_gpu_hour: float
     rates: Rates
     n_paths: int = 1
 
@@ -134,6 +163,23 @@ class Forecast:
         return self.seconds / 3600 * self.n_cores * self.usd_per_core_hour
 
     @property
+    def gpu_seconds(self) -> float:
+        """Time of all targets' paths and refits on one GPU."""
+        operations = (self.n_paths + 1) / 2 * self.rates.gpu_operations * self.n_train**2 * self.n_targets
+        return operations / self.rates.gpu_flops
+
+    @property
+    def usd_with_gpu(self) -> float:
+        """Dollars of a fit whose moments are counted by the cores, and whose paths one GPU solves."""
+        cores_usd = self.moments_seconds / 3600 * self.n_cores * self.usd_per_core_hour
+        return cores_usd + self.gpu_seconds / 3600 * self.usd_per_gpu_hour
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """Memory of the GPU: two Gram matrices of float32, what 512 targets take at their widest, packed parts."""
+        return 2 * 4 * self.n_train**2 + 42 * 4 * 512 * self.n_train + 2**31
+
+    @property
     def memory_bytes(self) -> int:
         """Memory of a fit without a directory: three sets of moments, two Gram matrices of float32, the weights."""
         square, cross = self.n_train**2, self.n_train * self.n_targets
@@ -159,10 +205,34 @@ class Forecast:
         """Give shape, seconds, dollars and bytes, ready for JSON."""
         names = ("n_models", "n_train", "n_targets", "n_nonzero", "n_cores", "usd_per_core_hour", "moments_seconds")
         derived = ("paths_seconds", "seconds", "usd", "memory_bytes", "least_memory_bytes", "fast_memory_bytes")
-        return {name: getattr(self, name) for name in (*names, *derived, "disk_bytes")}
+        on_gpu = ("usd_per_gpu_hour", "gpu_seconds", "gpu_memory_bytes", "usd_with_gpu")
+        return {name: getattr(self, name) for name in (*names, *derived, "disk_bytes", *on_gpu)}
 
 
 _LEAST_SECONDS = 1e-3
+
+
+def _gpu_operations(masks: NDArray[np.bool_], outputs: NDArray[np.float16]) -> float:
+    n_models, n_train = masks.shape
+    fitting = Moments.of(masks, outputs, stop=n_models * 9 // 10)
+    held_out = Moments.of(masks, outputs, start=n_models * 9 // 10)
+    with FlopCounterMode(display=False) as counted:
+        fit_moments(fitting, held_out, device="cpu")
+    n_operations: int = counted.get_total_flops()
+    return float(n_operations / outputs.shape[1] / n_train**2)
+
+
+def _gpu_flops() -> float:
+    """Measure float32 products on the GPU."""
+    n = 8192
+    gram, weight = torch.ones(n, n, device="cuda"), torch.ones(n, 512, device="cuda")
+
+    def multiply() -> None:
+        for _ in range(20):
+            torch.matmul(gram, weight)
+        torch.cuda.synchronize()
+
+    return 20 * 2 * n * n * 512 / _seconds(multiply)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -78,7 +78,9 @@ def plan(
     data = _plan_facts(compared) | {"gpus": gpus, "gpu_usd_per_hour": usd_per_hour}
     tables = [_plan_table(compared)]
     if fit:
-        forecasts = _forecasts(fits, nonzero, cores, 0.0 if is_run and core_usd_per_hour is None else core_usd_per_hour)
+        core_usd = 0.0 if is_run and core_usd_per_hour is None else core_usd_per_hour
+        gpu_usd = GPU_USD_PER_HOUR if gpu_usd_per_hour is None else gpu_usd_per_hour
+        forecasts = _forecasts(fits, nonzero, cores, core_usd, gpu_usd)
         data |= {"fit": {name: forecast.as_dict() for name, forecast in forecasts.items()}, "fitting_left_out": False}
         tables.append(_fit_table(forecasts))
     talk.print_data(data, *tables)
@@ -95,10 +97,12 @@ def plan(
     )
     if fit:
         for forecast in list(forecasts.values())[:1]:
+            gpu = "measured here" if forecast.rates.has_gpu else "of an A100, assumed"
             talk.remark(
                 f"fit with {forecast.n_cores} core{'s' if forecast.n_cores > 1 else ''} at "
-                f"{readable_usd(forecast.usd_per_core_hour)} an hour each, rates measured here just now; with --work "
-                "memory may be less than what is stated, down to the part that is not mapped from disk"
+                f"{readable_usd(forecast.usd_per_core_hour)} an hour each, rates measured here just now; a GPU at "
+                f"{readable_usd(forecast.usd_per_gpu_hour)} an hour, its rate {gpu}; with --work memory may be less, "
+                "down to the part that is not mapped from disk"
             )
 
 
@@ -200,7 +204,11 @@ def _plan_of_release(
 
 
 def _forecasts(
-    fits: Mapping[str, _Shape], nonzero: float | None, cores: int | None, usd_per_hour: float | None
+    fits: Mapping[str, _Shape],
+    nonzero: float | None,
+    cores: int | None,
+    core_usd_per_hour: float | None,
+    gpu_usd_per_hour: float,
 ) -> "dict[str, Forecast]":
     from dmpipeline.compute import available_threads
     from dmpipeline.forecast import CORE_USD_PER_HOUR, GUESSED_NONZERO_SHARE, Forecast, Rates
@@ -215,7 +223,8 @@ def _forecasts(
             shape.n_targets,
             nonzero or shape.n_nonzero or GUESSED_NONZERO_SHARE * shape.n_train,
             n_cores=cores or available_threads(),
-            usd_per_core_hour=CORE_USD_PER_HOUR if usd_per_hour is None else usd_per_hour,
+            usd_per_core_hour=CORE_USD_PER_HOUR if core_usd_per_hour is None else core_usd_per_hour,
+            usd_per_gpu_hour=gpu_usd_per_hour,
             rates=rates,
         )
         for name, shape in fits.items()
@@ -247,6 +256,10 @@ def _fit_table(forecasts: "Mapping[str, Forecast]") -> Table:
             readable_bytes(f.memory_bytes),
             f"{readable_bytes(f.least_memory_bytes)} to {readable_bytes(f.fast_memory_bytes)}",
             readable_bytes(f.disk_bytes),
+        )
+        on_gpu = (readable_seconds(f.gpu_seconds), readable_usd(f.usd_with_gpu))
+        table.add_row(
+            "  paths on a GPU", "", "", "", *on_gpu, f"{readable_bytes(f.gpu_memory_bytes)} of its own", "", ""
         )
     return table
 

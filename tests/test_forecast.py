@@ -11,26 +11,34 @@ from dmpipeline.cli import main
 from dmpipeline.errors import SpecError
 from dmpipeline.forecast import CORE_USD_PER_HOUR, Forecast, Rates
 
-RATES = Rates(pairs=4e10, sums=4e9, path_numbers=1e8, gram_numbers=4e8)
+RATES = Rates(
+    pairs=4e10, sums=4e9, path_numbers=1e8, gram_numbers=4e8, gpu_operations=350, gpu_flops=1e13, has_gpu=False
+)
 
 
 def test_time_is_that_of_the_parts_and_shared_by_the_cores():
-    forecast = Forecast(300_000, 50_000, 10_000, 1000, n_cores=2, usd_per_core_hour=0.05, rates=RATES)
+    forecast = Forecast(
+        300_000, 50_000, 10_000, 1000, n_cores=2, usd_per_core_hour=0.05, usd_per_gpu_hour=4, rates=RATES
+    )
     assert forecast.moments_seconds == (300_000 * 50_000**2 / 2 / 4e10 + 300_000 * 50_000 * 10_000 / 4e9) / 2
     assert forecast.paths_seconds == (3 * 50_000**2 / 4e8 + 10_000 * 50_000 * 1000 / 1e8) / 2
-    many = Forecast(300_000, 50_000, 10_000, 1000, n_cores=96, usd_per_core_hour=0.05, rates=RATES)
+    many = Forecast(300_000, 50_000, 10_000, 1000, n_cores=96, usd_per_core_hour=0.05, usd_per_gpu_hour=4, rates=RATES)
     assert many.seconds == pytest.approx(forecast.seconds / 48)
     assert many.usd == pytest.approx(forecast.usd)
+    assert forecast.gpu_seconds == 350 * 50_000**2 * 10_000 / 1e13
+    on_gpu = forecast.moments_seconds * 2 / 3600 * 0.05 + forecast.gpu_seconds / 3600 * 4
+    assert forecast.usd_with_gpu == pytest.approx(on_gpu)
     assert forecast.as_dict()["seconds"] == forecast.moments_seconds + forecast.paths_seconds
 
 
 def test_more_weights_than_examples_are_refused():
     with pytest.raises(SpecError, match="more than the 50 examples"):
-        Forecast(100, 50, 5, 51, n_cores=1, usd_per_core_hour=0, rates=RATES)
+        Forecast(100, 50, 5, 51, n_cores=1, usd_per_core_hour=0, usd_per_gpu_hour=0, rates=RATES)
 
 
 def test_measured_rates_are_positive():
     rates = Rates.measured(n_models=1024, n_train=512, n_targets=32)
+    assert 50 < rates.gpu_operations < 5000
     assert all(0 < rate < 1e15 for rate in (rates.pairs, rates.sums, rates.path_numbers, rates.gram_numbers))
 
 
@@ -55,7 +63,9 @@ print(most() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_fit_takes_the_memory_that_was_foreseen():
     said = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
-    foreseen = Forecast(2000, 4500, 600, 10, n_cores=1, usd_per_core_hour=0, rates=RATES).memory_bytes
+    foreseen = Forecast(
+        2000, 4500, 600, 10, n_cores=1, usd_per_core_hour=0, usd_per_gpu_hour=0, rates=RATES
+    ).memory_bytes
     assert 0.6 * foreseen < int(said) < foreseen * 1.05
 
 
@@ -80,6 +90,8 @@ def test_the_fit_of_a_release_is_planned_beside_its_training_and_download(capsys
     code, out, err = call(capsys, "plan", "cifar/50pct", "--fit")
     assert "300,000 x 50,000 x 10,000" in out
     assert "rates measured here just now" in err
+    assert "of an A100, assumed" in err
+    assert "paths on a GPU" in out
     code, _, err = call(capsys, "plan", "cifar/50pct/test_margins", "--fit")
     assert (code, "names of datamodels" in err) == (2, True)
 
