@@ -10,11 +10,12 @@
 
 A file is there whole or not at all, and its name says what it is of, so nothing else is remembered. Moments of adjacent
 rows are added up to those of a wider range, exactly for float16 outputs: when more models have been trained, rows that
-were read are not read again, and the fit is the same to the bit. Large arrays are mapped from files in the directory,
-so that a fit may be larger than memory.
+were read are not read again, and the fit is that of all rows read at once. Large arrays are mapped from files in the
+directory, so that a fit may be larger than memory.
 
 With a Dask scheduler its workers, who must see the directory under the same path, do the work: blocks of rows, whose
-moments are then added in pairs, and blocks of targets. A task that is lost is done again, with the same result.
+moments are then added in pairs, and blocks of targets. A task that is lost is done again, with the same result but for
+rounding: processes may have compiled a kernel apart.
 """
 
 import hashlib

@@ -7,7 +7,8 @@ from numba import njit
 kernel = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 """Compile a function, once a machine, to run without the interpreter's lock.
 
-Float sums may be reordered and fused, the same way in every run; nothing is assumed about NaN and infinity.
+Float sums may be reordered and fused, the same way in every run but perhaps the one that compiles: what numba has just
+compiled was seen to round otherwise than the same read from its cache. Nothing is assumed about NaN and infinity.
 """
 
 

@@ -58,6 +58,15 @@ def assert_same(got, expected):
     assert got.prior_strength == expected.prior_strength
 
 
+def assert_same_but_for_rounding(got, expected):
+    """Compare fits of two processes: a kernel just compiled may round otherwise than the same read from the cache."""
+    np.testing.assert_array_equal(got.lam, expected.lam)
+    for name in ("weight", "bias", "validation_error"):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.certificate.gap, expected.certificate.gap, atol=1e-6)
+    assert got.prior_strength == expected.prior_strength
+
+
 @pytest.mark.parametrize("how", [{}, {"folds": 3}, {"prior": True}, {"is_positive": True}])
 def test_a_fit_in_a_directory_is_the_fit_in_memory(problem, small_blocks, work, how):
     masks, outputs = problem
@@ -139,7 +148,7 @@ def test_a_killed_fit_goes_on_where_it_was(problem, small_blocks, tmp_path, work
     assert again[0].rows == list(range(16)), "the moments were kept"
     # of four blocks the third was under way
     assert called == (["solve_paths"] * 2 + ["solve"] * 4 if stage == "solve_paths" else ["solve"] * 2)
-    assert_same(got, fit(masks, outputs))
+    assert_same_but_for_rounding(got, fit(masks, outputs))
 
 
 def test_moments_go_on_from_the_last_piece_that_was_read(problem, small_blocks, work):
@@ -214,7 +223,7 @@ def test_a_cluster_gives_the_fit_of_one_process(problem, small_blocks, cluster, 
         progress=lambda *said: seen.append(said),
         **how,
     )
-    assert_same(got, fit(masks, outputs, **how))
+    assert_same_but_for_rounding(got, fit(masks, outputs, **how))
     for stage in ("moments", "paths", "refit"):
         counts = [(done, total) for name, done, total in seen if name == stage]
         assert counts == sorted(counts)
@@ -239,4 +248,4 @@ def test_a_fit_outlives_its_workers(problem, small_blocks, cluster, work, monkey
     got = fit(masks, outputs, directory=work, scheduler=cluster.scheduler_address)
     killer.join()
     assert killed
-    assert_same(got, fit(masks, outputs))
+    assert_same_but_for_rounding(got, fit(masks, outputs))

@@ -137,11 +137,15 @@ def test_a_longer_run_goes_on_from_the_moments_of_a_shorter(demo, tmp_path, caps
 
 def test_a_run_is_fitted_on_a_cluster(demo, tmp_path, capsys):
     distributed = pytest.importorskip("distributed")
-    weight = Datamodels.load(demo / "datamodels" / "test_50pct.pt").weight
+    before = Datamodels.load(demo / "datamodels" / "test_50pct.pt")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs=50) as local:
         work = ("--work", tmp_path / "work", "--scheduler", local.scheduler_address)
         assert call(capsys, "fit", demo, *work)[0] == 0
-    np.testing.assert_array_equal(Datamodels.load(demo / "datamodels" / "test_50pct.pt").weight, weight)
+    fitted = Datamodels.load(demo / "datamodels" / "test_50pct.pt")
+    # the workers' kernels may round otherwise, which 60 models of 1,437 examples let grow to what the tolerance allows
+    np.testing.assert_allclose(fitted.validation_error, before.validation_error, rtol=1e-3)
+    assert (fitted.certificate.gap < 1e-4).all()
+    assert np.median(np.abs(fitted.weight - before.weight)[before.weight != 0]) < 1e-5
 
 
 def test_a_run_that_was_tampered_with_fails_verification_with_its_own_code(tmp_path, capsys):
