@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
-from dmpipeline.evaluate import Evaluation, evaluate, readable_score
+from dmpipeline.evaluate import Evaluation, evaluate, readable_score, readable_table
 from dmpipeline.moments import Moments, RowSliceable, check_shapes
 from dmpipeline.spaces import Space
 
@@ -219,10 +218,7 @@ class Comparison:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=10_000, markup=False, emoji=False, highlight=False, color_system=None)
-        with console.capture() as captured:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        return readable_table(self.table())
 
     def __repr__(self) -> str:
         return f"<Comparison: {', '.join(self.evaluations)}>"

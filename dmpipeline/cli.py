@@ -176,7 +176,7 @@ def verify(talk: Talk, directory: Path) -> None:
     type=click.Choice(["none", "gradient"]),
     default="none",
     show_default=True,
-    help="Guide the fit by gradients of the run's first models: as good as half again as many models, or more.",
+    help="Guide the fit by gradients of the run's first models; on digits worth half again as many models, or more.",
 )
 @click.option("--positive", is_flag=True, help="Allow no weight below zero.")
 @click.option("--strict", is_flag=True, help="Fail where a target did not converge.")

@@ -19,12 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
-from dmpipeline.evaluate import Evaluation, evaluate, readable_score
+from dmpipeline.evaluate import Evaluation, evaluate, readable_score, readable_table
 from dmpipeline.figures import LIGHT, Palette, blank, file_bytes
 from dmpipeline.fitting import Progress, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
@@ -156,10 +155,7 @@ class LearningCurve:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=10_000, markup=False, emoji=False, highlight=False, color_system=None)
-        with console.capture() as captured:
-            console.print(self.table())
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        return readable_table(self.table())
 
     def __repr__(self) -> str:
         return f"<LearningCurve: {len(self.points)} points, {self.counts[0]:,} to {self.counts[-1]:,} models>"

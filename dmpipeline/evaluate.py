@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
@@ -288,6 +290,14 @@ def noise_ceiling(single: NDArray[Any], *, n_splits: int, seed: int) -> Floats:
 def readable_score(value: float, *, digits: int = 3) -> str:
     """Write a score for people, as 0.812; what is not defined says so."""
     return "not defined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def readable_table(table: Table) -> str:
+    """Write a table as plain lines, however wide, with nothing after the last word of a line."""
+    console = Console(width=10_000, markup=False, emoji=False, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
