@@ -1,0 +1,482 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="call-arg"
+# compiled kernels take their types from what they are called with
+
+"""Small networks that take their steps together: layers of batched matrix products, gradients written out by hand.
+
+The parameters of a group of models lie in one array a layer, models first. Pictures lie with channels last, so that a
+convolution is a product of its patches with its filters, and pooling runs along channels. Work space is allocated once
+a group, for page faults cost more than sums. Where products are small this is several times as fast as automatic
+differentiation of the same network; what has no form here is trained otherwise (`ensembles`).
+
+Every axis of a product is padded to whole cache lines, so that a model's numbers lie alike wherever in a group it is:
+matrix products round differently at another alignment, and a row would depend on its place.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dmpipeline.compute import kernel
+
+State = Mapping[str, Tensor]
+"""A network's parameters and buffers by name."""
+
+Space = dict[str, Tensor]
+"""Where a layer puts its outputs, and what it leaves there for its gradients."""
+
+_LINE = 16  # float32 numbers in a cache line
+_NEVER = -1e30  # the bias of a class that is only padding: its probability is 0
+_OUTPUT_BYTES = 2**26  # of a layer, where no gradients are wanted
+
+
+@dataclass(slots=True)
+class Parameter:
+    """Numbers that are learned, of all models, shape (n_models, n_inputs or 1, n_outputs), and how fast they move."""
+
+    value: Tensor
+    velocity: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.velocity = torch.zeros_like(self.value)
+
+
+class Layer(Protocol):
+    """One layer of a group of networks."""
+
+    parameters: tuple[Parameter, ...]
+
+    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+        """Allocate for so many examples of each model."""
+
+    def forward(self, x: Tensor, space: Space) -> Tensor:
+        """Compute outputs (n_models, batch, ...) of inputs."""
+
+    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+        """Slow the parameters' velocities by `momentum`, add the gradients, and return that of the inputs."""
+
+    def state(self, model: int) -> dict[str, Tensor]:
+        """Give what a model has learned, under the names and in the shapes of the network's own layer."""
+
+
+def can_stack(network: nn.Module, input_shape: tuple[int, ...]) -> bool:
+    """Tell whether every layer of a network has a form here; inputs are (n_features,) or (channels, height, width)."""
+    if not isinstance(network, nn.Sequential) or len(input_shape) not in (1, 3):
+        return False
+    layers = [layer for layer in network if not isinstance(layer, nn.Flatten)]
+    ends = layers and isinstance(layers[0], nn.Linear | nn.Conv2d) and isinstance(layers[-1], nn.Linear)
+    return bool(ends) and all(map(_has_form, network))
+
+
+class StackedNetworks:
+    """A group of networks of one form, and how they are trained.
+
+    Parameters
+    ----------
+    network : torch.nn.Sequential
+        One that `can_stack`; says the form.
+    states : sequence of State
+        Where each model begins.
+    input_shape : tuple of int
+        (n_features,), or (channels, height, width).
+    batch : int
+        Examples of a step.
+    momentum, weight_decay : float
+        As of `torch.optim.SGD`.
+    is_regression : bool
+        Whether the loss is the squared error, not the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Sequential,
+        states: Sequence[State],
+        *,
+        input_shape: tuple[int, ...],
+        batch: int,
+        momentum: float,
+        weight_decay: float,
+        is_regression: bool,
+    ) -> None:
+        self.n_models, self.batch = len(states), batch
+        self.momentum, self.weight_decay, self.is_regression = momentum, weight_decay, is_regression
+        self.layers = list(_stacked(network, states, input_shape, _NEVER if not is_regression else 0.0))
+        self.n_outputs = int(list(network)[-1].out_features)
+        self._spaces = [layer.space(self.n_models, batch, is_training=True) for layer in self.layers]
+        self._x = torch.empty(self.n_models, batch, *laid_out_shape(network, input_shape))
+        self._truth = torch.empty(self.n_models, batch, padded(self.n_outputs))
+
+    def step(self, inputs: Tensor, truth: Tensor, examples: Tensor, lr: float) -> None:
+        """Take one step of SGD on each model's mean loss.
+
+        Parameters
+        ----------
+        inputs, truth : tensor of float32, shape (n, ...)
+            All examples, as `laid_out` and `true_outputs` give them.
+        examples : tensor of int64, shape (n_models, batch)
+            Which of them the step is on.
+        lr : float
+        """
+        chosen = examples.reshape(-1)
+        torch.index_select(inputs, 0, chosen, out=self._x.view(-1, *inputs.shape[1:]))
+        torch.index_select(truth, 0, chosen, out=self._truth.view(-1, truth.shape[1]))
+        error = self._forward(self._x, self._spaces)
+        # the gradient of the mean loss with respect to the outputs
+        if self.is_regression:
+            error.sub_(self._truth).mul_(2 / (self.batch * self.n_outputs))
+        else:
+            torch.softmax(error, -1, out=error).sub_(self._truth).div_(self.batch)
+        for layer, space in zip(reversed(self.layers), reversed(self._spaces), strict=True):
+            error = layer.backward(error, space, self.momentum)
+        for parameter in (parameter for layer in self.layers for parameter in layer.parameters):
+            if self.weight_decay:
+                parameter.velocity.add_(parameter.value, alpha=self.weight_decay)
+            parameter.value.sub_(parameter.velocity, alpha=lr)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Compute the outputs of every model on every input, float32 (n_models, n, n_outputs)."""
+        of_one = [layer.space(self.n_models, 1, is_training=False) for layer in self.layers]
+        largest = max(tensor.nbytes for space in of_one for tensor in space.values())
+        step = max(1, _OUTPUT_BYTES // largest)
+        result = torch.empty(self.n_models, len(inputs), self.n_outputs)
+        for some, into in zip(inputs.split(step), result.split(step, dim=1), strict=True):
+            spaces = [layer.space(self.n_models, len(some), is_training=False) for layer in self.layers]
+            into.copy_(self._forward(some.expand(self.n_models, *some.shape), spaces)[..., : self.n_outputs])
+        return result
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """Give what each model has learned, as states of the network."""
+        each = range(self.n_models)
+        return [{k: v for layer in self.layers for k, v in layer.state(model).items()} for model in each]
+
+    def _forward(self, x: Tensor, spaces: Sequence[Space]) -> Tensor:
+        for layer, space in zip(self.layers, spaces, strict=True):
+            x = layer.forward(x, space)
+        return x
+
+
+def laid_out(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Lay inputs (n, n_features) or (n, channels, height, width) out as `StackedNetworks` of the network take them."""
+    if _begins_with_convolution(network):
+        return inputs.float().permute(0, 2, 3, 1).contiguous()
+    return _padded(inputs.float().flatten(1))
+
+
+def laid_out_shape(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one example that is `laid_out`."""
+    if _begins_with_convolution(network):
+        channels, height, width = input_shape
+        return height, width, channels
+    return (padded(torch.Size(input_shape).numel()),)
+
+
+def true_outputs(labels: Tensor, n_outputs: int, label_smoothing: float = 0.0) -> Tensor:
+    """Lay out what is to be predicted: classes (n,) as smoothed one-hot rows, numbers (n,) or (n, k) as they are."""
+    if labels.is_floating_point():
+        return _padded(labels.float().reshape(len(labels), -1))
+    truth = torch.nn.functional.one_hot(labels, n_outputs).float()
+    if label_smoothing:
+        truth.mul_(1 - label_smoothing).add_(label_smoothing / n_outputs)
+    return _padded(truth)
+
+
+def padded(length: int) -> int:
+    """Round a count of float32 numbers up to whole cache lines."""
+    return -(-length // _LINE) * _LINE
+
+
+class _Linear:
+    """Products with weights (n_models, n_inputs, n_outputs); `places` tells where each of the network's inputs lies."""
+
+    def __init__(
+        self, name: str, layers: Sequence[tuple[Tensor, Tensor]], places: Tensor, width: int, *, never: float, first: bool
+    ) -> None:
+        self.name, self.places, self.is_first = name, places, first
+        self.n_outputs = len(layers[0][1])
+        weight = torch.zeros(len(layers), width, padded(self.n_outputs))
+        bias = torch.full((len(layers), 1, padded(self.n_outputs)), never)
+        for model, (w, b) in enumerate(layers):
+            weight[model, places, : self.n_outputs] = w.T
+            bias[model, 0, : self.n_outputs] = b
+        self.parameters = (Parameter(weight), Parameter(bias))
+
+    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+        _, n_inputs, n_outputs = self.parameters[0].value.shape
+        space = {"out": torch.empty(n_models, batch, n_outputs)}
+        if is_training and not self.is_first:
+            space["back"] = torch.empty(n_models, batch, n_inputs)
+        return space
+
+    def forward(self, x: Tensor, space: Space) -> Tensor:
+        weight, bias = self.parameters
+        space["x"] = x.flatten(2)
+        return torch.baddbmm(bias.value, space["x"], weight.value, out=space["out"])
+
+    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+        weight, bias = self.parameters
+        weight.velocity.baddbmm_(space["x"].transpose(1, 2), error, beta=momentum)
+        bias.velocity.mul_(momentum).add_(error.sum(1, keepdim=True))
+        return error if self.is_first else torch.bmm(error, weight.value.transpose(1, 2), out=space["back"])
+
+    def state(self, model: int) -> dict[str, Tensor]:
+        weight, bias = (parameter.value[model] for parameter in self.parameters)
+        return {
+            f"{self.name}.weight": weight[self.places, : self.n_outputs].T.contiguous(),
+            f"{self.name}.bias": bias[0, : self.n_outputs].clone(),
+        }
+
+
+class _Convolution:
+    """Products of patches, (n_models, pictures and places, taps and channels), with filters; borders are zeros."""
+
+    def __init__(
+        self, name: str, layers: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int, int], *, first: bool
+    ) -> None:
+        self.name, self.is_first = name, first
+        self.height, self.width, self.channels = shape
+        self.n_outputs, self.n_inputs, self.taps, _ = layers[0][0].shape
+        n_rows = padded(self.taps**2 * self.channels)
+        weight = torch.zeros(len(layers), n_rows, padded(self.n_outputs))
+        bias = torch.zeros(len(layers), 1, padded(self.n_outputs))
+        for model, (w, b) in enumerate(layers):
+            self._filters(weight[model])[..., : self.n_inputs, : self.n_outputs] = w.permute(2, 3, 1, 0)
+            bias[model, 0, : self.n_outputs] = b
+        self.parameters = (Parameter(weight), Parameter(bias))
+
+    def _filters(self, weight: Tensor) -> Tensor:
+        taps = self.taps
+        return weight[: taps**2 * self.channels].view(taps, taps, self.channels, -1)
+
+    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+        _, n_rows, n_outputs = self.parameters[0].value.shape
+        places, border = batch * self.height * self.width, self.taps - 1
+        space = {
+            "patches": torch.zeros(n_models, places, n_rows),
+            "out": torch.empty(n_models, places, n_outputs),
+            "bordered": torch.zeros((self.height + border) * (self.width + border) * self.channels),
+        }
+        if is_training and not self.is_first:
+            space["patch_errors"] = torch.empty_like(space["patches"])
+            space["back"] = torch.empty(n_models, batch, self.height, self.width, self.channels)
+        return space
+
+    def forward(self, x: Tensor, space: Space) -> Tensor:
+        weight, bias = self.parameters
+        shape = (self.height, self.width, self.channels, self.taps)
+        for pictures, patches in zip(x.contiguous(), space["patches"], strict=True):
+            _take_patches(pictures.reshape(-1).numpy(), *shape, space["bordered"].numpy(), patches.numpy())
+        out = torch.baddbmm(bias.value, space["patches"], weight.value, out=space["out"])
+        return out.view(*x.shape[:2], self.height, self.width, -1)
+
+    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+        weight, bias = self.parameters
+        error = error.view_as(space["out"])
+        weight.velocity.baddbmm_(space["patches"].transpose(1, 2), error, beta=momentum)
+        bias.velocity.mul_(momentum).add_(error.sum(1, keepdim=True))
+        if self.is_first:
+            return error
+        torch.bmm(error, weight.value.transpose(1, 2), out=space["patch_errors"])
+        shape = (self.height, self.width, self.channels, self.taps)
+        for patches, back in zip(space["patch_errors"], space["back"], strict=True):
+            _add_patches(patches.numpy(), *shape, space["bordered"].numpy(), back.view(-1).numpy())
+        return space["back"]
+
+    def state(self, model: int) -> dict[str, Tensor]:
+        weight, bias = (parameter.value[model] for parameter in self.parameters)
+        filters = self._filters(weight)[..., : self.n_inputs, : self.n_outputs]
+        return {
+            f"{self.name}.weight": filters.permute(3, 2, 0, 1).contiguous(),
+            f"{self.name}.bias": bias[0, : self.n_outputs].clone(),
+        }
+
+
+class _Rectifier:
+    parameters: tuple[Parameter, ...] = ()
+
+    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+        return {}
+
+    def forward(self, x: Tensor, space: Space) -> Tensor:
+        space["out"] = x.relu_()
+        return x
+
+    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+        # only the sign of rectified units is wanted any more: 1 where active, else 0
+        return error.view_as(space["out"]).mul_(space["out"].sign_())
+
+    def state(self, model: int) -> dict[str, Tensor]:
+        return {}
+
+
+class _MaxPooling:
+    """The largest of each window of pictures of shape (height, width, channels); windows do not overlap."""
+
+    parameters: tuple[Parameter, ...] = ()
+
+    def __init__(self, shape: tuple[int, int, int], window: int) -> None:
+        self.shape, self.window = shape, window
+
+    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+        height, width, channels = self.shape
+        pooled = (n_models, batch, height // self.window, width // self.window, channels)
+        space = {"out": torch.empty(pooled), "winner": torch.empty(pooled, dtype=torch.int32)}
+        if is_training:
+            # what is beyond the last whole window stays zero
+            space["back"] = torch.zeros(n_models, batch, *self.shape)
+        return space
+
+    def forward(self, x: Tensor, space: Space) -> Tensor:
+        _pool(*(t.flatten(0, 1).numpy() for t in (x, space["out"], space["winner"])), self.window)
+        return space["out"]
+
+    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+        error = error.view_as(space["out"])
+        _unpool(*(t.flatten(0, 1).numpy() for t in (error, space["winner"], space["back"])), self.window)
+        return space["back"]
+
+    def state(self, model: int) -> dict[str, Tensor]:
+        return {}
+
+
+def _has_form(layer: nn.Module) -> bool:
+    match layer:
+        case nn.Flatten():
+            return layer.start_dim == 1 and layer.end_dim == -1
+        case nn.Linear():
+            return layer.bias is not None
+        case nn.ReLU():
+            return True
+        case nn.MaxPool2d():
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+            return isinstance(layer.kernel_size, int) and window == (layer.kernel_size, layer.kernel_size, 0, 1, False)
+        case nn.Conv2d():
+            taps = layer.kernel_size[0]
+            same = layer.padding in ("same", (taps // 2, taps // 2)) and layer.padding_mode == "zeros"
+            plain = (layer.stride, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1) and layer.bias is not None
+            return plain and same and layer.kernel_size == (taps, taps) and taps % 2 == 1
+    return False
+
+
+def _begins_with_convolution(network: nn.Module) -> bool:
+    return isinstance(next(network.children(), None), nn.Conv2d)
+
+
+def _stacked(
+    network: nn.Sequential, states: Sequence[State], input_shape: tuple[int, ...], never: float
+) -> Iterator[Layer]:
+    """Turn a network's layers into those of a group, following the shape of what passes through them."""
+    picture: tuple[int, int, int] | None = None  # height, width, channels
+    if _begins_with_convolution(network):
+        n_channels, height, width = input_shape
+        picture = (height, width, n_channels)
+    n_inputs, real_channels = torch.Size(input_shape).numel(), input_shape[0]
+    is_first, last = True, len(network) - 1
+    for place, (name, layer) in enumerate(network.named_children()):
+        learned = [(state[f"{name}.weight"], state[f"{name}.bias"]) for state in states if hasattr(layer, "weight")]
+        match layer:
+            case nn.Conv2d():
+                if picture is None:
+                    raise ValueError("a convolution of what is no picture")
+                yield _Convolution(name, learned, picture, first=is_first)
+                real_channels, picture = layer.out_channels, (*picture[:2], padded(layer.out_channels))
+            case nn.MaxPool2d():
+                if picture is None:
+                    raise ValueError("pooling of what is no picture")
+                window = int(layer.kernel_size)  # type: ignore[arg-type]
+                yield _MaxPooling(picture, window)
+                picture = (picture[0] // window, picture[1] // window, picture[2])
+            case nn.Linear():
+                places, n_padded = torch.arange(n_inputs), padded(n_inputs)
+                if picture is not None:
+                    # torch flattens channels first
+                    places = torch.arange(torch.Size(picture).numel()).view(picture)[..., :real_channels]
+                    places, n_padded = places.permute(2, 0, 1).flatten(), torch.Size(picture).numel()
+                unused = never if place == last else 0.0
+                yield _Linear(name, learned, places, n_padded, never=unused, first=is_first)
+                n_inputs, picture = layer.out_features, None
+            case nn.ReLU():
+                yield _Rectifier()
+        is_first = is_first and isinstance(layer, nn.Flatten)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, padded(rows.shape[1]) - rows.shape[1]))
+
+
+@kernel
+def _take_patches(pictures, height, width, channels, taps, bordered, patches):
+    """Copy each place's patch, rows of taps * channels numbers one after the other, into a row of `patches`.
+
+    `bordered` is room for one picture with a border of zeros.
+    """
+    border, run = taps // 2, taps * channels
+    bordered[:] = 0
+    row_length = (width + taps - 1) * channels
+    n_pictures = len(patches) // (height * width)
+    for n in range(n_pictures):
+        for y in range(height):
+            source = pictures[(n * height + y) * width * channels :]
+            target = bordered[(y + border) * row_length + border * channels :]
+            for i in range(width * channels):
+                target[i] = source[i]
+        for y in range(height):
+            for x in range(width):
+                patch = patches[(n * height + y) * width + x]
+                for tap in range(taps):
+                    source = bordered[(y + tap) * row_length + x * channels :]
+                    target = patch[tap * run :]
+                    for i in range(run):
+                        target[i] = source[i]
+
+
+@kernel
+def _add_patches(patches, height, width, channels, taps, bordered, pictures):
+    """Add what belongs to each number of a picture over all the patches it is in: `_take_patches` turned round."""
+    border, run = taps // 2, taps * channels
+    row_length = (width + taps - 1) * channels
+    n_pictures = len(patches) // (height * width)
+    for n in range(n_pictures):
+        bordered[:] = 0
+        for y in range(height):
+            for x in range(width):
+                patch = patches[(n * height + y) * width + x]
+                for tap in range(taps):
+                    target = bordered[(y + tap) * row_length + x * channels :]
+                    source = patch[tap * run :]
+                    for i in range(run):
+                        target[i] += source[i]
+        for y in range(height):
+            source = bordered[(y + border) * row_length + border * channels :]
+            target = pictures[(n * height + y) * width * channels :]
+            for i in range(width * channels):
+                target[i] = source[i]
+
+
+@kernel
+def _pool(pictures, pooled, winners, window):
+    for n in range(len(pooled)):
+        for y in range(pooled.shape[1]):
+            for x in range(pooled.shape[2]):
+                largest, winner = pooled[n, y, x], winners[n, y, x]
+                largest[:] = pictures[n, y * window, x * window]
+                winner[:] = 0
+                for k in range(1, window * window):
+                    rival = pictures[n, y * window + k // window, x * window + k % window]
+                    # without branches, which would be guessed wrong as often as not
+                    for c in range(len(largest)):
+                        winner[c] = k if rival[c] > largest[c] else winner[c]
+                        largest[c] = max(rival[c], largest[c])
+
+
+@kernel
+def _unpool(errors, winners, pictures, window):
+    for n in range(len(errors)):
+        for y in range(errors.shape[1]):
+            for x in range(errors.shape[2]):
+                error, winner = errors[n, y, x], winners[n, y, x]
+                for k in range(window * window):
+                    back = pictures[n, y * window + k // window, x * window + k % window]
+                    for c in range(len(error)):
+                        back[c] = error[c] if winner[c] == k else 0
