@@ -21,6 +21,8 @@ class Purpose(IntEnum):
     INITIALISATION = 1
     ORDER = 2
     SPLIT = 3
+    AUGMENTATION = 4
+    TORCH_SEED = 5
 
 
 def subset_size(n_train: int, alpha: float) -> int:
