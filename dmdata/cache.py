@@ -13,6 +13,7 @@ from dmdata.ledger import home
 FOLDERS = {
     "headers": "where the elements of each opened object lie; without it the next open asks for 128 bytes again",
     "spools": "ranges of interrupted copies to a bucket; without them these are fetched, and paid for, again",
+    "datasets": "pictures that dmpipeline has decoded; without them the next load decodes them again, in minutes",
 }
 """What each folder of the cache is for."""
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from dmpipeline.datamodels import Datamodels
     from dmpipeline.evaluate import Evaluation, evaluate
     from dmpipeline.fitting import fit
+    from dmpipeline.folders import save_dataset
     from dmpipeline.spec import RunSpec
     from dmpipeline.store import Run
 
-__all__ = ["Datamodels", "Evaluation", "Run", "RunSpec", "evaluate", "fit"]
+__all__ = ["Datamodels", "Evaluation", "Run", "RunSpec", "evaluate", "fit", "save_dataset"]
 
 _ROOM_OF = {
     "Datamodels": "datamodels",
@@ -26,6 +27,7 @@ _ROOM_OF = {
     "RunSpec": "spec",
     "evaluate": "evaluate",
     "fit": "fitting",
+    "save_dataset": "folders",
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dmpipeline.errors import SpecError
+from dmpipeline.examples import as_features
 from dmpipeline.store import Run
 from dmpipeline.train import perceptron_logits, train_parameters
 
@@ -66,7 +67,7 @@ def gradient_scores(
     if not damping > 0:
         raise SpecError(f"damping is {damping}; choose a number above 0, such as 1")
     dataset = run.dataset()
-    inputs = torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs]))
+    inputs = torch.tensor(np.concatenate([as_features(dataset.train_inputs), as_features(dataset.test_inputs)]))
     labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
     scores = torch.zeros(dataset.n_train, dataset.n_test, dtype=torch.float64)
     for done, parameters in enumerate(train_parameters(run.spec, dataset, range(n_models)), start=1):

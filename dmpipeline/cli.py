@@ -83,7 +83,12 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 @commands.command("init")
 @DIRECTORY
 @click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
-@click.option("--dataset", default="digits", show_default=True, help="digits, or the path of an .npz file.")
+@click.option(
+    "--dataset",
+    default="digits",
+    show_default=True,
+    help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
+)
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of the examples in a subset.")
 @click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
 @click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")

@@ -99,7 +99,7 @@ def explain_missing_extra() -> Iterator[None]:
         ) from error
 
 
-_PIPELINE_EXTRA = {"jinja2", "matplotlib", "numba", "sklearn", "torch"}
+_PIPELINE_EXTRA = {"PIL", "jinja2", "matplotlib", "numba", "sklearn", "torch"}
 
 _NO_SPACE = "make room and do the same again"
 _NO_RIGHTS = "choose a place that may be written to, or mend its permissions"

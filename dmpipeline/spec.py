@@ -26,6 +26,12 @@ from dmpipeline.errors import SpecError
 # Held-out subsets and models draw from numbers of their own, so that adding models leaves them as they are.
 HELD_OUT_BASE = 2**32
 
+DATASET_NAMES = ("digits",)
+"""Datasets that need no path."""
+
+DATASET_FORMS = ("cifar10", "fmow")
+"""Public datasets in their own files, whose folder follows a colon."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -83,7 +89,7 @@ class RunSpec(BaseModel):
     dataset: str = Field(
         default="digits",
         min_length=1,
-        description="a dataset: digits, or the path of an .npz file",
+        description="a dataset: digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder",
         examples=["digits"],
     )
     alpha: float = Field(
@@ -143,10 +149,19 @@ class RunSpec(BaseModel):
         return cls(**values).located(path.parent)
 
     def located(self, folder: str | Path) -> Self:
-        """Return the spec with the dataset's path, if it has one, made absolute from `folder`."""
-        if not self.dataset.endswith(".npz"):
+        """Return the spec with the dataset's path, if it has one, made absolute from `folder`.
+
+        A bare word is a path where it ends in .npz or a folder of that name is there; `digits` never is one.
+        """
+        form, place = split_dataset(self.dataset)
+        if form in DATASET_NAMES or not place:
             return self
-        return self.model_copy(update={"dataset": str((Path(folder) / self.dataset).resolve())})
+        path = Path(folder) / Path(place).expanduser()
+        is_path = place.endswith(".npz") or ("/" in place and ":" not in place)
+        if form is None and not is_path and not path.is_dir():
+            return self
+        located = f"{form}:{path.resolve()}" if form else str(path.resolve())
+        return self.model_copy(update={"dataset": located})
 
     def to_yaml(self) -> str:
         """Return the text of a run.yaml that reads back as this spec, every default spelled out."""
@@ -227,6 +242,27 @@ def spec_error(error: ValidationError, model: type[BaseModel], *, within: str = 
         field=within + ".".join(map(str, first["loc"])),
         value=first["input"],
     )
+
+
+def split_dataset(dataset: str) -> tuple[str | None, str]:
+    """Split a spec's `dataset` into a name or form that is known and the path behind it.
+
+    Returns
+    -------
+    form : str or None
+        One of `DATASET_NAMES` or `DATASET_FORMS`; None where the whole is a path, or a mistake.
+    place : str
+        The path, perhaps empty.
+
+    Examples
+    --------
+    >>> split_dataset("cifar10:/data"), split_dataset("letters.npz"), split_dataset("digits")
+    (('cifar10', '/data'), (None, 'letters.npz'), ('digits', ''))
+    """
+    if dataset in DATASET_NAMES:
+        return dataset, ""
+    form, colon, place = dataset.partition(":")
+    return (form, place) if colon and form in DATASET_FORMS else (None, dataset)
 
 
 def nearest_name(wrong: str, valid: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dmpipeline.datasets import Dataset
+from dmpipeline.datasets import Dataset, as_features
 from dmpipeline.errors import TrainingError
 from dmpipeline.masks import draw_masks, draw_orders, draw_uniform
 from dmpipeline.outputs import LARGEST_LOGIT
@@ -77,7 +77,7 @@ def train_block(
     train = np.empty((n_models, dataset.n_train, dataset.n_classes), np.float16)
     test = np.empty((n_models, dataset.n_test, dataset.n_classes), np.float16)
     inputs, targets = _inputs_and_targets(dataset)
-    widths = (dataset.train_inputs.shape[1], recipe.hidden, dataset.n_classes)
+    widths = (dataset.n_features, recipe.hidden, dataset.n_classes)
 
     def train_group(group: slice) -> list[int]:
         with torch.inference_mode():
@@ -130,7 +130,7 @@ def train_parameters(spec: RunSpec, dataset: Dataset, rows: range) -> list[dict[
     recipe = find_recipe(spec.recipe)
     masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
     models = spec.model_indices(rows)
-    widths = (dataset.train_inputs.shape[1], recipe.hidden, dataset.n_classes)
+    widths = (dataset.n_features, recipe.hidden, dataset.n_classes)
     inputs, targets = _inputs_and_targets(dataset)
     with torch.inference_mode():
         parameters = _initial_parameters(spec.seed, models, widths)
@@ -156,7 +156,7 @@ def perceptron_logits(parameters: Mapping[str, torch.Tensor], inputs: torch.Tens
 
 def _inputs_and_targets(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Join the inputs of train and then test examples, and make one-hot labels of the train ones, padded."""
-    inputs = torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs]))
+    inputs = torch.tensor(np.concatenate([as_features(dataset.train_inputs), as_features(dataset.test_inputs)]))
     targets = torch.nn.functional.one_hot(torch.tensor(dataset.train_labels), dataset.n_classes).float()
     return _padded(inputs, axes=1), _padded(targets, axes=1)
 

@@ -448,9 +448,11 @@ def _costs(run: Run) -> dict[str, object]:
 def _gallery(dataset: Dataset) -> Gallery | None:
     if dataset.image_shape is None:
         return None
+    # a single channel is a grey picture; bytes stay bytes, on disk where they are mapped
+    shape = dataset.image_shape[:2] if dataset.image_shape[2:] == (1,) else dataset.image_shape
     return Gallery(
-        train=dataset.train_inputs.reshape(-1, *dataset.image_shape),
-        targets=dataset.test_inputs.reshape(-1, *dataset.image_shape),
+        train=dataset.train_inputs.reshape(-1, *shape),
+        targets=dataset.test_inputs.reshape(-1, *shape),
         train_labels=[str(label) for label in dataset.train_labels],
         target_labels=[str(label) for label in dataset.test_labels],
     )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dmpipeline.datasets import load_dataset
+from dmpipeline.datasets import as_features, load_dataset
 from dmpipeline.errors import SpecError
 
 ARRAYS = {
@@ -46,11 +46,60 @@ def test_an_npz_file_is_a_dataset_named_by_its_stem(tmp_path):
     assert dataset.test_labels.tolist() == [2, 1]
 
 
-def test_pictures_are_flattened_and_their_shape_is_kept(tmp_path):
+def test_pictures_stay_bytes_until_features_are_made_of_them(tmp_path):
     pictures = np.arange(6 * 2 * 2 * 3, dtype=np.uint8).reshape(6, 2, 2, 3)
     dataset = load_dataset(save(tmp_path / "rgb.npz", train_inputs=pictures, test_inputs=pictures[:2]))
-    assert dataset.image_shape == (2, 2, 3)
-    np.testing.assert_allclose(dataset.train_inputs.reshape(pictures.shape), pictures / 255, rtol=1e-6)
+    assert (dataset.image_shape, dataset.n_features) == ((2, 2, 3), 12)
+    assert dataset.train_inputs.dtype == np.uint8
+    assert (dataset.train_inputs == pictures).all()
+    features = as_features(dataset.train_inputs)
+    assert (features.dtype, features.shape) == (np.float32, (6, 12))
+    np.testing.assert_allclose(features, pictures.reshape(6, 12) / 255, rtol=1e-6)
+    assert (dataset.train_inputs == pictures).all()
+
+
+def test_bytes_that_are_no_pictures_become_floats_from_0_to_1(tmp_path):
+    rows = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    dataset = load_dataset(save(tmp_path / "rows.npz", train_inputs=rows, test_inputs=rows[:2]))
+    assert (dataset.train_inputs.dtype, dataset.image_shape) == (np.float32, None)
+    np.testing.assert_allclose(dataset.train_inputs, rows / 255, rtol=1e-6)
+
+
+def test_floats_keep_their_shape_and_any_width_or_byte_order_becomes_float32(tmp_path):
+    volumes = np.linspace(-1, 1, 6 * 2 * 3 * 5).reshape(6, 2, 3, 5).astype(">f8")
+    dataset = load_dataset(save(tmp_path / "volumes.npz", train_inputs=volumes, test_inputs=volumes[:2]))
+    assert (dataset.train_inputs.dtype, dataset.image_shape) == (np.dtype(np.float32), None)
+    assert (dataset.train_inputs == volumes.astype(np.float32)).all()
+    assert as_features(dataset.train_inputs).shape == (6, 30)
+
+
+@pytest.mark.parametrize(("shape", "n_numbers"), [((6,), 1), ((6, 3), 3)])
+def test_labels_of_floats_make_a_regression(tmp_path, shape, n_numbers):
+    labels = np.linspace(-5, 5, 6 * n_numbers).reshape(shape)
+    dataset = load_dataset(save(tmp_path / "prices.npz", train_labels=labels, test_labels=labels[:2]))
+    assert (dataset.is_regression, dataset.is_sequence, dataset.n_classes) == (True, False, n_numbers)
+    assert dataset.train_labels.dtype == np.float32
+    assert (dataset.train_labels == labels.astype(np.float32)).all()
+
+
+def test_integers_are_tokens_with_a_label_each_or_one_at_each_position(tmp_path):
+    tokens = np.arange(24, dtype=np.int16).reshape(6, 4)
+    one_each = load_dataset(save(tmp_path / "a.npz", train_inputs=tokens, test_inputs=tokens[:2]))
+    assert (one_each.train_inputs.dtype, one_each.is_sequence, one_each.n_classes) == (np.int64, False, 3)
+    following = np.roll(tokens, -1, axis=1)
+    following[:, -1] = -1
+    arrays = {
+        "train_inputs": tokens,
+        "train_labels": following,
+        "test_inputs": tokens[:2],
+        "test_labels": following[:2],
+    }
+    sequences = load_dataset(save(tmp_path / "b.npz", **arrays))
+    assert (sequences.is_sequence, sequences.is_regression) == (True, False)
+    assert (sequences.n_train, sequences.n_classes, sequences.image_shape) == (6, 24, None)
+    assert (sequences.train_labels == following).all()
+    with pytest.raises(SpecError, match="tokens, not features"):
+        as_features(sequences.train_inputs)
 
 
 @pytest.mark.parametrize("name", sorted(ARRAYS))
@@ -69,11 +118,17 @@ def test_any_changed_value_changes_the_fingerprint(tmp_path, name):
         ({"train_inputs": ARRAYS["train_inputs"][:, :3]}, "differ after the first dimension"),
         ({"train_inputs": np.full((6, 4), np.nan, np.float32)}, "finite"),
         ({"train_inputs": np.full((6, 4), 1e300)}, "finite"),
-        ({"train_inputs": np.ones((6, 4), np.int64)}, "train_inputs of int64"),
+        ({"train_inputs": np.ones((6, 4), np.int64)}, "train_inputs of int64.* differ .* or in kind"),
+        ({"train_inputs": np.full((6, 4), -1)}, "number tokens from 0"),
+        ({"train_inputs": np.ones((6, 2, 2), int)}, "give pictures as uint8"),
+        ({"train_inputs": np.ones((6, 4), bool)}, "train_inputs of bool"),
         ({"train_inputs": np.ones(6, np.float32)}, r"train_inputs of shape \(6,\)"),
         ({"train_inputs": np.ones((0, 4), np.float32)}, r"shape \(0, 4\)"),
         ({"train_labels": np.array([0, 1])}, r"shape \(6,\), one for each input"),
-        ({"train_labels": np.linspace(0, 1, 6)}, "integers"),
+        ({"train_labels": np.linspace(0, 1, 6)}, "train_labels of float32.*differ.* in kind"),
+        ({"train_labels": np.array([0, 1, 2, 0, 1, np.inf])}, "train_labels holds NaN, infinity"),
+        ({"train_labels": np.ones((6, 4), int)}, "go with tokens of the same shape"),
+        ({"train_labels": np.array([0, 1, 2, 0, 1, 2**16])}, "below 65,536"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, -2])}, "from -2 to 2"),
         ({"train_labels": np.zeros(6, int)}, "two classes"),
         ({"train_labels": np.array([object()] * 6)}, "plain arrays"),
@@ -84,6 +139,15 @@ def test_arrays_that_cannot_be_used_are_refused_by_name(tmp_path, changes, words
     with pytest.raises(SpecError, match=words) as caught:
         load_dataset(path)
     assert path in str(caught.value)
+
+
+def test_a_sequence_without_anything_to_predict_is_refused(tmp_path):
+    tokens = np.arange(24).reshape(6, 4)
+    labels = tokens.copy()
+    labels[4] = -1
+    arrays = {"train_inputs": tokens, "train_labels": labels, "test_inputs": tokens, "test_labels": tokens}
+    with pytest.raises(SpecError, match="train_labels, example 4 has nothing to predict"):
+        load_dataset(save(tmp_path / "letters.npz", **arrays))
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path):
@@ -103,8 +167,18 @@ def test_a_single_array_is_not_taken_for_a_dataset(tmp_path):
 
 
 def test_unknown_and_missing_datasets_say_what_there_is(tmp_path):
-    with pytest.raises(SpecError, match=r"choose digits, or the path of an \.npz file"):
-        load_dataset("digit")
+    for wrong, right in {
+        "digit": "digits",
+        "cifar": "cifar10:PATH",
+        "cifar:/data": "cifar10:PATH",
+        "fmow:": "fmow:PATH",
+    }.items():
+        with pytest.raises(SpecError, match=rf"choose {right}, or the path of an \.npz file or a folder"):
+            load_dataset(wrong)
+    with pytest.raises(SpecError, match="choose cifar10:PATH, digits, fmow:PATH, or"):
+        load_dataset("imagenet")
+    with pytest.raises(SpecError, match="no folder is there; correct the path"):
+        load_dataset(str(tmp_path / "nowhere"))
     with pytest.raises(SpecError, match="correct the path"):
         load_dataset(str(tmp_path / "none.npz"))
     with pytest.raises(SpecError, match="rename the file"):

@@ -16,10 +16,10 @@ ROOMS_IN_ORDER = {
         xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
     """,
     "dmpipeline": """
-        errors regeneration spec masks datasets recipes outputs augmentation networks train store cluster
-        attribution verify tensors compute binary moments checkpoints spaces descent lasso proximal datamodels
-        priors fitting forecast readings evaluate alternatives figures curves applications export report workflow
-        demo plan_command cli
+        errors regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation networks
+        compute layers ensembles train store cluster attribution verify tensors binary moments checkpoints spaces
+        descent lasso proximal datamodels priors fitting forecast readings evaluate alternatives figures curves
+        applications export report workflow demo plan_command cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}

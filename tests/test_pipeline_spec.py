@@ -112,6 +112,29 @@ def test_a_relative_dataset_is_taken_from_the_folder_of_its_file(tmp_path):
     assert RunSpec.read(tmp_path / "run.yaml").dataset == str(Path(tmp_path).parent.resolve() / "letters.npz")
 
 
+def test_every_form_of_dataset_with_a_path_gets_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "digits").mkdir()
+    here = tmp_path.resolve()
+    located = {
+        "letters": f"{here}/letters",
+        "./letters": f"{here}/letters",
+        "there/letters": f"{here}/there/letters",
+        "/there": "/there",
+        "~/letters.npz": "/home/me/letters.npz",
+        "cifar10:../data": f"cifar10:{here.parent}/data",
+        "cifar10:/data": "cifar10:/data",
+        "fmow:~/fmow_v1.1": "fmow:/home/me/fmow_v1.1",
+        # no paths: a name, and mistakes, which are to be shown as they were written
+        "digits": "digits",
+        "digit": "digit",
+        "fmow:": "fmow:",
+        "cifar:/data": "cifar:/data",
+    }
+    assert {dataset: RunSpec(dataset=dataset).located(tmp_path).dataset for dataset in located} == located
+
+
 @pytest.mark.parametrize(
     ("recipe", "field", "words"),
     [
