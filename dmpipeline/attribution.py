@@ -10,11 +10,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from dmpipeline.errors import SpecError
-from dmpipeline.examples import as_features
 from dmpipeline.store import Run
-from dmpipeline.train import perceptron_logits, train_parameters
+from dmpipeline.layers import State
+from dmpipeline.masks import subset_masks
+from dmpipeline.train import GradientTrainer
 
 _EXAMPLES_AT_ONCE = 256
 
@@ -55,7 +57,8 @@ def gradient_scores(
     Raises
     ------
     SpecError
-        If `n_models` is not from 1 to the run's, or `damping` is not positive.
+        If `n_models` is not from 1 to the run's, `damping` is not positive, or the run's models are no classifiers
+        trained by gradients.
 
     Notes
     -----
@@ -66,18 +69,29 @@ def gradient_scores(
         raise SpecError(f"n_models is {n_models}; choose from 1 to the run's {run.spec.n_models}")
     if not damping > 0:
         raise SpecError(f"damping is {damping}; choose a number above 0, such as 1")
-    dataset = run.dataset()
-    inputs = torch.tensor(np.concatenate([as_features(dataset.train_inputs), as_features(dataset.test_inputs)]))
+    trainer, dataset = run.trainer(), run.dataset()
+    if not isinstance(trainer, GradientTrainer) or dataset.is_regression or dataset.is_sequence:
+        raise SpecError(
+            f"gradient scores are of classifiers whose gradients are at hand, not of {run.spec.recipe.name} on "
+            f"{dataset.name}; give scores of your own as prior",
+            field="prior",
+        )
+    material = trainer.material
+    inputs = torch.cat([material.network_inputs(part) for part in (material.train_inputs, material.test_inputs)])
     labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
+    network = material.network.eval()
     scores = torch.zeros(dataset.n_train, dataset.n_test, dtype=torch.float64)
-    for done, parameters in enumerate(train_parameters(run.spec, dataset, range(n_models)), start=1):
-        gradients = _gradients(parameters, inputs, labels)
+    rows = range(n_models)
+    states = trainer.states(subset_masks(run.spec, rows, dataset.n_train), run.spec.model_indices(rows))
+    for done, state in enumerate(states, start=1):
+        gradients = log_odds_gradients(network, state, inputs, labels)
         train, test = gradients[: dataset.n_train], gradients[dataset.n_train :]
         kernel = (train @ train.T).double()
         kernel.diagonal().add_(damping * kernel.diagonal().mean())
         leverage = torch.linalg.solve(kernel, (train @ test.T).double())
-        with torch.inference_mode():
-            odds = torch.softmax(perceptron_logits(parameters, inputs[: dataset.n_train]), -1)
+        with torch.no_grad():
+            logits = torch.func.functional_call(network, state, (inputs[: dataset.n_train],))
+            odds = torch.softmax(logits, -1)
             wrong = 1 - odds[torch.arange(dataset.n_train), labels[: dataset.n_train]].double()
         scores += wrong[:, None] * leverage
         if progress is not None:
@@ -85,11 +99,28 @@ def gradient_scores(
     return (scores / n_models).float().numpy()
 
 
-def _gradients(parameters: dict[str, torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Gradients of the examples' log odds in all parameters, (n_examples, n_parameters)."""
+def log_odds_gradients(network: nn.Module, state: State, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Differentiate examples' log odds in all parameters of a trained classifier.
 
-    def log_odds(parameters: dict[str, torch.Tensor], example: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits = perceptron_logits(parameters, example)
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The form, in evaluation mode.
+    state : State
+        What was learned.
+    inputs : float tensor, shape (n_examples, ...)
+    labels : int64 tensor, shape (n_examples,)
+
+    Returns
+    -------
+    gradients : float32 tensor, shape (n_examples, n_parameters)
+    """
+    learned = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    parameters = {name: tensor for name, tensor in state.items() if name in learned}
+    rest = {name: tensor for name, tensor in state.items() if name not in learned}
+
+    def log_odds(parameters: State, example: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(network, (parameters, rest), (example[None],))[0]
         is_true = torch.arange(logits.shape[-1]) == label
         return logits.gather(-1, label[None])[0] - torch.logsumexp(logits.masked_fill(is_true, -torch.inf), -1)
 
@@ -98,5 +129,5 @@ def _gradients(parameters: dict[str, torch.Tensor], inputs: torch.Tensor, labels
     for start in range(0, len(inputs), _EXAMPLES_AT_ONCE):
         some = slice(start, start + _EXAMPLES_AT_ONCE)
         gradient = each(parameters, inputs[some], labels[some])
-        parts.append(torch.cat([part.flatten(1) for part in gradient.values()], dim=1))
+        parts.append(torch.cat([gradient[name].flatten(1) for name in parameters], dim=1))
     return torch.cat(parts)

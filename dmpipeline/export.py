@@ -26,7 +26,8 @@ import numpy.typing as npt
 from dmdata.formats import npy_header
 from dmdata.s3 import remove, upload
 from dmpipeline.errors import RunError, VerificationError, explain_os_errors
-from dmpipeline.store import ARRAYS, Progress, Run, block_digest, describe_datamodels, write_beside
+from dmpipeline.directory import write_beside
+from dmpipeline.store import Progress, Run, block_digest, describe_datamodels
 
 _COPIED_BYTES = 2**22
 _STALE_SECONDS = 7 * 86_400
@@ -99,7 +100,7 @@ def export_run(
     if folder.resolve() == run.path.resolve():
         raise RunError(f"{folder} is the run itself, which has a catalog of its own; choose {folder / 'export'}")
     dataset, alpha_name = run.dataset().name, run.spec.alpha_name
-    keys = {name: f"{dataset}/data/{name}_{alpha_name}.npy" for name in ARRAYS}
+    keys = {name: f"{dataset}/data/{name}_{alpha_name}.npy" for name in run.spec.arrays}
     # on any error the stack removes what is not in place yet
     with explain_os_errors(folder), ExitStack() as stack:
         outputs = {name: stack.enter_context(_output(folder / key)) for name, key in keys.items()}
@@ -245,7 +246,7 @@ def _catalog_text(run: Run, files: list[ExportedFile], requester_pays: bool) -> 
     stored = {}
     for file in files:
         name = file.name.rpartition("/")[2]
-        if name in ARRAYS:
+        if name in run.spec.arrays:
             stored[name] = run.describe(name, key=file.key, form="npy", n_bytes=file.n_bytes, sha256=file.sha256)
         else:
             stored[name] = describe_datamodels(file.path, key=file.key, sha256=file.sha256)

@@ -27,6 +27,9 @@ State = Mapping[str, Tensor]
 Space = dict[str, Tensor]
 """Where a layer puts its outputs, and what it leaves there for its gradients."""
 
+Learned = tuple[Tensor, Tensor]
+"""A layer's weight and bias, of one model, as torch has them."""
+
 _LINE = 16  # float32 numbers in a cache line
 _NEVER = -1e30  # the bias of a class that is only padding: its probability is 0
 _OUTPUT_BYTES = 2**26  # of a layer, where no gradients are wanted
@@ -46,18 +49,20 @@ class Parameter:
 class Layer(Protocol):
     """One layer of a group of networks."""
 
-    parameters: tuple[Parameter, ...]
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What is learned."""
 
-    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+    def space(self, n_models: int, batch: int, /, *, is_training: bool) -> Space:
         """Allocate for so many examples of each model."""
 
-    def forward(self, x: Tensor, space: Space) -> Tensor:
+    def forward(self, x: Tensor, space: Space, /) -> Tensor:
         """Compute outputs (n_models, batch, ...) of inputs."""
 
-    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+    def backward(self, error: Tensor, space: Space, momentum: float, /) -> Tensor:
         """Slow the parameters' velocities by `momentum`, add the gradients, and return that of the inputs."""
 
-    def state(self, model: int) -> dict[str, Tensor]:
+    def state(self, model: int, /) -> dict[str, Tensor]:
         """Give what a model has learned, under the names and in the shapes of the network's own layer."""
 
 
@@ -103,7 +108,7 @@ class StackedNetworks:
         self.n_models, self.batch = len(states), batch
         self.momentum, self.weight_decay, self.is_regression = momentum, weight_decay, is_regression
         self.layers = list(_stacked(network, states, input_shape, _NEVER if not is_regression else 0.0))
-        self.n_outputs = int(list(network)[-1].out_features)
+        self.n_outputs = _last(network).out_features
         self._spaces = [layer.space(self.n_models, batch, is_training=True) for layer in self.layers]
         self._x = torch.empty(self.n_models, batch, *laid_out_shape(network, input_shape))
         self._truth = torch.empty(self.n_models, batch, padded(self.n_outputs))
@@ -191,7 +196,7 @@ class _Linear:
     """Products with weights (n_models, n_inputs, n_outputs); `places` tells where each of the network's inputs lies."""
 
     def __init__(
-        self, name: str, layers: Sequence[tuple[Tensor, Tensor]], places: Tensor, width: int, *, never: float, first: bool
+        self, name: str, layers: Sequence[Learned], places: Tensor, width: int, *, never: float, first: bool
     ) -> None:
         self.name, self.places, self.is_first = name, places, first
         self.n_outputs = len(layers[0][1])
@@ -231,9 +236,7 @@ class _Linear:
 class _Convolution:
     """Products of patches, (n_models, pictures and places, taps and channels), with filters; borders are zeros."""
 
-    def __init__(
-        self, name: str, layers: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int, int], *, first: bool
-    ) -> None:
+    def __init__(self, name: str, layers: Sequence[Learned], shape: tuple[int, int, int], *, first: bool) -> None:
         self.name, self.is_first = name, first
         self.height, self.width, self.channels = shape
         self.n_outputs, self.n_inputs, self.taps, _ = layers[0][0].shape
@@ -292,28 +295,30 @@ class _Convolution:
         }
 
 
-class _Rectifier:
+class _Unlearned:
+    """A layer without parameters."""
+
     parameters: tuple[Parameter, ...] = ()
 
-    def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
+    def state(self, _model: int) -> dict[str, Tensor]:
+        return {}
+
+
+class _Rectifier(_Unlearned):
+    def space(self, *_sizes: int, **_purpose: bool) -> Space:
         return {}
 
     def forward(self, x: Tensor, space: Space) -> Tensor:
         space["out"] = x.relu_()
         return x
 
-    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+    def backward(self, error: Tensor, space: Space, _momentum: float) -> Tensor:
         # only the sign of rectified units is wanted any more: 1 where active, else 0
         return error.view_as(space["out"]).mul_(space["out"].sign_())
 
-    def state(self, model: int) -> dict[str, Tensor]:
-        return {}
 
-
-class _MaxPooling:
+class _MaxPooling(_Unlearned):
     """The largest of each window of pictures of shape (height, width, channels); windows do not overlap."""
-
-    parameters: tuple[Parameter, ...] = ()
 
     def __init__(self, shape: tuple[int, int, int], window: int) -> None:
         self.shape, self.window = shape, window
@@ -331,13 +336,10 @@ class _MaxPooling:
         _pool(*(t.flatten(0, 1).numpy() for t in (x, space["out"], space["winner"])), self.window)
         return space["out"]
 
-    def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
+    def backward(self, error: Tensor, space: Space, _momentum: float) -> Tensor:
         error = error.view_as(space["out"])
         _unpool(*(t.flatten(0, 1).numpy() for t in (error, space["winner"], space["back"])), self.window)
         return space["back"]
-
-    def state(self, model: int) -> dict[str, Tensor]:
-        return {}
 
 
 def _has_form(layer: nn.Module) -> bool:
@@ -357,6 +359,13 @@ def _has_form(layer: nn.Module) -> bool:
             plain = (layer.stride, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1) and layer.bias is not None
             return plain and same and layer.kernel_size == (taps, taps) and taps % 2 == 1
     return False
+
+
+def _last(network: nn.Sequential) -> nn.Linear:
+    last = network[-1]
+    if not isinstance(last, nn.Linear):
+        raise TypeError("a network that does not end in a linear layer")
+    return last
 
 
 def _begins_with_convolution(network: nn.Module) -> bool:

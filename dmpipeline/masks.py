@@ -6,12 +6,14 @@ seed and purpose, at a counter of the index's own. Only raw bits are used, never
 may change between its versions.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.errors import SpecError
+from dmpipeline.spec import HELD_OUT_BASE, RunSpec
 
 
 class Purpose(IntEnum):
@@ -78,6 +80,87 @@ def draw_masks(seed: int, subset_indices: npt.NDArray[np.uint64], n_train: int, 
     for row, index in zip(masks, subset_indices, strict=True):
         row[:] = draw_mask(seed, int(index), n_train, alpha)
     return masks
+
+
+def draw_bernoulli_masks(
+    seed: int, subset_indices: npt.NDArray[np.uint64], n_train: int, alpha: float
+) -> npt.NDArray[np.bool_]:
+    """Draw training subsets that each example is in or out of by itself, with probability `alpha` to within 2**-53.
+
+    A subset that would be empty has the one example that came closest.
+
+    Returns
+    -------
+    masks : array of bool, shape (n, n_train)
+    """
+    masks = np.empty((len(subset_indices), n_train), np.bool_)
+    for row, index in zip(masks, subset_indices.tolist(), strict=True):
+        bits = draw_bits(seed, Purpose.MASK, index, n_train)
+        row[:] = bits < np.uint64(int(alpha * 2.0**64))
+        if not row.any():
+            row[bits.argmin()] = True
+    return masks
+
+
+def subset_masks(spec: RunSpec, rows: Iterable[int], n_train: int) -> npt.NDArray[np.bool_]:
+    """Give the subsets that rows of a run are trained on.
+
+    Parameters
+    ----------
+    spec : RunSpec
+    rows : iterable of int, length n
+    n_train : int
+
+    Returns
+    -------
+    masks : array of bool, shape (n, n_train)
+
+    Raises
+    ------
+    SpecError
+        If alpha leaves no example in or none out, or a file of masks cannot be used.
+    """
+    subsets = spec.subset_indices(rows)
+    if spec.masks == "exact":
+        return draw_masks(spec.seed, subsets, n_train, spec.alpha)
+    if spec.masks == "bernoulli":
+        return draw_bernoulli_masks(spec.seed, subsets, n_train, spec.alpha)
+    held_out = subsets >= HELD_OUT_BASE
+    places = np.where(held_out, subsets - np.uint64(HELD_OUT_BASE) + np.uint64(spec.n_models), subsets)
+    masks = np.asarray(given_masks(spec, n_train)[places.astype(np.intp)])
+    if not masks.any(1).all():
+        row = int(places[~masks.any(1)][0])
+        raise SpecError(f"masks {spec.masks}: row {row} has no example; give at least one", field="masks", value=row)
+    return masks
+
+
+def given_masks(spec: RunSpec, n_train: int) -> npt.NDArray[np.bool_]:
+    """Map the user's own masks from their file: those to fit on first, then one for each held-out subset.
+
+    Raises
+    ------
+    SpecError
+        If there is no such file, or it does not hold bool of shape (n_models + n_subsets, n_train).
+    """
+    wanted = (spec.n_models + spec.held_out.n_subsets, n_train)
+    try:
+        masks = np.load(spec.masks, mmap_mode="r", allow_pickle=False)
+        found = f"{masks.dtype} of shape {masks.shape}"
+    except (OSError, ValueError, EOFError) as error:
+        raise SpecError(
+            f"masks {spec.masks} cannot be read ({error}); write bool of shape {wanted} there with numpy.save",
+            field="masks",
+            value=spec.masks,
+        ) from error
+    if masks.dtype != np.bool_ or masks.shape != wanted:
+        raise SpecError(
+            f"masks {spec.masks} holds {found}; write bool of shape {wanted}, a row for each of n_models "
+            f"{spec.n_models} and held_out.n_subsets {spec.held_out.n_subsets}",
+            field="masks",
+            value=found,
+        )
+    checked: npt.NDArray[np.bool_] = masks
+    return checked
 
 
 def draw_permutation(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArray[np.int64]:

@@ -14,12 +14,12 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dmpipeline.errors import SpecError
 
@@ -31,6 +31,13 @@ DATASET_NAMES = ("digits",)
 
 DATASET_FORMS = ("cifar10", "fmow")
 """Public datasets in their own files, whose folder follows a colon."""
+
+
+OutputName = Literal["margins", "logits", "log_likelihoods", "predicted_labels", "predictions", "squared_errors"]
+"""What can be stored of models; see `outputs`."""
+
+MASK_LAWS = ("exact", "bernoulli")
+"""How subsets can be drawn: of exactly the same size, or each example by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +106,30 @@ class RunSpec(BaseModel):
         description="a share of the training examples in whole percents, from 0.01 to 0.99",
         examples=[0.5],
     )
+    masks: str = Field(
+        default="exact",
+        min_length=1,
+        description="exact, bernoulli, or the path of an .npy file with a mask for each subset",
+        examples=["exact"],
+    )
     n_models: int = Field(
-        default=4000, ge=1, lt=HELD_OUT_BASE, description="a count of models to fit on, from 1", examples=[4000]
+        default=4000, ge=0, lt=HELD_OUT_BASE, description="a count of models to fit on, 0 or more", examples=[4000]
     )
     held_out: HeldOutSpec = Field(
-        default=HeldOutSpec(), description="a mapping of n_subsets and n_retrainings", examples=[{"n_subsets": 100}]
+        default=HeldOutSpec(),
+        description="a mapping of n_subsets and n_retrainings that leaves something to train",
+        examples=[{"n_subsets": 100}],
     )
     recipe: RecipeSpec = Field(
         default=RecipeSpec(),
         description="a mapping of name, version and hyperparameters that differ",
         examples=[{"name": "perceptron", "version": 1}],
+    )
+    outputs: tuple[str, ...] = Field(
+        default=("margins", "logits"),
+        min_length=1,
+        description=f"a list of {', '.join(get_args(OutputName))}, of both parts or with test_ or train_ before them",
+        examples=[["margins", "logits"]],
     )
     seed: int = Field(default=0, ge=0, lt=2**64, description="an integer from 0 to 2**64 - 1", examples=[0])
     block_models: int = Field(
@@ -127,6 +148,30 @@ class RunSpec(BaseModel):
         if abs(alpha * 100 - round(alpha * 100)) > 1e-9:
             raise ValueError("not a whole percentage")
         return round(alpha * 100) / 100
+
+    @field_validator("masks")
+    @classmethod
+    def _known_law(cls, masks: str) -> str:
+        if masks not in MASK_LAWS and not masks.endswith(".npy"):
+            raise ValueError("neither a law nor a file")
+        return masks
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _known_outputs(cls, outputs: Any) -> Any:
+        if not isinstance(outputs, list | tuple) or not all(
+            isinstance(name, str) and name.removeprefix("test_").removeprefix("train_") in get_args(OutputName)
+            for name in outputs
+        ):
+            raise ValueError("not a list of outputs")
+        return tuple(dict.fromkeys(outputs))
+
+    @field_validator("held_out")
+    @classmethod
+    def _trains_something(cls, held_out: HeldOutSpec, info: ValidationInfo) -> HeldOutSpec:
+        if not held_out.n_subsets and info.data.get("n_models") == 0:
+            raise ValueError("nothing to train")
+        return held_out
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -149,10 +194,13 @@ class RunSpec(BaseModel):
         return cls(**values).located(path.parent)
 
     def located(self, folder: str | Path) -> Self:
-        """Return the spec with the dataset's path, if it has one, made absolute from `folder`.
+        """Return the spec with the paths of its dataset and masks, if there are any, made absolute from `folder`.
 
         A bare word is a path where it ends in .npz or a folder of that name is there; `digits` never is one.
         """
+        if self.masks not in MASK_LAWS:
+            masks = str((Path(folder) / Path(self.masks).expanduser()).resolve())
+            self = self.model_copy(update={"masks": masks})
         form, place = split_dataset(self.dataset)
         if form in DATASET_NAMES or not place:
             return self
@@ -166,6 +214,14 @@ class RunSpec(BaseModel):
     def to_yaml(self) -> str:
         """Return the text of a run.yaml that reads back as this spec, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that are stored, in the order in which a block's digest covers them."""
+        names = ["train_masks"]
+        for output in self.outputs:
+            names += [output] if output.startswith(("test_", "train_")) else [f"test_{output}", f"train_{output}"]
+        return tuple(dict.fromkeys(names))
 
     @property
     def alpha_name(self) -> str:

@@ -18,58 +18,46 @@ claims a block by a lock that ends with the process, and where locks do not reac
 because a row depends on nothing but its draws.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import zarr
-from zarr.codecs import BloscCodec
 
 from dmdata.catalog import Alpha, ArraySchema, Basis, Catalog, DatasetEntry, SourceEntry, StoredArray
 from dmdata.catalog import Rows as CatalogRows
 from dmdata.errors import FormatError
 from dmdata.formats import pt_layouts
-from dmpipeline.datasets import Dataset, load_dataset
-from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, explain_os_errors
-from dmpipeline.masks import subset_size
-from dmpipeline.outputs import correct_class_margins
-from dmpipeline.recipes import find_recipe
-from dmpipeline.spec import RunSpec
-from dmpipeline.train import train_rows
+from dmpipeline import directory
+from dmpipeline.datasets import load_dataset
+from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
+from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
+from dmpipeline.examples import Dataset
+from dmpipeline.masks import given_masks, subset_masks, subset_size
+from dmpipeline.outputs import check_outputs, output_of
+from dmpipeline.probe import fastest_way
+from dmpipeline.recipes import Recipe, code_digest, find_recipe
+from dmpipeline.spec import MASK_LAWS, RunSpec
+from dmpipeline.train import FunctionTrainer, GradientTrainer, Logits, Way, make_trainer
 
-ARRAYS = ("train_masks", "test_margins", "train_margins", "test_logits", "train_logits")
-"""Names of a run's arrays, in the order in which a block's digest covers them."""
+ARRAYS = RunSpec().arrays
+"""Names of a run's arrays, unless its spec asks for other outputs: `RunSpec.arrays`."""
 
 Block = Mapping[str, npt.NDArray[Any]]
-"""Rows of each of ARRAYS."""
+"""Rows of each of a run's arrays."""
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
 
-_DIMS = {
-    "train_masks": ("model", "train_example"),
-    "test_margins": ("model", "test_example"),
-    "train_margins": ("model", "train_example"),
-    "test_logits": ("model", "test_example", "class"),
-    "train_logits": ("model", "train_example", "class"),
-}
-_LARGEST_CHUNK_BYTES = 2**24
+Trainer = GradientTrainer | FunctionTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +95,13 @@ class Run:
             if (path / "run.yaml").exists():
                 return cls._resume(path, spec)
             dataset = load_dataset(spec.dataset)
-            subset_size(dataset.n_train, spec.alpha)
-            find_recipe(spec.recipe)
-            _require_vacant(path)
-            path.mkdir(parents=True, exist_ok=True)
-            with open(path / "lock", "ab") as lock, _claimed(lock, 0, wait=True):
-                # another process may have created it meanwhile
-                if not (path / "run.yaml").exists():
-                    _create_files(path, spec, dataset)
+            if spec.masks == "exact":
+                subset_size(dataset.n_train, spec.alpha)
+            if spec.masks not in MASK_LAWS:
+                given_masks(spec, dataset.n_train)
+            check_outputs(spec.arrays[1:], dataset)
+            make_trainer(dataset, find_recipe(spec.recipe), seed=spec.seed)
+            directory.create(path, spec, dataset)
         return cls._resume(path, spec)
 
     @classmethod
@@ -123,9 +110,10 @@ class Run:
         there, wanted = run.spec.model_dump(), spec.model_dump()
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
+            more = f" --models {wanted[name]}" if name == "n_models" and wanted[name] > there[name] else ""
             raise RunExistsError(
                 f"{path} holds a run with {name} {there[name]!r}, not {wanted[name]!r}; "
-                f"choose another directory, or go on with that run by `dmpipeline run {path}`",
+                f"choose another directory, or go on with that run by `dmpipeline run {path}{more}`",
                 path=path,
             )
         return run
@@ -142,9 +130,8 @@ class Run:
             If its run.yaml was damaged.
         """
         path = Path(path).absolute()
-        with explain_os_errors(path, "opened"):
-            if not (path / "run.yaml").is_file():
-                raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
+        directory.finish_extension(path)
+        directory.require_run(path)
         spec = RunSpec.read(path / "run.yaml")
         try:
             arrays = zarr.open_group(path / "store.zarr", mode="r+", zarr_format=3)
@@ -154,7 +141,7 @@ class Run:
         return cls(path=path, spec=spec, arrays=arrays)
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """Look up one of ARRAYS; rows that are not trained yet read as False or NaN.
+        """Look up one of `spec.arrays`; rows that are not trained yet read as False, NaN or -1.
 
         Raises
         ------
@@ -171,7 +158,11 @@ class Run:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What provenance.json says: `created`, `versions`, `machine`, `dataset` and training `sessions`."""
+        """What provenance.json says.
+
+        `created`, `versions`, `machine` and `dataset`; `code`, the digest of the user's own, if the recipe has some;
+        `ways`, how models are trained by kind of device; and training `sessions`.
+        """
         try:
             facts: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -180,6 +171,24 @@ class Run:
             case {"dataset": {"fingerprint": str()}, "sessions": list()}:
                 return facts
         raise self._damaged("has a provenance.json without the dataset's fingerprint or without sessions")
+
+    @property
+    def fitted_array(self) -> str:
+        """Name of the array that datamodels are fitted to: the first with one number a test example.
+
+        Raises
+        ------
+        SpecError
+            If the run stores none.
+        """
+        for name in self.spec.arrays:
+            if name.startswith("test_") and self.array(name).ndim == 2:
+                return name
+        raise SpecError(
+            f"{self.path} stores nothing that is one number a test example, which datamodels predict; create a run "
+            "whose outputs have such, as margins",
+            field="outputs",
+        )
 
     @property
     def datamodels_path(self) -> Path:
@@ -237,9 +246,16 @@ class Run:
         RunError
             If some of it is damaged; `reason` says how, in the words of whoever could not read it.
         """
-        return {name: self._read(name, slice(rows.start, rows.stop)) for name in ARRAYS}
+        return {name: self._read(name, slice(rows.start, rows.stop)) for name in self.spec.arrays}
 
-    def train(self, progress: Progress | None = None) -> None:
+    def train(
+        self,
+        progress: Progress | None = None,
+        *,
+        device: str = "cpu",
+        way: Way | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
         """Train and store the blocks that are missing, then write the catalog.
 
         Parameters
@@ -247,30 +263,96 @@ class Run:
         progress : callable, optional
             Called with (rows done, rows in all) at the start and after each block; rows that other processes finished
             count.
+        device : str
+            As torch names it.
+        way : Way, optional
+            How to train, from here on; otherwise as the run was trained on such a device before, or as is found to be
+            the fastest.
+        blocks : sequence of int, optional
+            Only these.
 
         Raises
         ------
         TrainingError
-            If a model's logits cannot be stored; its block is left out, blocks before it stay.
+            If a model's outputs cannot be stored; its block is left out, blocks before it stay.
         RunError
-            If the dataset has changed since the run was created, or its directory cannot be written to.
+            If the dataset or the user's own code has changed since the run was created, or its directory cannot be
+            written to.
+        SpecError
+            If the device or the way cannot be used.
         """
-        dataset, started, n_trained = self.dataset(), datetime.now(UTC), 0
-        clock = time.monotonic()
         report = progress or _say_nothing
         report(self.n_rows_done, self.spec.n_rows)
         # opened once: closing any handle of the file would drop this process's other claims
-        with explain_os_errors(self.path), open(self.path / "lock", "ab") as lock:
+        with (
+            explain_os_errors(self.path),
+            open(self.path / "lock", "a+b") as lock,
+            claimed(lock, PRESENCE_BYTE, wait=True, shared=True),
+        ):
+            if RunSpec.read(self.path / "run.yaml") != self.spec:
+                raise RunError(f"{self.path} was extended meanwhile; open it again", path=self.path)
+            trainer = self.trainer(device, way, lock=lock)
+            began, clock, n_trained = directory.now(), time.monotonic(), 0
             try:
-                for block in self._missing_blocks(lock):
-                    self._train_block(dataset, block)
+                for block in self._missing_blocks(lock, range(len(self.spec.blocks)) if blocks is None else blocks):
+                    self._train_block(trainer, block)
                     n_trained += len(self.spec.blocks[block])
                     report(self.n_rows_done, self.spec.n_rows)
             finally:
                 if n_trained:
-                    self._record_session(lock, started, time.monotonic() - clock, n_trained)
+                    self._record_session(lock, trainer, device, began, time.monotonic() - clock, n_trained)
         report(self.n_rows_done, self.spec.n_rows)
-        self.write_catalog()
+        if self.n_rows_done == self.spec.n_rows:
+            self.write_catalog()
+
+    def trainer(self, device: str = "cpu", way: Way | None = None, *, lock: IO[bytes] | None = None) -> Trainer:
+        """Make what trains this run's rows.
+
+        Parameters
+        ----------
+        device, way
+            As for `train`.
+        lock : file, optional
+            The run's open lock file, with which the way is put on record; otherwise it is not.
+
+        Raises
+        ------
+        RunError, SpecError
+            As `train`.
+        """
+        dataset, recipe = self.dataset(), find_recipe(self.spec.recipe)
+        if code_digest(recipe) != self.provenance.get("code"):
+            raise RunError(
+                f"the code that recipe {self.spec.recipe.name} of {self.path} names has changed since the run was "
+                "created, and its models would not be like those trained before; restore it, or create another run",
+                path=self.path,
+            )
+        if not isinstance(recipe, Recipe):
+            return make_trainer(dataset, recipe, seed=self.spec.seed)
+        if lock is None:
+            way = way or self._recorded_way(device) or self._fastest_way(dataset, recipe, device)
+        else:
+            # who comes second waits for what the first finds
+            with claimed(lock, PROVENANCE_BYTE, wait=True):
+                recorded = self._recorded_way(device)
+                way = way or recorded or self._fastest_way(dataset, recipe, device)
+                if way != recorded:
+                    facts = self.provenance
+                    facts.setdefault("ways", {})[device.partition(":")[0]] = asdict(way)
+                    write_beside(self.path / "provenance.json", directory.as_json(facts))
+        return GradientTrainer(dataset, recipe, seed=self.spec.seed, way=way, device=device)
+
+    def train_rows(self, trainer: Trainer, rows: Sequence[int]) -> Block:
+        """Train some rows; nothing is stored."""
+        masks = subset_masks(self.spec, rows, trainer.dataset.n_train)
+        return self._outputs(trainer.dataset, masks, trainer.train(masks, self.spec.model_indices(rows), rows))
+
+    def failures(self) -> dict[int, str]:
+        """Read what went wrong with blocks that are not done, a traceback each, by block."""
+        found = {}
+        for path in sorted((self.path / "failures").glob("block-*.txt")):
+            found[int(path.stem.removeprefix("block-"))] = path.read_text(encoding="utf-8")
+        return found
 
     def write_catalog(self, *, datamodels: bool = True) -> Path:
         """Write catalog.yaml, by which dmdata opens this run's arrays and datamodels; return its path.
@@ -288,7 +370,7 @@ class Run:
             If the file at `datamodels_path` is not one of datamodels.
         """
         self.require_complete()
-        stored = {name: self.describe(name, key=f"store.zarr/{name}", form="zarr") for name in ARRAYS}
+        stored = {name: self.describe(name, key=f"store.zarr/{name}", form="zarr") for name in self.spec.arrays}
         if datamodels and self.datamodels_path.exists():
             key = self.datamodels_path.relative_to(self.path).as_posix()
             stored["test_datamodels"] = describe_datamodels(self.datamodels_path, key=key)
@@ -299,7 +381,7 @@ class Run:
     def describe(
         self, name: str, *, key: str, form: str, n_bytes: int | None = None, sha256: str | None = None
     ) -> StoredArray:
-        """Describe one of ARRAYS for a catalog; without `n_bytes`, those of its elements are meant."""
+        """Describe one of the run's arrays for a catalog; without `n_bytes`, those of its elements are meant."""
         array = self.array(name)
         return StoredArray.model_validate(
             {
@@ -307,7 +389,7 @@ class Run:
                 "format": form,
                 "shape": array.shape,
                 "dtype": str(array.dtype),
-                "dims": _DIMS[name],
+                "dims": getattr(array.metadata, "dimension_names", None),
                 "n_bytes": array.nbytes if n_bytes is None else n_bytes,
                 "sha256": sha256,
                 "basis": _measured("key", "format", "shape", "dtype", "dims", "n_bytes"),
@@ -360,49 +442,69 @@ class Run:
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)
 
-    def _missing_blocks(self, lock: IO[bytes]) -> Iterator[int]:
+    def _missing_blocks(self, lock: IO[bytes], wanted: Sequence[int]) -> Iterator[int]:
         """Yield blocks that are not done, each claimed while the caller trains it; those others claimed come last."""
         for wait in (False, True):
-            for block in np.flatnonzero(~self.digests().any(axis=1)).tolist():
-                with _claimed(lock, block, wait=wait) as ours:
+            done = set(np.flatnonzero(self.digests().any(axis=1)).tolist())
+            for block in wanted:
+                if block in done:
+                    continue
+                with claimed(lock, block, wait=wait) as ours:
                     if ours and not self.digests()[block].any():
                         yield block
 
-    def _train_block(self, dataset: Dataset, block: int) -> None:
+    def _train_block(self, trainer: Trainer, block: int) -> None:
         rows = self.spec.blocks[block]
-        masks, logits = train_rows(self.spec, dataset, rows)
-        # margins are taken from the rounded logits, so that whoever reads those can recompute them to the bit
-        data = {
-            "train_masks": masks,
-            "test_margins": correct_class_margins(logits.test, dataset.test_labels).astype(np.float16),
-            "train_margins": correct_class_margins(logits.train, dataset.train_labels).astype(np.float16),
-            "test_logits": logits.test,
-            "train_logits": logits.train,
-        }
-        for name in ARRAYS:
+        failure = self.path / "failures" / f"block-{block}.txt"
+        try:
+            data = self.train_rows(trainer, rows)
+        except Exception as error:
+            failure.parent.mkdir(exist_ok=True)
+            where = f"rows {rows.start} to {rows.stop - 1}, {directory.now()}, {directory.machine('')['host']}\n"
+            write_beside(failure, where + "".join(traceback.format_exception(error)))
+            raise
+        for name in self.spec.arrays:
             self.array(name)[rows.start : rows.stop] = data[name]
         self.array("block_digests")[block] = np.frombuffer(block_digest(data), np.uint8)
+        failure.unlink(missing_ok=True)
 
-    def _record_session(self, lock: IO[bytes], started: datetime, seconds: float, n_rows: int) -> None:
+    def _outputs(self, dataset: Dataset, masks: npt.NDArray[np.bool_], logits: Logits) -> Block:
+        # all is taken from the rounded logits, so that whoever reads those can recompute it to the bit
+        parts = {"test": (logits.test, dataset.test_labels), "train": (logits.train, dataset.train_labels)}
+        outputs = {name: output_of(name)(*parts[name.partition("_")[0]]) for name in self.spec.arrays[1:]}
+        return {"train_masks": masks} | outputs
+
+    def _recorded_way(self, device: str) -> Way | None:
+        recorded = self.provenance.get("ways", {}).get(device.partition(":")[0])
+        return Way(**recorded) if recorded else None
+
+    def _fastest_way(self, dataset: Dataset, recipe: Recipe, device: str) -> Way:
+        n_left = self.spec.n_rows - self.n_rows_done
+        masks = subset_masks(self.spec, range(min(self.spec.n_rows, self.spec.block_models)), dataset.n_train)
+        return fastest_way(dataset, recipe, seed=self.spec.seed, masks=masks, n_models=n_left, device=device)
+
+    def _record_session(
+        self, lock: IO[bytes], trainer: Trainer, device: str, began: str, seconds: float, n_rows: int
+    ) -> None:
         session = {
-            "started": started.isoformat(timespec="seconds"),
+            "started": began,
             "seconds": round(seconds, 3),
             "n_rows": n_rows,
-            "machine": _machine(),
-            "versions": _versions(),
+            "way": asdict(trainer.way),
+            "machine": directory.machine(device),
+            "versions": directory.versions(),
         }
-        # the byte after the blocks' is for provenance.json
-        with _claimed(lock, len(self.spec.blocks), wait=True):
+        with claimed(lock, PROVENANCE_BYTE, wait=True):
             facts = self.provenance
             facts["sessions"].append(session)
-            write_beside(self.path / "provenance.json", _as_json(facts))
+            write_beside(self.path / "provenance.json", directory.as_json(facts))
 
 
 def block_digest(block: Block) -> bytes:
-    """Digest a block: SHA-256 over the elements of each of ARRAYS, in C order; 32 bytes."""
+    """Digest a block: SHA-256 over the elements of each array, in C order and the order given; 32 bytes."""
     digest = hashlib.sha256()
-    for name in ARRAYS:
-        digest.update(np.ascontiguousarray(block[name]).view(np.uint8).data)
+    for array in block.values():
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.digest()
 
 
@@ -443,144 +545,9 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
     return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis)
 
 
-def write_beside(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader sees the old content or the new; text as UTF-8.
-
-    Raises
-    ------
-    RunError
-        If it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with explain_os_errors(path):
-        try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _require_vacant(path: Path) -> None:
-    """Refuse a place that holds anything but what a creation leaves that was killed between its renames."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise RunExistsError(f"{path} is a file; choose a new or empty directory", path=path)
-    names = {entry.name for entry in path.iterdir() if not _is_staging(entry)} - {"lock"}
-    if not names or "run.yaml" in names:  # another process has just created it
-        return
-    store = path / "store.zarr"
-    if not names <= {"store.zarr", "provenance.json"} or not (store / "block_digests" / "zarr.json").is_file():
-        raise RunExistsError(f"{path} holds other files; choose a new or empty directory", path=path)
-    if any(store.glob("*/c")):
-        raise RunExistsError(
-            f"{path} holds a store with trained models but no run.yaml; restore it, or choose another directory",
-            path=path,
-        )
-
-
-def _create_files(path: Path, spec: RunSpec, dataset: Dataset) -> None:
-    """Put a run's files in place, run.yaml last; the caller holds the lock."""
-    staging = path / f".creating-{uuid.uuid4().hex}"
-    staging.mkdir()
-    _create_store(staging / "store.zarr", spec, dataset)
-    write_beside(staging / "provenance.json", _as_json(_provenance(dataset)))
-    write_beside(staging / "run.yaml", spec.to_yaml())
-    if (path / "store.zarr").exists():
-        os.rename(path / "store.zarr", staging / "left-over.zarr")
-    for name in ("store.zarr", "provenance.json", "run.yaml"):
-        os.rename(staging / name, path / name)
-    for entry in filter(_is_staging, path.iterdir()):
-        shutil.rmtree(entry, ignore_errors=True)
-
-
-def _create_store(path: Path, spec: RunSpec, dataset: Dataset) -> None:
-    group = zarr.create_group(path, zarr_format=3)
-    sizes = {"train_example": dataset.n_train, "test_example": dataset.n_test, "class": dataset.n_classes}
-    n_rows, block = spec.n_rows, min(spec.block_models, spec.n_rows)
-    for name in ARRAYS:
-        dims = _DIMS[name]
-        examples, *rest = (sizes[dim] for dim in dims[1:])
-        is_mask = name == "train_masks"
-        bytes_of_example = block * int(np.prod(rest, dtype=int)) * (1 if is_mask else 2)
-        group.create_array(
-            name,
-            shape=(n_rows, examples, *rest),
-            dtype="bool" if is_mask else "float16",
-            chunks=(block, max(1, min(examples, _LARGEST_CHUNK_BYTES // bytes_of_example)), *rest),
-            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle" if is_mask else "shuffle"),
-            # what was never written is not mistaken for a model's output
-            fill_value=False if is_mask else float("nan"),
-            dimension_names=dims,
-        )
-    group.create_array(
-        "block_digests",
-        shape=(len(spec.blocks), 32),
-        dtype="uint8",
-        chunks=(1, 32),
-        compressors=None,
-        fill_value=0,
-        dimension_names=("block", "byte"),
-    )
-
-
-@contextlib.contextmanager
-def _claimed(lock: IO[bytes], byte: int, *, wait: bool) -> Iterator[bool]:
-    """Hold one byte of the lock file, if no other process does; the system lets go of it when a process dies."""
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            yield False
-            return
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # a file system without locks: two trainers may do the same work, to the same bytes
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        fcntl.lockf(lock, fcntl.LOCK_UN, 1, byte)
-
-
 def _say_nothing(n_done: int, n_rows: int) -> None:
     pass
 
 
-def _provenance(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "machine": _machine(),
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "n_train": dataset.n_train,
-            "n_test": dataset.n_test,
-            "n_classes": dataset.n_classes,
-            "example_order": dataset.example_order,
-        },
-        "sessions": [],
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("dmdata", "numpy", "torch", "zarr", "scikit-learn")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-
-
-def _machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "device": "cpu", "threads": torch.get_num_threads()}
-
-
 def _measured(*facts: str) -> dict[str, Basis]:
     return dict.fromkeys(facts, Basis.MEASURED)
-
-
-def _is_staging(entry: Path) -> bool:
-    return entry.name.startswith(".creating-")
-
-
-def _as_json(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, indent=2) + "\n"

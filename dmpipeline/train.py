@@ -1,29 +1,54 @@
-"""Train many models at once, each on its own subset, from its own initialisation, in its own order.
+"""Train many models, each on its own subset, from its own initialisation, in its own order.
 
-Small networks are trained in groups: the parameters of a group lie in one array each, and every step is a few batched
-matrix products with the gradients written out by hand. Each core has a group of its own, for products this small gain
-little from being shared by cores, and lose much where cores are shared with other programs. A model's draws depend on
-nothing but the seed and its own number, so a row is the same whichever block, worker or resume trained it.
+Models are trained in groups, in whichever way is fastest where they are (`Way`, found by `probe`). On a CPU each core
+has a group of its own, for the products of small networks gain little from being shared by cores, and lose much where
+cores are shared with other programs. A model's draws depend on nothing but the seed and its own number, so a row is the
+same whichever block, worker or resume trained it: to the bit on the same device in the same way, else but for rounding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dmpipeline.datasets import Dataset, as_features
-from dmpipeline.errors import TrainingError
-from dmpipeline.masks import draw_masks, draw_orders, draw_uniform
+from dmpipeline.augmentation import draw_augmentation
+from dmpipeline.ensembles import Group, Material, Method, begin_group, possible_methods, repeatable
+from dmpipeline.errors import SpecError, TrainingError
+from dmpipeline.examples import Dataset
+from dmpipeline.layers import State
+from dmpipeline.masks import Purpose, draw_bits, draw_orders
+from dmpipeline.networks import initial_state, whitened
 from dmpipeline.outputs import LARGEST_LOGIT
-from dmpipeline.recipes import Perceptron, find_recipe
-from dmpipeline.spec import RunSpec
+from dmpipeline.recipes import AnyRecipe, Function, Recipe, import_object
 
-# Measured for 64-64-10 perceptrons on 2 cores: fewer models pay for more calls, more of them fall out of the cache.
-GROUP_MODELS = 64
+# Whitening is made of the first of a subset's pictures: so many tell a layer of 24 filters all there is to know.
+_WHITENED_PICTURES = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How models are trained: chosen once for a run and a kind of device, so that rows do not hang on who trains them.
+
+    Attributes
+    ----------
+    method : {"products", "vmap", "loop"}
+        See `ensembles`.
+    n_models : int
+        In a group.
+    """
+
+    method: Method
+    n_models: int
+
+    @property
+    def keeps_company(self) -> bool:
+        """Whether a model's rounding may hang on which others are in its group."""
+        return self.method == "vmap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,248 +57,309 @@ class Logits:
 
     Attributes
     ----------
-    train : array of float16, shape (n_models, n_train, n_classes)
-    test : array of float16, shape (n_models, n_test, n_classes)
+    train, test : array, shape (n_models, n_train, n_classes), (n_models, n_test, n_classes)
+        float16 logits; of sequences one more axis, positions, before the classes. Of regressions float32 predictions.
     """
 
-    train: npt.NDArray[np.float16]
-    test: npt.NDArray[np.float16]
+    train: npt.NDArray[Any]
+    test: npt.NDArray[Any]
 
 
-def train_block(
-    dataset: Dataset,
-    recipe: Perceptron,
-    *,
-    masks: npt.NDArray[np.bool_],
-    seed: int,
-    model_indices: npt.NDArray[np.uint64],
-    rows: range,
-) -> Logits:
-    """Train a block of models and return their logits on all examples.
+class Trainer(Protocol):
+    """Trains rows of one run in this process."""
+
+    way: Way
+
+    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
+        """Train a block of models.
+
+        Parameters
+        ----------
+        masks : array of bool, shape (n_models, n_train)
+            The subset each model is trained on; none of them empty.
+        model_indices : array of uint64, shape (n_models,)
+            Numbers that initialisation, order and augmentation are drawn from.
+        rows : sequence of int, length n_models
+            How an error calls the models.
+
+        Raises
+        ------
+        TrainingError
+            If an output is not finite, or so large that a margin may not fit float16; `rows` lists whose.
+        """
+
+
+class GradientTrainer:
+    """Trains networks by SGD as a recipe says.
 
     Parameters
     ----------
     dataset : Dataset
-    recipe : Perceptron
-    masks : array of bool, shape (n_models, n_train)
-        The subset each model is trained on; all of one size.
+    recipe : Recipe
     seed : int
-        The run's seed.
-    model_indices : array of uint64, shape (n_models,)
-        Numbers that initialisation and order are drawn from.
-    rows : range of length n_models
-        How an error calls the models.
-
-    Returns
-    -------
-    Logits
+        The run's.
+    way : Way, optional
+        Otherwise one model after the other.
+    device : str
+        As torch names it.
+    material : Material, optional
+        Of the same dataset, recipe and device, made before.
 
     Raises
     ------
-    TrainingError
-        If a logit is not finite, or so large that a margin may not fit float16; `rows` lists whose.
+    SpecError
+        If the recipe cannot be trained on the dataset, in this way or on this device.
     """
-    n_models = len(masks)
-    train = np.empty((n_models, dataset.n_train, dataset.n_classes), np.float16)
-    test = np.empty((n_models, dataset.n_test, dataset.n_classes), np.float16)
-    inputs, targets = _inputs_and_targets(dataset)
-    widths = (dataset.n_features, recipe.hidden, dataset.n_classes)
 
-    def train_group(group: slice) -> list[int]:
-        with torch.inference_mode():
-            parameters = _initial_parameters(seed, model_indices[group], widths)
-            orders = _orders(seed, model_indices[group], masks[group], recipe.epochs)
-            logits = _train_group(inputs, targets, recipe, parameters, orders)[..., : dataset.n_classes]
-            usable = (logits.abs() <= LARGEST_LOGIT).flatten(1).all(1)
-            half = logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT).half().numpy()
-        train[group], test[group] = half[:, : dataset.n_train], half[:, dataset.n_train :]
-        return [rows[group.start + int(i)] for i in torch.nonzero(~usable)]
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        *,
+        seed: int,
+        way: Way | None = None,
+        device: str = "cpu",
+        material: Material | None = None,
+    ) -> None:
+        self.material = material or Material.of(dataset, recipe, usable_device(device))
+        possible = possible_methods(self.material)
+        self.way = way or Way("loop", 1)
+        if self.way.method not in possible:
+            raise SpecError(
+                f"{recipe.name} cannot be trained by {self.way.method} here; choose {' or '.join(possible)}",
+                field="method",
+                value=self.way.method,
+            )
+        self.dataset, self.recipe, self.seed = dataset, recipe, seed
 
-    with _workers() as (pool, n_workers):
-        diverged = [row for lost in pool.map(train_group, _groups(n_models, n_workers)) for row in lost]
-    if diverged:
-        raise TrainingError(
-            f"{len(diverged)} of {n_models} models, row {diverged[0]} first, have logits that are not finite or pass "
-            f"{LARGEST_LOGIT:,.0f}, too large for float16 margins; lower the recipe's lr or momentum",
-            rows=diverged,
-        )
-    return Logits(train=train, test=test)
+    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
+        """Train a block of models; see `Trainer`."""
+        found = _Block.empty(self.dataset, len(masks))
+
+        def train_group(members: npt.NDArray[np.intp]) -> list[int]:
+            train, test = self._trained(masks[members], model_indices[members]).outputs()
+            return [rows[i] for i in found.store(members, train, test)]
+
+        with self.workers() as (pool, n_workers):
+            groups = self.groups(masks, n_workers)
+            diverged = [row for lost in pool.map(train_group, groups) for row in lost]
+        found.require_finite(sorted(diverged))
+        return Logits(train=found.train, test=found.test)
+
+    def states(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> list[dict[str, Any]]:
+        """Train models and give what each has learned, as states of `material.network`."""
+        states: list[dict[str, Any]] = [{}] * len(masks)
+
+        def train_group(members: npt.NDArray[np.intp]) -> None:
+            learned = self._trained(masks[members], model_indices[members]).states()
+            for member, state in zip(members.tolist(), learned, strict=True):
+                states[member] = state
+
+        with self.workers() as (pool, n_workers):
+            list(pool.map(train_group, self.groups(masks, n_workers)))
+        return states
+
+    def groups(self, masks: npt.NDArray[np.bool_], n_workers: int = 1) -> list[npt.NDArray[np.intp]]:
+        """Cut a block into groups of models that take equally many steps on batches of one size.
+
+        Where it changes nothing, groups are of equal sizes that keep all workers busy to the end.
+        """
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for model, size in enumerate(masks.sum(1).tolist()):
+            kinds.setdefault(self._steps(size), []).append(model)
+        groups = []
+        for members in kinds.values():
+            step = self.way.n_models
+            if not self.way.keeps_company:
+                rounds = -(-len(members) // (step * n_workers))
+                step = -(-len(members) // (rounds * n_workers))
+            groups += [np.array(members[start : start + step]) for start in range(0, len(members), step)]
+        return groups
+
+    def begin(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
+        """Set up one group; its models take equally many steps."""
+        states: list[State] = [initial_state(self.material.network, self.seed, int(model)) for model in model_indices]
+        if len(self.material.input_shape) == 3:
+            states = [self._whitened(state, mask) for state, mask in zip(states, masks, strict=True)]
+        return begin_group(self.material, self.way.method, states, self._steps(int(masks[0].sum()))[0])
+
+    def steps(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, float]]:
+        """Draw what a group takes its steps on: examples, how they are altered, and the step size."""
+        device, epochs = self.material.device, self.recipe.epochs
+        batch, steps_each = self._steps(int(masks[0].sum()))
+        length = batch * steps_each
+        orders = np.empty((len(masks), epochs, length), np.int64)
+        words = np.empty_like(orders) if self.material.is_altered else None
+        for place, (model, mask) in enumerate(zip(model_indices.tolist(), masks, strict=True)):
+            order = draw_orders(self.seed, model, np.flatnonzero(mask), epochs)
+            orders[place] = order[:, :length]
+            if words is not None:
+                words[place] = draw_augmentation(self.seed, model, order, self.recipe)[:, :length]
+        examples = torch.from_numpy(orders).to(device)
+        altered = None if words is None else torch.from_numpy(words).to(device)
+        for step in range(epochs * steps_each):
+            epoch, start = step // steps_each, step % steps_each * batch
+            some = (slice(None), epoch, slice(start, start + batch))
+            yield examples[some], None if altered is None else altered[some], self.recipe.rate(step, steps_each)
+
+    def n_steps(self, size: int) -> int:
+        """Count the steps of a model on so many examples."""
+        return self.recipe.epochs * self._steps(size)[1]
+
+    def mode(self) -> AbstractContextManager[None]:
+        """Have torch keep no account of what is done meanwhile, where gradients are written out."""
+        return torch.inference_mode(self.way.method == "products")
+
+    @contextmanager
+    def workers(self) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+        """Start one thread a core that torch may use, each of which computes alone; give the caller its setting back.
+
+        A device of another kind has one thread to feed it.
+        """
+        n_threads, is_cpu = torch.get_num_threads(), self.material.device.type == "cpu"
+        n_workers = n_threads if is_cpu else 1
+        pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1 if is_cpu else n_threads,))
+        try:
+            with repeatable(self.material.device):
+                yield pool, n_workers
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(n_threads)
+
+    def _trained(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
+        with self.mode():
+            group = self.begin(masks, model_indices)
+            for examples, words, lr in self.steps(masks, model_indices):
+                group.step(examples, words, lr)
+        return group
+
+    def _steps(self, size: int) -> tuple[int, int]:
+        """Batch size and steps an epoch of a model on so many examples."""
+        batch = min(self.recipe.batch_size, size)
+        return batch, size // batch
+
+    def _whitened(self, state: State, mask: npt.NDArray[np.bool_]) -> State:
+        stored = self.material.train_inputs[torch.from_numpy(np.flatnonzero(mask)[:_WHITENED_PICTURES])]
+        return whitened(self.material.network, dict(state), self.material.network_inputs(stored))
 
 
-def train_rows(spec: RunSpec, dataset: Dataset, rows: range) -> tuple[npt.NDArray[np.bool_], Logits]:
-    """Train some rows of a run, on the subsets that its seed draws for them.
+class FunctionTrainer:
+    """Trains by a function of the user's own, a model at a time; see `recipes.Function`."""
 
-    Returns
-    -------
-    masks : bool array, shape (len(rows), n_train)
-    logits : Logits
+    way = Way("loop", 1)
+
+    def __init__(self, dataset: Dataset, recipe: Function, *, seed: int) -> None:
+        self.dataset, self.recipe, self.seed = dataset, recipe, seed
+        self.function = import_object(recipe.function)
+
+    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
+        """Train a block of models; see `Trainer`."""
+        found = _Block.empty(self.dataset, len(masks))
+        diverged: list[int] = []
+        for place, (mask, model) in enumerate(zip(masks, model_indices.tolist(), strict=True)):
+            number = int(draw_bits(self.seed, Purpose.TORCH_SEED, model, 1)[0])
+            with torch.random.fork_rng():
+                torch.manual_seed(number)
+                outputs = self.function(self.dataset, mask, number, **self.recipe.arguments)
+            train, test = self._checked(outputs)
+            diverged += [rows[i] for i in found.store(np.array([place]), train[None], test[None])]
+        found.require_finite(diverged)
+        return Logits(train=found.train, test=found.test)
+
+    @contextmanager
+    def workers(self) -> Iterator[tuple[None, int]]:
+        """One model is trained after the other, by whatever the function does."""
+        yield None, 1
+
+    def _checked(self, outputs: Any) -> list[torch.Tensor]:
+        shapes = [shape[1:] for shape in _output_shapes(self.dataset, 1)]
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise SpecError(
+                f"recipe.function {self.recipe.function!r} returned a {type(outputs).__name__}; return two arrays, "
+                f"of shapes {shapes[0]} and {shapes[1]}",
+                field="recipe.function",
+            )
+        tensors = [torch.as_tensor(np.asarray(part, np.float32)) for part in outputs]
+        if [tuple(tensor.shape) for tensor in tensors] != shapes:
+            raise SpecError(
+                f"recipe.function {self.recipe.function!r} returned shapes {[tuple(t.shape) for t in tensors]}; "
+                f"return outputs of all train and of all test examples, {shapes[0]} and {shapes[1]}",
+                field="recipe.function",
+            )
+        return tensors
+
+
+def make_trainer(
+    dataset: Dataset, recipe: AnyRecipe, *, seed: int, way: Way | None = None, device: str = "cpu"
+) -> GradientTrainer | FunctionTrainer:
+    """Make what trains a recipe's models.
 
     Raises
     ------
-    TrainingError
-        As `train_block`.
+    SpecError
+        If the recipe cannot be trained on the dataset, in this way or on this device, or its code cannot be imported.
     """
-    masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
-    recipe, model_indices = find_recipe(spec.recipe), spec.model_indices(rows)
-    return masks, train_block(dataset, recipe, masks=masks, seed=spec.seed, model_indices=model_indices, rows=rows)
+    if isinstance(recipe, Function):
+        return FunctionTrainer(dataset, recipe, seed=seed)
+    return GradientTrainer(dataset, recipe, seed=seed, way=way, device=device)
 
 
-def train_parameters(spec: RunSpec, dataset: Dataset, rows: range) -> list[dict[str, torch.Tensor]]:
-    """Train some rows of a run again and return what was learned: a run stores outputs, and its seed draws the rest.
+def usable_device(name: str) -> torch.device:
+    """Look up a device by torch's name for it.
 
-    Returns
-    -------
-    parameters : list of dict
-        For each row float32 tensors `w1` (n_features, hidden), `b1` (hidden,), `w2` (hidden, n_classes) and `b2`
-        (n_classes,); see `perceptron_logits`.
+    Raises
+    ------
+    SpecError
+        If there is none of this name, or it cannot be used.
     """
-    recipe = find_recipe(spec.recipe)
-    masks = draw_masks(spec.seed, spec.subset_indices(rows), dataset.n_train, spec.alpha)
-    models = spec.model_indices(rows)
-    widths = (dataset.n_features, recipe.hidden, dataset.n_classes)
-    inputs, targets = _inputs_and_targets(dataset)
-    with torch.inference_mode():
-        parameters = _initial_parameters(spec.seed, models, widths)
-        _train_group(inputs, targets, recipe, parameters, _orders(spec.seed, models, masks, recipe.epochs))
-    n_features, hidden, n_classes = widths
-    w1, b1, w2, b2 = (parameter.clone() for parameter in parameters)
-    return [
-        {
-            "w1": w1[m, :n_features, :hidden],
-            "b1": b1[m, 0, :hidden],
-            "w2": w2[m, :hidden, :n_classes],
-            "b2": b2[m, 0, :n_classes],
-        }
-        for m in range(len(rows))
-    ]
-
-
-def perceptron_logits(parameters: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Logits of a trained perceptron, (..., n_classes), for inputs (..., n_features)."""
-    hidden = torch.relu(inputs @ parameters["w1"] + parameters["b1"])
-    return hidden @ parameters["w2"] + parameters["b2"]
-
-
-def _inputs_and_targets(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the inputs of train and then test examples, and make one-hot labels of the train ones, padded."""
-    inputs = torch.tensor(np.concatenate([as_features(dataset.train_inputs), as_features(dataset.test_inputs)]))
-    targets = torch.nn.functional.one_hot(torch.tensor(dataset.train_labels), dataset.n_classes).float()
-    return _padded(inputs, axes=1), _padded(targets, axes=1)
-
-
-@contextmanager
-def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Start one thread a core that torch may use, each of which computes alone; give the caller its setting back."""
-    n_workers = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield pool, n_workers
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_workers)
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(
+            f"device {name!r} cannot be used ({reason}); choose cpu, or cuda where there is a GPU",
+            field="device",
+            value=name,
+        ) from error
+    return device
 
 
-def _groups(n_models: int, n_workers: int) -> list[slice]:
-    """Cut a block into groups of equal size that keep all workers busy to the end."""
-    rounds = -(-n_models // (GROUP_MODELS * n_workers))
-    size = -(-n_models // (rounds * n_workers))
-    return [slice(start, min(start + size, n_models)) for start in range(0, n_models, size)]
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Outputs of a block, filled group by group."""
+
+    train: npt.NDArray[Any]
+    test: npt.NDArray[Any]
+
+    @classmethod
+    def empty(cls, dataset: Dataset, n_models: int) -> "_Block":
+        dtype = np.float32 if dataset.is_regression else np.float16
+        train, test = _output_shapes(dataset, n_models)
+        return cls(np.empty(train, dtype), np.empty(test, dtype))
+
+    def store(self, members: npt.NDArray[np.intp], train: torch.Tensor, test: torch.Tensor) -> list[int]:
+        """Put some models' outputs in place; return those of them that cannot be stored."""
+        bound = LARGEST_LOGIT if self.train.dtype == np.float16 else torch.finfo(torch.float32).max
+        usable = torch.ones(len(members), dtype=torch.bool)
+        for into, outputs in ((self.train, train), (self.test, test)):
+            usable &= torch.le(outputs.abs(), bound).flatten(1).all(1)
+            stored = torch.clamp(outputs, -bound, bound).to(torch.from_numpy(into).dtype)
+            into[members] = stored.numpy().reshape(len(members), *into.shape[1:])
+        return [int(members[i]) for i in torch.nonzero(~usable)]
+
+    def require_finite(self, diverged: Sequence[int]) -> None:
+        if diverged:
+            raise TrainingError(
+                f"{len(diverged)} of {len(self.train)} models, row {diverged[0]} first, have outputs that are not "
+                f"finite, or logits that pass {LARGEST_LOGIT:,.0f}, too large for float16 margins; lower the recipe's "
+                "lr or momentum",
+                rows=list(diverged),
+            )
 
 
-def _initial_parameters(seed: int, models: npt.NDArray[np.uint64], widths: tuple[int, int, int]) -> list[torch.Tensor]:
-    """Draw w1, b1, w2, b2 of each model: (group, fan_in, fan_out) and (group, 1, fan_out), within 1 / sqrt(fan_in)."""
-    n_features, hidden, n_classes = widths
-    shapes = [(n_features, hidden), (1, hidden), (hidden, n_classes), (1, n_classes)]
-    bounds = [n_features**-0.5, n_features**-0.5, hidden**-0.5, hidden**-0.5]
-    sizes = [rows * columns for rows, columns in shapes]
-    drawn = torch.from_numpy(np.stack([draw_uniform(seed, int(model), sum(sizes)) for model in models]))
-    pieces = zip(torch.split(drawn, sizes, dim=1), shapes, bounds, strict=True)
-    w1, b1, w2, b2 = (piece.reshape(-1, *shape).mul(bound) for piece, shape, bound in pieces)
-    # a class that is only padding is never predicted; features and hidden units that are only padding stay zero
-    b2 = _padded(b2, axes=1, value=-torch.inf)
-    return [_padded(w1, axes=2), _padded(b1, axes=1), _padded(w2, axes=2), b2]
-
-
-def models_at_once() -> int:
-    """Count the models that keep every core busy with a full group."""
-    return GROUP_MODELS * torch.get_num_threads()
-
-
-def _padded(tensor: torch.Tensor, *, axes: int, value: float = 0.0) -> torch.Tensor:
-    """Lengthen the last axes to whole cache lines, so that every model's numbers lie alike wherever in a group it is.
-
-    Matrix products round differently at another alignment, and a row would depend on its place.
-    """
-    line = 64 // tensor.element_size()
-    lengths = [length for axis in range(axes) for length in (0, -tensor.shape[-1 - axis] % line)]
-    return torch.nn.functional.pad(tensor, lengths, value=value)
-
-
-def _orders(
-    seed: int, models: npt.NDArray[np.uint64], masks: npt.NDArray[np.bool_], n_epochs: int
-) -> npt.NDArray[np.int64]:
-    """Draw the order in which each model sees its subset, (group, n_epochs, subset size)."""
-    pairs = zip(models, masks, strict=True)
-    return np.stack([draw_orders(seed, int(model), np.flatnonzero(mask), n_epochs) for model, mask in pairs])
-
-
-def _train_group(
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    recipe: Perceptron,
-    parameters: list[torch.Tensor],
-    orders: npt.NDArray[np.int64],
-) -> torch.Tensor:
-    """Train a group from its draws; return float32 logits on all inputs, classes padded."""
-    size = orders.shape[2]
-    batch = min(recipe.batch_size, size)
-    ensemble = _Ensemble(parameters, batch=batch, momentum=recipe.momentum)
-    steps_each = size // batch
-    n_steps = recipe.epochs * steps_each
-    for step in range(n_steps):
-        epoch, start = step // steps_each, step % steps_each * batch
-        examples = torch.from_numpy(orders[:, epoch, start : start + batch])
-        remaining = 1 - step / n_steps if recipe.schedule == "linear" else 1.0
-        ensemble.step(inputs, targets, examples, lr=recipe.lr * remaining)
-    return ensemble.logits(inputs)
-
-
-class _Ensemble:
-    """Perceptrons that take their steps together; work space is allocated once, for page faults cost more than sums."""
-
-    def __init__(self, parameters: list[torch.Tensor], *, batch: int, momentum: float) -> None:
-        self.w1, self.b1, self.w2, self.b2 = parameters
-        self.velocities = [torch.zeros_like(parameter) for parameter in parameters]
-        self.momentum = momentum
-        n_models, n_features, hidden = self.w1.shape
-        n_classes = self.w2.shape[2]
-        self.x = torch.empty(n_models, batch, n_features)
-        self.truth = torch.empty(n_models, batch, n_classes)
-        self.hidden = torch.empty(n_models, batch, hidden)
-        self.back = torch.empty(n_models, batch, hidden)
-        self.error = torch.empty(n_models, batch, n_classes)
-
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, examples: torch.Tensor, *, lr: float) -> None:
-        """Take one step of SGD with momentum on mean cross-entropy; examples are (n_models, batch) indices."""
-        chosen = examples.reshape(-1)
-        torch.index_select(inputs, 0, chosen, out=self.x.view(-1, inputs.shape[1]))
-        torch.index_select(targets, 0, chosen, out=self.truth.view(-1, targets.shape[1]))
-        x, hidden, back, error = self.x, self.hidden, self.back, self.error
-        torch.baddbmm(self.b1, x, self.w1, out=hidden).relu_()
-        torch.baddbmm(self.b2, hidden, self.w2, out=error)
-        # the gradient of cross-entropy with respect to the logits
-        torch.softmax(error, -1, out=error).sub_(self.truth).div_(examples.shape[1])
-        v_w1, v_b1, v_w2, v_b2 = self.velocities
-        v_w2.baddbmm_(hidden.transpose(1, 2), error, beta=self.momentum)
-        v_b2.mul_(self.momentum).add_(error.sum(1, keepdim=True))
-        # from here on only the sign of hidden units is wanted: they are rectified, so it is 1 where active, else 0
-        torch.bmm(error, self.w2.transpose(1, 2), out=back).mul_(hidden.sign_())
-        v_w1.baddbmm_(x.transpose(1, 2), back, beta=self.momentum)
-        v_b1.mul_(self.momentum).add_(back.sum(1, keepdim=True))
-        for parameter, velocity in zip((self.w1, self.b1, self.w2, self.b2), self.velocities, strict=True):
-            parameter.sub_(velocity, alpha=lr)
-
-    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of every model on every input, (n_models, n_inputs, n_classes)."""
-        every = inputs.expand(len(self.w1), -1, -1)
-        return torch.baddbmm(self.b2, torch.baddbmm(self.b1, every, self.w1).relu_(), self.w2)
+def _output_shapes(dataset: Dataset, n_models: int) -> list[tuple[int, ...]]:
+    positions = dataset.train_labels.shape[1:] if dataset.is_sequence else ()
+    return [(n_models, n, *positions, dataset.n_classes) for n in (dataset.n_train, dataset.n_test)]

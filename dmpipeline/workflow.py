@@ -41,8 +41,8 @@ from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
-from dmpipeline.store import ARRAYS, Run, write_beside
-from dmpipeline.train import models_at_once, train_rows
+from dmpipeline.directory import write_beside
+from dmpipeline.store import Run
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
@@ -76,7 +76,9 @@ class RowsOf:
     def __getitem__(self, key: slice) -> npt.NDArray[Any]:
         start, stop, _ = key.indices(self.shape[0])
         with _explained(self.run):
-            return self.array[self.rows.start + start : self.rows.start + stop]
+            rows = self.array[self.rows.start + start : self.rows.start + stop]
+        # labels are numbers, too
+        return rows.astype(np.float32) if rows.dtype.kind == "i" else rows
 
 
 def fit_run(
@@ -92,7 +94,7 @@ def fit_run(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
-    """Fit datamodels of the test margins on a run's models, held-out ones left out, and save them in the run.
+    """Fit datamodels of a run's test margins, or of what else it stores first, on its models, held-out ones left out, and save them in the run.
 
     What is finished is kept in the run, or in `directory`, as `dmpipeline.fit` has it.
 
@@ -120,7 +122,7 @@ def fit_run(
     """
     _write_catalog(run)
     started = time.monotonic()
-    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", run.fitted_array))
     datamodels = fit(
         masks,
         margins,
@@ -165,7 +167,7 @@ def evaluate_run(run: Run) -> Evaluation:
     evaluation = evaluate(
         load_datamodels(run),
         _open(run, "train_masks", held_out),
-        _open(run, "test_margins", held_out),
+        _open(run, run.fitted_array, held_out),
         n_retrainings=run.spec.held_out.n_retrainings,
     )
     write_beside(run.path / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
@@ -203,7 +205,7 @@ def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
         "ridge": ridge(fitting, validation),
         "difference of means": difference_of_means(whole),
     }
-    masks, margins = _open(run, "train_masks", held_out), _open(run, "test_margins", held_out)
+    masks, margins = _open(run, "train_masks", held_out), _open(run, run.fitted_array, held_out)
     return compare(estimates, masks, margins, n_retrainings=run.spec.held_out.n_retrainings)
 
 
@@ -254,8 +256,8 @@ def curve_run(
     if prior is not None:
         estimates[GRADIENT] = functools.partial(fit_moments, prior=_gradient_scores(run, progress))
     curves = learning_curves(
-        *(_open(run, name, spec.rows.models) for name in ("train_masks", "test_margins")),
-        *(_open(run, name, spec.rows.held_out) for name in ("train_masks", "test_margins")),
+        *(_open(run, name, spec.rows.models) for name in ("train_masks", run.fitted_array)),
+        *(_open(run, name, spec.rows.held_out) for name in ("train_masks", run.fitted_array)),
         estimates=estimates,
         counts=counts,
         n_retrainings=spec.held_out.n_retrainings,
@@ -309,7 +311,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
     n_subsets, n_retrainings = spec.held_out.n_subsets, spec.held_out.n_retrainings
     held_out = spec.rows.held_out
     masks = _open(run, "train_masks", held_out)[0 : held_out.stop]
-    margins = _open(run, "test_margins", held_out)[0 : held_out.stop].astype(np.float32)
+    margins = _open(run, run.fitted_array, held_out)[0 : held_out.stop].astype(np.float32)
     return write_report(
         run.path / "report.html",
         title=f"Datamodels of {dataset.name} at alpha {spec.alpha:.0%}",
@@ -321,7 +323,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
         made=_how_it_was_made(run),
         costs=_costs(run),
         gallery=_gallery(dataset),
-        output_name="margin",
+        output_name=run.fitted_array.removeprefix("test_").removesuffix("s").replace("_", " "),
         curves=load_curves(run),
     )
 
@@ -378,7 +380,7 @@ def price_of_arrays(run: Run) -> dmdata.Estimate:
 
     To where bytes are set to go, and with what is set of the month, as `dmdata.estimate` has it.
     """
-    sizes = [int(run.array(name).nbytes) for name in ARRAYS]
+    sizes = [int(run.array(name).nbytes) for name in run.spec.arrays]
     n_requests = sum(n_requests_of(size) + 1 for size in sizes)
     to = destination_of(None)
     way = quote(sum(sizes), n_requests, to, usage=usage_of())
@@ -390,12 +392,13 @@ def probe_seconds_per_model(run: Run) -> float:
 
     As many as its first block trains side by side: fewer would leave cores idle and seem slower than they are.
     """
-    spec, dataset = run.spec, run.dataset()
-    rows = spec.blocks[0][: models_at_once()]
+    trainer = run.trainer()
+    with trainer.workers() as (_, n_workers):
+        rows = run.spec.blocks[0][: trainer.way.n_models * n_workers]
     # the first steps of a process pay for what later ones find ready
     for some in (rows[:1], rows):
         began = time.perf_counter()
-        train_rows(spec, dataset, some)
+        run.train_rows(trainer, some)
     return (time.perf_counter() - began) / len(rows)
 
 
@@ -464,7 +467,7 @@ def _moments(run: Run, validation: float, *, progress: Progress | None) -> tuple
     The run is fitted already, mostly: then no model is read.
     """
     n_models, n_fit = run.spec.n_models, split_rows(run.spec.n_models, validation)
-    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", "test_margins"))
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", run.fitted_array))
     place = Checkpoints.at(_fitting_path(run))
     with place.claimed():
         fitting, held_out = place.moments(

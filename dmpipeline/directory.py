@@ -1,0 +1,264 @@
+"""The files of a run's directory: made whole or not at all, claimed by one process at a time, replaced in one go.
+
+What was killed in the middle leaves a folder with a dot in front, which the next process removes (a creation) or
+finishes (an extension whose new files were all there).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import zarr
+from zarr.codecs import BloscCodec
+
+from dmpipeline.errors import RunError, RunExistsError, explain_os_errors
+from dmpipeline.examples import Dataset
+from dmpipeline.outputs import dims_of, output_of
+from dmpipeline.recipes import code_digest, find_recipe
+from dmpipeline.spec import RunSpec
+
+# Bytes of the lock file. One for each block lies below them; creation takes that of the first.
+PROVENANCE_BYTE = 2**40
+PRESENCE_BYTE = 2**40 + 1
+
+_LARGEST_CHUNK_BYTES = 2**24
+_EXTENDED = ".extended"
+
+
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there, so that a reader sees the old content or the new; text as UTF-8.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with explain_os_errors(path):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(lock: IO[bytes], byte: int, *, wait: bool, shared: bool = False) -> Iterator[bool]:
+    """Hold one byte of a run's lock file, if no other process does; the system lets go of it when a process dies.
+
+    Closing any handle of the file drops all that the process holds of it.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.lockf(lock, kind if wait else kind | fcntl.LOCK_NB, 1, byte)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            yield False
+            return
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # a file system without locks: two trainers may do the same work, to the same bytes
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, byte)
+
+
+def create(path: Path, spec: RunSpec, dataset: Dataset) -> None:
+    """Put the files of a new run in place, unless another process has just done so.
+
+    Raises
+    ------
+    RunExistsError
+        If there is anything else but what a killed creation left.
+    """
+    _require_vacant(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "lock", "a+b") as lock, claimed(lock, 0, wait=True):
+        if not (path / "run.yaml").exists():
+            _create_files(path, spec, dataset)
+
+
+def create_store(path: Path, spec: RunSpec, dataset: Dataset) -> zarr.Group:
+    """Create a run's Zarr store, without a single chunk."""
+    group = zarr.create_group(path, zarr_format=3)
+    for name in spec.arrays:
+        is_mask = name == "train_masks"
+        dims = dims_of_array(name, dataset)
+        block = min(spec.block_models, spec.n_rows)
+        dtype = "bool" if is_mask else output_of(name).dtype
+        examples, *rest = dims.values()
+        bytes_of_example = block * math.prod(rest) * _itemsize(dtype)
+        group.create_array(
+            name,
+            shape=(spec.n_rows, examples, *rest),
+            dtype=dtype,
+            chunks=(block, max(1, min(examples, _LARGEST_CHUNK_BYTES // bytes_of_example)), *rest),
+            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle" if is_mask else "shuffle"),
+            # what was never written is not mistaken for a model's output
+            fill_value=float("nan") if dtype.startswith("float") else -1 if dtype.startswith("int") else False,
+            dimension_names=("model", *dims),
+        )
+    group.create_array(
+        "block_digests",
+        shape=(len(spec.blocks), 32),
+        dtype="uint8",
+        chunks=(1, 32),
+        compressors=None,
+        fill_value=0,
+        dimension_names=("block", "byte"),
+    )
+    return group
+
+
+def dims_of_array(name: str, dataset: Dataset) -> dict[str, int]:
+    """Name and measure the dimensions of one of a run's arrays but the first, which is models."""
+    return {"train_example": dataset.n_train} if name == "train_masks" else dims_of(name, dataset)
+
+
+def put_extended(path: Path, staging: Path) -> None:
+    """Put a run's new files in place, all of which are in `staging`; whoever opens the run finishes it if we cannot."""
+    os.rename(staging, path / _EXTENDED)
+    finish_extension(path)
+
+
+def finish_extension(path: Path) -> None:
+    """Finish putting a run's new files in place, if that was begun; each step may be done again."""
+    staged = path / _EXTENDED
+    if not staged.exists():
+        return
+    with open(path / "lock", "a+b") as lock, claimed(lock, 0, wait=True), explain_os_errors(path):
+        if not staged.exists():
+            return
+        if (staged / "store.zarr").exists():
+            if (path / "store.zarr").exists():
+                os.rename(path / "store.zarr", staged / "old.zarr")
+            os.rename(staged / "store.zarr", path / "store.zarr")
+        # what the catalog lists is not all there any more
+        (path / "catalog.yaml").unlink(missing_ok=True)
+        for name in ("provenance.json", "run.yaml"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(staged / name, path / name)
+        shutil.rmtree(staged)
+
+
+def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
+    """State how a run comes about."""
+    return {
+        "created": now(),
+        "versions": versions(),
+        "machine": machine("cpu"),
+        "dataset": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "n_train": dataset.n_train,
+            "n_test": dataset.n_test,
+            "n_classes": dataset.n_classes,
+            "example_order": dataset.example_order,
+        },
+        "code": code_digest(find_recipe(spec.recipe)),
+        "ways": {},
+        "sessions": [],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of whatever a row's last bit may hang on."""
+    packages = ("dmdata", "numpy", "torch", "zarr", "scikit-learn")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Say what models are trained on."""
+    if device.startswith("cuda"):
+        device = f"{device}, {torch.cuda.get_device_name(device)}"
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def now() -> str:
+    """Tell the time for a record."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def as_json(facts: Mapping[str, Any]) -> str:
+    """Write facts as people read them."""
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def staging_folder(path: Path, doing: str) -> Path:
+    """Make a folder for files that are to be put in place together."""
+    staging = path / f".{doing}-{uuid.uuid4().hex}"
+    staging.mkdir()
+    return staging
+
+
+def remove_staging(path: Path) -> None:
+    """Remove what killed processes have staged; the caller holds the lock."""
+    for entry in filter(_is_staging, path.iterdir()):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def require_run(path: Path) -> None:
+    """Raise RunError unless there is a run."""
+    with explain_os_errors(path, "opened"):
+        if not (path / "run.yaml").is_file():
+            raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
+
+
+def _require_vacant(path: Path) -> None:
+    """Refuse a place that holds anything but what a creation leaves that was killed between its renames."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunExistsError(f"{path} is a file; choose a new or empty directory", path=path)
+    names = {entry.name for entry in path.iterdir() if not _is_staging(entry)} - {"lock"}
+    if not names or "run.yaml" in names:  # another process has just created it
+        return
+    store = path / "store.zarr"
+    if not names <= {"store.zarr", "provenance.json"} or not (store / "block_digests" / "zarr.json").is_file():
+        raise RunExistsError(f"{path} holds other files; choose a new or empty directory", path=path)
+    if any(store.glob("*/c")):
+        raise RunExistsError(
+            f"{path} holds a store with trained models but no run.yaml; restore it, or choose another directory",
+            path=path,
+        )
+
+
+def _create_files(path: Path, spec: RunSpec, dataset: Dataset) -> None:
+    """Put a run's files in place, run.yaml last; the caller holds the lock."""
+    staging = staging_folder(path, "creating")
+    create_store(staging / "store.zarr", spec, dataset)
+    write_beside(staging / "provenance.json", as_json(provenance(spec, dataset)))
+    write_beside(staging / "run.yaml", spec.to_yaml())
+    if (path / "store.zarr").exists():
+        os.rename(path / "store.zarr", staging / "left-over.zarr")
+    for name in ("store.zarr", "provenance.json", "run.yaml"):
+        os.rename(staging / name, path / name)
+    remove_staging(path)
+
+
+def _is_staging(entry: Path) -> bool:
+    return entry.name.startswith((".creating-", ".extending-"))
+
+
+def _itemsize(dtype: str) -> int:
+    return {"bool": 1, "float16": 2}.get(dtype, 4)

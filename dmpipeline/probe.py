@@ -1,0 +1,184 @@
+"""Find the fastest way to train a run's models on a device, by training some for a moment in each.
+
+What is measured is steps alone, with every core at work as in a real block; nothing is kept. The search climbs: a group
+is doubled, or halved, from where its method usually does best, until that makes it no faster. It may take a tenth of
+what the run itself will; a run shorter than that is trained as best guessed.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dmpipeline.ensembles import Material, Method, possible_methods
+from dmpipeline.errors import SpecError
+from dmpipeline.examples import Dataset
+from dmpipeline.layers import State
+from dmpipeline.networks import initial_state
+from dmpipeline.recipes import Recipe
+from dmpipeline.train import GradientTrainer, Way
+
+_TRIAL_SECONDS = 0.2
+_SHARE_OF_RUN = 0.1
+_SHARE_OF_MEMORY = 0.5
+_MOST_MODELS = 1024
+_WORTH_DOUBLING = 1.03
+
+
+def fastest_way(
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    masks: npt.NDArray[np.bool_],
+    n_models: int,
+    device: str = "cpu",
+    methods: tuple[Method, ...] | None = None,
+    tell: Callable[[Way, float], None] | None = None,
+) -> Way:
+    """Choose the method, and how many models make a group.
+
+    Parameters
+    ----------
+    dataset, recipe, seed, device
+        As for `GradientTrainer`.
+    masks : array of bool, shape (n, n_train)
+        Some of the run's, at least one; no group is tried with more models.
+    n_models : int
+        How many are to be trained: tells how long the search may take.
+    methods : tuple of str, optional
+        Choose among these.
+    tell : callable, optional
+        Called with each way that was tried and how many models it trains in a second.
+
+    Raises
+    ------
+    SpecError
+        If the recipe cannot be trained on the dataset, by these methods or on this device.
+    """
+    material = GradientTrainer(dataset, recipe, seed=seed, device=device).material
+    possible = possible_methods(material)
+    for method in methods or ():
+        if method not in possible:
+            raise SpecError(
+                f"{recipe.name} cannot be trained by {method} here; choose {' or '.join(possible)}",
+                field="method",
+                value=method,
+            )
+    began, rates = time.perf_counter(), dict[Way, float]()
+
+    def rate(way: Way) -> float:
+        """Measure, or remember; 0 where time is up or memory would not do."""
+        fastest = max(rates.values(), default=0.0)
+        is_late = rates and time.perf_counter() - began > _SHARE_OF_RUN * n_models / fastest
+        if way not in rates and not is_late and _fits(material, way, len(masks)):
+            trainer = GradientTrainer(dataset, recipe, seed=seed, way=way, device=device, material=material)
+            rates[way] = trained_a_second(trainer, masks[: way.n_models])
+            if tell is not None:
+                tell(way, rates[way])
+        return rates.get(way, 0.0)
+
+    for method in methods or possible:
+        way = Way(method, min(_usual_models(material, method), len(masks)))
+        best = rate(way)
+        for factor in (2, 0.5):
+            # a larger group takes more memory, and must be worth it
+            while method != "loop" and (n := int(way.n_models * factor)):
+                another = Way(method, n)
+                if rate(another) <= best * (_WORTH_DOUBLING if factor > 1 else 1):
+                    break
+                way, best = another, rate(another)
+    return max(rates, key=rates.__getitem__)
+
+
+def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> float:
+    """Measure how many models are trained in a second, every worker of a trainer at work on a group of these."""
+    model_indices = np.arange(len(masks), dtype=np.uint64)
+    steps_each = trainer.n_steps(int(masks[0].sum()))
+    with trainer.workers() as (pool, n_workers):
+        barrier = threading.Barrier(n_workers)
+
+        def work(_: int) -> float:
+            with trainer.mode():
+                group, steps = trainer.begin(masks, model_indices), _over_again(trainer, masks, model_indices)
+                for _ in range(2):  # the first steps pay for what later ones find ready
+                    group.step(*next(steps))
+                _wait_for(trainer.material.device)
+                barrier.wait()
+                began, n_steps = time.perf_counter(), 0
+                while (seconds := time.perf_counter() - began) < _TRIAL_SECONDS or not n_steps:
+                    group.step(*next(steps))
+                    n_steps += 1
+                    _wait_for(trainer.material.device)
+            return n_steps * len(masks) / seconds / steps_each
+
+        return sum(pool.map(work, range(n_workers)))
+
+
+def model_bytes(material: Material) -> int:
+    """Estimate the memory that a model in training takes: its numbers three times, and the outputs of its layers twice.
+
+    A patch for each place comes on top where convolutions are products.
+    """
+    state = initial_state(material.network, 0, 0)
+    numbers = sum(tensor.numel() for tensor in state.values())
+    batch = min(material.recipe.batch_size, material.dataset.n_train)
+    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material, state))
+
+
+def _outputs_of_layers(material: Material, state: State) -> int:
+    """Count the numbers that all layers put out for one example, and those of convolutions' patches."""
+    counted = []
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            counted.append(output[0].numel())
+        if isinstance(layer, nn.Conv2d):
+            counted.append(inputs[0][0].numel() * layer.kernel_size[0] * layer.kernel_size[1])
+
+    inputs = material.network_inputs(material.train_inputs[:2].cpu())
+    hooks = [layer.register_forward_hook(count) for layer in material.network.modules() if not list(layer.children())]
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(material.network, dict(state), (inputs,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(counted)
+
+
+def _fits(material: Material, way: Way, n_masks: int) -> bool:
+    if way.n_models == 1:
+        return True
+    n_workers = torch.get_num_threads() if material.device.type == "cpu" else 1
+    needed = way.n_models * n_workers * model_bytes(material)
+    return way.n_models <= min(n_masks, _MOST_MODELS) and needed <= _SHARE_OF_MEMORY * _free_bytes(material.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _usual_models(material: Material, method: Method) -> int:
+    """How many models usually make the best group, as measured for small networks."""
+    is_flat = len(material.input_shape) != 3
+    return {"products": 64 if is_flat else 8, "vmap": 64 if is_flat else 8, "loop": 1}[method]
+
+
+def _over_again(
+    trainer: GradientTrainer, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, float]]:
+    while True:
+        yield from trainer.steps(masks, model_indices)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
