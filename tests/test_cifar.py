@@ -152,10 +152,8 @@ def test_a_pickle_that_is_no_batch_is_refused_and_does_nothing(tmp_path, batches
 def test_what_a_pickle_did_to_the_reader_does_not_last(tmp_path, batches):
     spelled = write(tmp_path, batches, as_python_2)
     whole = load_dataset(spelled).fingerprint
-    # sets __kwdefaults__ on the reader's stand-in for numpy's function
-    hostile = raw(
-        b"cnumpy.core.multiarray\n_reconstruct\nN}X\x0e\x00\x00\x00__kwdefaults__}X\x01\x00\x00\x00aK\x01ss\x86b"
-    )
+    # sets __init__ of what it gets for numpy.dtype to 1
+    hostile = raw(b"cnumpy\ndtype\nN}X\x08\x00\x00\x00__init__K\x01s\x86b")
     (tmp_path / "data_batch_3").write_bytes(hostile.ljust(N * 3072, b"\0"))
     with pytest.raises(SpecError, match="data_batch_3"):
         load_dataset(spelled)
