@@ -7,6 +7,7 @@ by a stand-in which only notes what it was told; no function of another package 
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -205,6 +206,7 @@ def _unpickled(content: bytes) -> object:
 # a pickle is a program; what goes wrong in it is whatever its steps may raise
 _HOW_PICKLES_FAIL = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
@@ -214,4 +216,5 @@ _HOW_PICKLES_FAIL = (
     RecursionError,
     TypeError,
     ValueError,
+    struct.error,
 )

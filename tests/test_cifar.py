@@ -123,6 +123,7 @@ HOSTILE = {
     "claims a huge string": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b".",
     "is no dict": raw(b"K\x01"),
     "ends at once": b"\x80\x02",
+    "ends within a number": b"\x80\x02" + b"N" * (N * 3072 - 4) + b"M\x01",
     "is no pickle": b"\xff" * 50,
     "has no array": pickle.dumps({b"data": [1], b"labels": [0] * N}, 2),
     "has a list in the array": pickle.dumps({b"data": np.array([[[]]], object), b"labels": [0] * N}, 2),
