@@ -15,7 +15,7 @@ from dmpipeline.recipes import Recipe
 # Fields of a word, by their lowest bit. A choice among k is (field * k) >> FIELD_BITS: of 2**15 values, some choices
 # have one more than others, so that probabilities differ by less than k / 2**15 of themselves: 0.1% for 32 places.
 FIELD_BITS = 15
-SHIFT_DOWN, SHIFT_RIGHT, CUTOUT_TOP, CUTOUT_LEFT = 0, 15, 30, 45
+SHIFT, SHIFT_ACROSS, CUTOUT_TOP, CUTOUT_LEFT = 0, 15, 30, 45
 FLIP = 60
 
 
@@ -58,33 +58,38 @@ def augmented(images: torch.Tensor, words: torch.Tensor, recipe: Recipe) -> torc
     words : int64 tensor, shape (n,)
         On the same device, from `draw_augmentation`.
     recipe : Recipe
-        `flip` mirrors the width where the word says so. `translate` t shifts down and right by -t..t pixels, each
+        `flip` mirrors the width where the word says so. `translate` t shifts by -t..t pixels along each axis, all
         equally likely. `cutout` s blanks a square of s pixels a side wholly inside the picture; its upper left corner
         is at any of (height - s) x (width - s) places, as in ffcv, so the last row and column are never blanked.
 
     Returns
     -------
     images : float tensor, shape (n, channels, height, width)
-        In the channels_last layout where pixels moved; `images` itself, unchanged, if the recipe alters nothing.
+        New, in the channels_last layout; `images` itself if the recipe alters nothing.
     """
-    height, width = images.shape[2:]
+    if recipe.flip == "none" and not recipe.translate and not recipe.cutout:
+        return images
+    pixels = images.permute(0, 2, 3, 1)  # a pixel's channels are moved together
+    n, height, width, n_channels = pixels.shape
     if recipe.flip != "none" or recipe.translate:
         pad = recipe.translate
-        down = torch.arange(height, device=images.device) + _choice(words, SHIFT_DOWN, 2 * pad + 1)
-        right = torch.arange(width, device=images.device) + _choice(words, SHIFT_RIGHT, 2 * pad + 1)
+        tall, wide = height + 2 * pad, width + 2 * pad
+        rows = torch.arange(height, device=words.device) + _choice(words, SHIFT, 2 * pad + 1)
+        columns = torch.arange(width, device=words.device) + _choice(words, SHIFT_ACROSS, 2 * pad + 1)
         if recipe.flip != "none":
             # the padded picture is mirrored as a whole: padding is the same on both sides
-            right = torch.where((words >> FLIP & 1).bool()[:, None], width + 2 * pad - 1 - right, right)
-        padded = torch.nn.functional.pad(images, (pad,) * 4)
-        each = torch.arange(len(images), device=images.device)[:, None, None]
-        images = padded[each, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
+            columns = torch.where((words >> FLIP & 1).bool()[:, None], wide - 1 - columns, columns)
+        rows = rows + tall * torch.arange(n, device=words.device)[:, None]
+        wanted = (wide * rows[:, :, None] + columns[:, None, :]).flatten()
+        padded = torch.nn.functional.pad(pixels, (0, 0, pad, pad, pad, pad)).reshape(-1, n_channels)
+        pixels = padded.index_select(0, wanted).reshape(n, height, width, n_channels)
     if recipe.cutout:
         side = recipe.cutout
-        rows = torch.arange(height, device=images.device) - _choice(words, CUTOUT_TOP, height - side)
-        columns = torch.arange(width, device=images.device) - _choice(words, CUTOUT_LEFT, width - side)
-        blank = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-        images = images.masked_fill(blank[:, None], 0)
-    return images
+        below = torch.arange(height, device=words.device) - _choice(words, CUTOUT_TOP, height - side)
+        right = torch.arange(width, device=words.device) - _choice(words, CUTOUT_LEFT, width - side)
+        blank = ((below >= 0) & (below < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
+        pixels = pixels.masked_fill(blank[..., None], 0)
+    return pixels.permute(0, 3, 1, 2)
 
 
 def normalised(inputs: torch.Tensor, image_shape: tuple[int, ...], recipe: Recipe) -> torch.Tensor:

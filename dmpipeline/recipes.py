@@ -20,6 +20,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dmpipeline.errors import SpecError
 from dmpipeline.spec import RecipeSpec, nearest_name, spec_error
 
+# what pictures are shifted and scaled by is single precision; exact in Python, for whole numbers of any size
+LARGEST_NUMBER = 2**127
+
 
 def _numbers(value: Any) -> Any:
     """Take what YAML gives for a tuple of numbers; refuse anything else as a whole, so that errors name the field."""
@@ -29,7 +32,7 @@ def _numbers(value: Any) -> Any:
         raise ValueError("not a list")
     if not value or not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):
         raise ValueError("not numbers")
-    if not all(abs(number) <= np.finfo(np.float32).max for number in value):
+    if not all(abs(number) <= LARGEST_NUMBER for number in value):
         raise ValueError("not finite in single precision")
     return tuple(float(number) for number in value)
 
@@ -233,7 +236,8 @@ class ConvNet(Recipe):
 
     name: Literal["convnet"] = "convnet"
     version: Literal[1] = 1
-    lr: StepSize = 0.1
+    epochs: Epochs = 12
+    lr: StepSize = 0.15
     channels: Annotated[
         tuple[int, int],
         BeforeValidator(_counts),
