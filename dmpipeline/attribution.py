@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dmpipeline.errors import SpecError
-from dmpipeline.store import Run
 from dmpipeline.layers import State
 from dmpipeline.masks import subset_masks
+from dmpipeline.store import Run
 from dmpipeline.train import GradientTrainer
 
 _EXAMPLES_AT_ONCE = 256
@@ -119,8 +119,8 @@ def log_odds_gradients(network: nn.Module, state: State, inputs: Tensor, labels:
     parameters = {name: tensor for name, tensor in state.items() if name in learned}
     rest = {name: tensor for name, tensor in state.items() if name not in learned}
 
-    def log_odds(parameters: State, example: Tensor, label: Tensor) -> Tensor:
-        logits = torch.func.functional_call(network, (parameters, rest), (example[None],))[0]
+    def log_odds(parameters: dict[str, Tensor], example: Tensor, label: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(network, (parameters, rest), (example[None],))[0]
         is_true = torch.arange(logits.shape[-1]) == label
         return logits.gather(-1, label[None])[0] - torch.logsumexp(logits.masked_fill(is_true, -torch.inf), -1)
 

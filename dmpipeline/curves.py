@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from dmpipeline.datamodels import Datamodels
+from dmpipeline.directory import write_beside
 from dmpipeline.errors import SpecError
 from dmpipeline.evaluate import Evaluation, evaluate, readable_score, readable_table
 from dmpipeline.figures import LIGHT, Palette, blank, file_bytes
 from dmpipeline.fitting import Progress, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
 from dmpipeline.priors import check_prior
-from dmpipeline.directory import write_beside
 
 Estimate = Callable[[Moments, Moments], Datamodels]
 """Fits datamodels from the moments of the rows to fit on and of those that choose lam, as `fit_moments` does."""

@@ -29,7 +29,8 @@ from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.spec import RunSpec
 
-# Bytes of the lock file. One for each block lies below them; creation takes that of the first.
+# Bytes of the lock file; one for each block lies below them, and creation takes that of the first. Whoever trains is
+# present, and shares that with others; whoever extends a run must be alone.
 PROVENANCE_BYTE = 2**40
 PRESENCE_BYTE = 2**40 + 1
 
@@ -131,29 +132,38 @@ def dims_of_array(name: str, dataset: Dataset) -> dict[str, int]:
 
 
 def put_extended(path: Path, staging: Path) -> None:
-    """Put a run's new files in place, all of which are in `staging`; whoever opens the run finishes it if we cannot."""
+    """Put a run's new files in place, all of which are in `staging`; the caller holds the run alone."""
     os.rename(staging, path / _EXTENDED)
-    finish_extension(path)
+    _finish(path)
+
+
+def is_settled(path: Path) -> bool:
+    """Tell whether no files are still to be put in place."""
+    return not (path / _EXTENDED).exists()
 
 
 def finish_extension(path: Path) -> None:
-    """Finish putting a run's new files in place, if that was begun; each step may be done again."""
-    staged = path / _EXTENDED
-    if not staged.exists():
+    """Finish putting a run's new files in place, if a process was killed while it did."""
+    if is_settled(path):
         return
-    with open(path / "lock", "a+b") as lock, claimed(lock, 0, wait=True), explain_os_errors(path):
-        if not staged.exists():
-            return
-        if (staged / "store.zarr").exists():
-            if (path / "store.zarr").exists():
-                os.rename(path / "store.zarr", staged / "old.zarr")
-            os.rename(staged / "store.zarr", path / "store.zarr")
-        # what the catalog lists is not all there any more
-        (path / "catalog.yaml").unlink(missing_ok=True)
-        for name in ("provenance.json", "run.yaml"):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(staged / name, path / name)
-        shutil.rmtree(staged)
+    with open(path / "lock", "a+b") as lock, claimed(lock, PRESENCE_BYTE, wait=True), explain_os_errors(path):
+        if not is_settled(path):
+            _finish(path)
+
+
+def _finish(path: Path) -> None:
+    """Put files in place; each step may be done again."""
+    staged = path / _EXTENDED
+    if (staged / "store.zarr").exists():
+        if (path / "store.zarr").exists():
+            os.rename(path / "store.zarr", staged / "old.zarr")
+        os.rename(staged / "store.zarr", path / "store.zarr")
+    # what the catalog lists is not all there any more
+    (path / "catalog.yaml").unlink(missing_ok=True)
+    for name in ("provenance.json", "run.yaml"):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(staged / name, path / name)
+    shutil.rmtree(staged)
 
 
 def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from dmdata.formats import npy_header
 from dmdata.s3 import remove, upload
-from dmpipeline.errors import RunError, VerificationError, explain_os_errors
 from dmpipeline.directory import write_beside
+from dmpipeline.errors import RunError, VerificationError, explain_os_errors
 from dmpipeline.store import Progress, Run, block_digest, describe_datamodels
 
 _COPIED_BYTES = 2**22

@@ -178,4 +178,3 @@ def default_outputs(dataset: Dataset) -> tuple[OutputName, ...]:
     if dataset.is_regression:
         return ("squared_errors", "predictions")
     return ("log_likelihoods",) if dataset.is_sequence else ("margins", "logits")
-

@@ -130,8 +130,8 @@ class Run:
             If its run.yaml was damaged.
         """
         path = Path(path).absolute()
-        directory.finish_extension(path)
         directory.require_run(path)
+        directory.finish_extension(path)
         spec = RunSpec.read(path / "run.yaml")
         try:
             arrays = zarr.open_group(path / "store.zarr", mode="r+", zarr_format=3)
@@ -289,7 +289,7 @@ class Run:
             open(self.path / "lock", "a+b") as lock,
             claimed(lock, PRESENCE_BYTE, wait=True, shared=True),
         ):
-            if RunSpec.read(self.path / "run.yaml") != self.spec:
+            if not directory.is_settled(self.path) or RunSpec.read(self.path / "run.yaml") != self.spec:
                 raise RunError(f"{self.path} was extended meanwhile; open it again", path=self.path)
             trainer = self.trainer(device, way, lock=lock)
             began, clock, n_trained = directory.now(), time.monotonic(), 0

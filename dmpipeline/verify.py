@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.datasets import Dataset
+from dmpipeline.directory import dims_of_array
 from dmpipeline.errors import RunError, SpecError
-from dmpipeline.masks import draw_masks, subset_size
-from dmpipeline.outputs import correct_class_margins
-from dmpipeline.store import ARRAYS, Block, Progress, Run, block_digest
+from dmpipeline.masks import subset_masks, subset_size
+from dmpipeline.outputs import output_of
+from dmpipeline.spec import MASK_LAWS
+from dmpipeline.store import Block, Progress, Run, block_digest
 
 CHECKS = {
     "dataset": "the dataset is the one the run was created with",
@@ -24,10 +26,10 @@ CHECKS = {
     "complete": "no row is missing",
     "digests": "every block has the bytes it was stored with",
     "finite": "all outputs are finite",
-    "mask_sizes": "every mask has exactly the spec's number of examples",
-    "masks": "every mask is the one its seed draws",
-    "margins": "margins equal those of the logits, to the bit",
-    "duplicates": "no two rows share a subset, unless declared retrainings, nor logits",
+    "mask_sizes": "every mask has as many examples as the spec says",
+    "masks": "every mask is the one its seed draws, or that was given",
+    "margins": "margins, and what else follows from the logits, equal those of the logits, to the bit",
+    "duplicates": "no two rows share a subset, unless declared retrainings, nor outputs",
 }
 """What is checked, in the order of the findings, and what holds where it passed."""
 
@@ -125,7 +127,7 @@ def _find_dataset(run: Run, notes: _Notes) -> Dataset | None:
 def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
     """Compare shapes and dtypes with the spec; without a dataset, sizes are those the arrays agree on."""
     try:
-        arrays = {name: run.array(name) for name in (*ARRAYS, "block_digests")}
+        arrays = {name: run.array(name) for name in (*run.spec.arrays, "block_digests")}
     except RunError as error:
         notes.add("arrays", str(error))
         return False
@@ -135,19 +137,11 @@ def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
         notes.add("arrays", f"block_digests cannot be read ({error.reason})")
         return False
     n_rows = run.spec.n_rows
-    if dataset is not None:
-        n_train, n_test, n_classes = dataset.n_train, dataset.n_test, dataset.n_classes
-    else:
-        n_train, n_test = arrays["train_masks"].shape[-1], arrays["test_margins"].shape[-1]
-        n_classes = arrays["test_logits"].shape[-1]
-    expected = {
-        "train_masks": ((n_rows, n_train), "bool"),
-        "test_margins": ((n_rows, n_test), "float16"),
-        "train_margins": ((n_rows, n_train), "float16"),
-        "test_logits": ((n_rows, n_test, n_classes), "float16"),
-        "train_logits": ((n_rows, n_train, n_classes), "float16"),
-        "block_digests": ((len(run.spec.blocks), 32), "uint8"),
-    }
+    expected = {"block_digests": ((len(run.spec.blocks), 32), "uint8")}
+    for name in run.spec.arrays:
+        dtype = "bool" if name == "train_masks" else output_of(name).dtype
+        dims = dims_of_array(name, dataset).values() if dataset is not None else arrays[name].shape[1:]
+        expected[name] = ((n_rows, *dims), dtype)
     found = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
     for name, (shape, dtype) in expected.items():
         if found[name] != (shape, dtype):
@@ -167,39 +161,55 @@ def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, n
     masks = block["train_masks"]
     n_train = masks.shape[1]
     finite = np.ones(len(rows), np.bool_)
-    for name in ARRAYS[1:]:
+    for name in run.spec.arrays[1:]:
         finite &= np.isfinite(block[name]).reshape(len(rows), -1).all(axis=1)
-    drawn = draw_masks(run.spec.seed, run.spec.subset_indices(rows), n_train, run.spec.alpha)
-    wrong = {
-        ("finite", "have outputs that are not finite"): ~finite,
-        ("mask_sizes", f"have masks of another size than {subset_size(n_train, run.spec.alpha)}"): (
-            masks.sum(axis=1) != subset_size(n_train, run.spec.alpha)
-        ),
-        ("masks", "have masks that their seeds do not draw"): (masks != drawn).any(axis=1),
-    }
+    wrong: dict[tuple[str, str], npt.NDArray[np.bool_]] = {("finite", "have outputs that are not finite"): ~finite}
+    if run.spec.masks == "exact":
+        size = subset_size(n_train, run.spec.alpha)
+        wrong["mask_sizes", f"have masks of another size than {size}"] = np.asarray(masks.sum(axis=1) != size)
+    else:
+        wrong["mask_sizes", "have masks without an example"] = ~np.asarray(masks.any(axis=1))
+    source = "their seeds do not draw" if run.spec.masks in MASK_LAWS else f"are not those of {run.spec.masks}"
+    try:
+        differs: npt.NDArray[np.bool_] = masks != subset_masks(run.spec, rows, n_train)
+        wrong["masks", f"have masks that {source}"] = np.asarray(differs.any(axis=1))
+    except SpecError as error:
+        notes.add("masks", f"could not be checked: {error}")
     if dataset is not None:
         for part, labels in (("test", dataset.test_labels), ("train", dataset.train_labels)):
-            same = _margins_are_of(block[f"{part}_margins"], block[f"{part}_logits"], labels)
-            wrong["margins", f"have {part} margins that are not those of their logits"] = ~same
+            wrong |= _derived_wrongly(block, part, labels)
     for (check, what), flags in wrong.items():
         notes.add_rows(check, what, [rows[i] for i in np.flatnonzero(flags).tolist()])
 
 
-def _margins_are_of(
-    margins: npt.NDArray[np.float16], logits: npt.NDArray[np.float16], labels: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    # damaged logits may give margins beyond float16 or none at all: they compare unequal, and need no warning
-    with np.errstate(over="ignore", invalid="ignore"):
-        expected = correct_class_margins(logits, labels).astype(np.float16)
-    return np.asarray((margins.view(np.uint16) == expected.view(np.uint16)).all(axis=1))
+def _derived_wrongly(block: Block, part: str, labels: npt.NDArray[Any]) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:
+    """Find rows whose stored outputs do not follow from their raw ones, if those are stored."""
+    raw = next((name for name in (f"{part}_logits", f"{part}_predictions") if name in block), None)
+    if raw is None:
+        return {}
+    wrong = {}
+    for name in block:
+        if not name.startswith(f"{part}_") or name in (raw, "train_masks"):
+            continue
+        # damaged logits may give margins beyond float16 or none at all: they compare unequal, and need no warning
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = block[raw]
+            if raw.endswith("predictions") and labels.ndim == 1:
+                numbers = numbers[..., None]
+            expected = np.ascontiguousarray(output_of(name)(numbers, labels))
+        stored = np.ascontiguousarray(block[name])
+        same = (stored.view(np.uint8) == expected.view(np.uint8)).reshape(len(stored), -1).all(axis=1)
+        what = name.replace("_", " ")
+        wrong["margins", f"have {what} that are not those of their {raw.partition('_')[2]}"] = ~same
+    return wrong
 
 
 class _Duplicates:
-    """Remembers rows by digests of their masks and logits, and notes those that were met before."""
+    """Remembers rows by digests of their masks and outputs, and notes those that were met before."""
 
     def __init__(self) -> None:
         self.mask_rows: dict[bytes, tuple[int, int]] = {}
-        self.logit_rows: dict[bytes, int] = {}
+        self.output_rows: dict[bytes, int] = {}
 
     def check(self, run: Run, rows: range, block: Block, notes: _Notes) -> None:
         subsets = run.spec.subset_indices(rows).tolist()
@@ -207,9 +217,9 @@ class _Duplicates:
             _, of_subset = self.mask_rows.setdefault(_short_digest(block["train_masks"][i]), (row, subset))
             if of_subset != subset:
                 notes.add_rows("duplicates", "have the mask of an earlier row", [row])
-            logits = _short_digest(block["test_logits"][i], block["train_logits"][i])
-            if self.logit_rows.setdefault(logits, row) != row:
-                notes.add_rows("duplicates", "have the logits of an earlier row", [row])
+            outputs = _short_digest(*(block[name][i] for name in run.spec.arrays[1:]))
+            if self.output_rows.setdefault(outputs, row) != row:
+                notes.add_rows("duplicates", "have the outputs of an earlier row", [row])
 
 
 def _short_digest(*arrays: npt.NDArray[Any]) -> bytes:

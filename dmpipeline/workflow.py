@@ -36,12 +36,12 @@ from dmpipeline.checkpoints import Checkpoints
 from dmpipeline.curves import Estimate, LearningCurve, default_counts, draw_curves, learning_curves, split_counts
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
+from dmpipeline.directory import write_beside
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
-from dmpipeline.directory import write_beside
 from dmpipeline.store import Run
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
@@ -94,9 +94,9 @@ def fit_run(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
-    """Fit datamodels of a run's test margins, or of what else it stores first, on its models, held-out ones left out, and save them in the run.
+    """Fit datamodels of what a run stores first of test examples, mostly margins, and save them in the run.
 
-    What is finished is kept in the run, or in `directory`, as `dmpipeline.fit` has it.
+    Held-out models are left out. What is finished is kept in the run, or in `directory`, as `dmpipeline.fit` has it.
 
     Parameters
     ----------

@@ -3,13 +3,13 @@ import pytest
 import torch
 
 from dmpipeline import fit
-from dmpipeline.attribution import _gradients, gradient_scores
+from dmpipeline.attribution import gradient_scores, log_odds_gradients
 from dmpipeline.errors import SpecError
 from dmpipeline.evaluate import lds
+from dmpipeline.masks import subset_masks
 from dmpipeline.outputs import correct_class_margins
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
-from dmpipeline.train import perceptron_logits, train_parameters
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,32 @@ def held_out(run):
     return run.array("train_masks")[rows][::8], margins.reshape(30, 8, -1).mean(axis=1)
 
 
+def trained_again(run, rows):
+    """The network's form, and what each of these rows has learned."""
+    trainer = run.trainer()
+    states = trainer.states(subset_masks(run.spec, rows, trainer.dataset.n_train), run.spec.model_indices(rows))
+    return trainer.material.network, states
+
+
 def test_models_trained_again_are_those_of_the_run(run):
     dataset = run.dataset()
-    for row, parameters in zip(range(3, 6), train_parameters(run.spec, dataset, range(3, 6)), strict=True):
-        logits = perceptron_logits(parameters, torch.tensor(dataset.test_inputs)).numpy()
+    network, states = trained_again(run, range(3, 6))
+    for row, state in zip(range(3, 6), states, strict=True):
+        with torch.no_grad():
+            logits = torch.func.functional_call(network, state, (torch.tensor(dataset.test_inputs),)).numpy()
         margins = correct_class_margins(logits.astype(np.float16), dataset.test_labels)
         np.testing.assert_allclose(margins, run.array("test_margins")[row], atol=0.02)
 
 
 def test_gradients_of_all_examples_are_those_of_each(run):
     dataset = run.dataset()
-    (parameters,) = train_parameters(run.spec, dataset, range(1))
+    network, (state,) = trained_again(run, range(1))
     inputs, labels = torch.tensor(dataset.test_inputs[:7]), torch.tensor(dataset.test_labels[:7], dtype=torch.int64)
-    got = _gradients(parameters, inputs, labels)
+    got = log_odds_gradients(network, state, inputs, labels)
     for example in range(7):
-        own = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        p = torch.softmax(perceptron_logits(own, inputs[example]).double(), -1)[labels[example]]
+        own = {name: value.clone().requires_grad_() for name, value in state.items()}
+        logits = torch.func.functional_call(network, own, (inputs[example : example + 1],))[0]
+        p = torch.softmax(logits.double(), -1)[labels[example]]
         torch.log(p / (1 - p)).backward()
         expected = torch.cat([value.grad.flatten() for value in own.values()])
         torch.testing.assert_close(got[example], expected, rtol=1e-3, atol=1e-5)

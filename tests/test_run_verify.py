@@ -114,7 +114,7 @@ def test_a_row_stored_twice_is_found(run):
         run.array(name)[8] = run.array(name)[2]
     sign_again(run)
     wrong = failed(run)
-    assert wrong["duplicates"] == "row 8 has the mask of an earlier row; row 8 has the logits of an earlier row"
+    assert wrong["duplicates"] == "row 8 has the mask of an earlier row; row 8 has the outputs of an earlier row"
     assert set(wrong) == {"duplicates", "masks"}
 
 
@@ -122,7 +122,7 @@ def test_retrainings_may_share_a_mask_but_not_logits(run):
     for name in ARRAYS[1:]:
         run.array(name)[11] = run.array(name)[10]
     sign_again(run)
-    assert failed(run) == {"duplicates": "row 11 has the logits of an earlier row"}
+    assert failed(run) == {"duplicates": "row 11 has the outputs of an earlier row"}
 
 
 def test_a_chunk_that_is_gone_reads_as_rows_that_differ(run):

@@ -6,16 +6,20 @@ from dmpipeline.datasets import load_dataset
 from dmpipeline.errors import TrainingError
 from dmpipeline.masks import draw_masks, draw_orders, draw_uniform
 from dmpipeline.recipes import Perceptron
-from dmpipeline.train import GROUP_MODELS, train_block
+from dmpipeline.train import GradientTrainer, Way
 
 SMALL = Perceptron(hidden=12, epochs=3, batch_size=50)
 
 
-def trained(indices, recipe=SMALL, *, alpha=0.2, seed=5):
+PRODUCTS = Way("products", 64)
+
+
+def trained(indices, recipe=SMALL, *, alpha=0.2, seed=5, way=PRODUCTS):
     digits = load_dataset("digits")
     numbers = np.array(indices, np.uint64)
     masks = draw_masks(seed, numbers, digits.n_train, alpha)
-    return train_block(digits, recipe, masks=masks, seed=seed, model_indices=numbers, rows=range(100, 100 + len(masks)))
+    trainer = GradientTrainer(digits, recipe, seed=seed, way=way)
+    return trainer.train(masks, numbers, range(100, 100 + len(masks)))
 
 
 def trained_plainly(index, recipe=SMALL, *, alpha=0.2, seed=5):
@@ -71,8 +75,8 @@ def test_a_subset_smaller_than_a_batch_is_one_batch():
 @pytest.mark.parametrize(("hidden", "batch_size"), [(12, 50), (64, 64), (7, 33)])
 def test_a_model_is_the_same_to_the_bit_whichever_others_are_trained_with_it(hidden, batch_size):
     recipe = Perceptron(hidden=hidden, epochs=2, batch_size=batch_size)
-    many = trained(range(GROUP_MODELS + 3), recipe)
-    for others in ([17], [GROUP_MODELS + 1, 17], [1, 2, 3, 4, 5, 17, 6], range(16, 16 + 41)):
+    many = trained(range(PRODUCTS.n_models + 3), recipe)
+    for others in ([17], [PRODUCTS.n_models + 1, 17], [1, 2, 3, 4, 5, 17, 6], range(16, 16 + 41)):
         few = trained(others, recipe)
         place = list(others).index(17)
         assert (many.test[17] == few.test[place]).all()
@@ -102,9 +106,8 @@ def test_logits_have_the_shapes_and_dtype_that_are_stored():
 def test_retrainings_of_one_subset_differ():
     digits = load_dataset("digits")
     masks = np.repeat(draw_masks(0, np.array([0], np.uint64), digits.n_train, 0.2), 2, axis=0)
-    logits = train_block(
-        digits, SMALL, masks=masks, seed=0, model_indices=np.array([0, 1], np.uint64), rows=range(2)
-    ).test
+    trainer = GradientTrainer(digits, SMALL, seed=0, way=PRODUCTS)
+    logits = trainer.train(masks, np.array([0, 1], np.uint64), range(2)).test
     assert (logits[0] != logits[1]).mean() > 0.9
 
 
