@@ -23,8 +23,10 @@ from dmpipeline.spec import RunSpec
 if TYPE_CHECKING:
     from dmpipeline import workflow
     from dmpipeline.curves import LearningCurve
+    from dmpipeline.ensembles import Method
     from dmpipeline.evaluate import Evaluation
     from dmpipeline.store import Run
+    from dmpipeline.train import Way
     from dmpipeline.verify import Finding
 
 DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
@@ -90,6 +92,9 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
 )
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of the examples in a subset.")
+@click.option("--masks", default="exact", show_default=True, help="exact, bernoulli, or an .npy file of your own.")
+@click.option("--recipe", default="perceptron", show_default=True, help="By name; hyperparameters go into a run.yaml.")
+@click.option("--outputs", help="What to store, as margins,logits. [default: what the dataset's models have]")
 @click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
 @click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
 @click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
@@ -101,25 +106,27 @@ def init(
     spec: Path | None,
     dataset: str,
     alpha: float,
+    masks: str,
+    recipe: str,
+    outputs: str | None,
     models: int,
     held_out: int,
     retrainings: int,
     seed: int,
 ) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
+    from dmpipeline.datasets import load_dataset
+    from dmpipeline.outputs import default_outputs
     from dmpipeline.store import Run
 
-    wanted = (
-        RunSpec.read(spec)
-        if spec
-        else RunSpec(
-            dataset=dataset,
-            alpha=alpha,
-            n_models=models,
-            held_out={"n_subsets": held_out, "n_retrainings": retrainings},
-            seed=seed,
-        )
-    )
+    if spec:
+        wanted = RunSpec.read(spec)
+    else:
+        values = {"dataset": dataset, "alpha": alpha, "masks": masks, "n_models": models, "seed": seed}
+        values |= {"recipe": {"name": recipe}, "held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
+        wanted = RunSpec(**values)
+        stored = outputs.split(",") if outputs else default_outputs(load_dataset(wanted.located(Path.cwd()).dataset))
+        wanted = RunSpec(**values, outputs=stored)
     created = Run.create(directory, wanted)
     talk.print_data({"directory": str(created.path), "n_rows": wanted.n_rows}, _facts({"run": str(created.path)}))
     talk.remark(f"{wanted.n_rows:,} models to train; next: dmpipeline run {directory}")
@@ -127,16 +134,54 @@ def init(
 
 @commands.command("run")
 @DIRECTORY
+@click.option("--models", type=int, help="Extend the run to so many models to fit on first.")
+@click.option("--device", default="cpu", show_default=True, help="Where to train, as torch names it: cuda, cuda:1.")
+@click.option("--method", type=click.Choice(["products", "vmap", "loop"]), help="How to train. [default: the fastest]")
+@click.option("--at-once", type=click.IntRange(min=1), help="Models of a group. [default: the fastest]")
+@click.option("--replay", metavar="ROW", type=int, help="Train this row again instead, store nothing, and compare.")
 @talk_options
-def train(talk: Talk, directory: Path) -> None:
+def train(
+    talk: Talk,
+    directory: Path,
+    models: int | None,
+    device: str,
+    method: "Method | None",
+    at_once: int | None,
+    replay: int | None,
+) -> None:
     """Train what is missing in the run at DIRECTORY. Stop it at any time and run it again to go on."""
+    from dmpipeline.extension import extend
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
+    way = opened.find_way(device, method, at_once) if method or at_once else None
+    if replay is not None:
+        _print_replay(talk, opened, replay, device, way)
+        return
+    if models is not None:
+        opened = extend(opened, models)
     with talk.counting("training", "models") as progress:
-        opened.train(progress)
+        opened.train(progress, device=device, way=way)
     _print_status(talk, opened)
     talk.remark(f"next: dmpipeline verify {directory}, dmpipeline fit {directory}")
+
+
+def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | None") -> None:
+    from dmpipeline.verify import TOLERANCE, replay
+
+    found = replay(opened, row, device=device, way=way)
+    facts: dict[str, Any] = {"row": row, "same_to_the_bit": found.is_same, "agrees": found.agrees}
+    table = Table("array", "mean difference, of its standard deviation", box=None, header_style="bold")
+    for name, difference in found.differences.items():
+        table.add_row(name, "none" if found.is_same else f"{difference:.2g}")
+    talk.print_data(facts | {"differences": found.differences}, table)
+    if not found.agrees:
+        raise VerificationError(
+            f"row {row} of {opened.path} trained again is another one: it differs by more than {TOLERANCE:.0%}; if "
+            f"versions or the recipe's code changed, train anew in another directory, else see `dmpipeline verify "
+            f"{opened.path}`"
+        )
+    talk.remark(f"row {row} trained again is the same{' to the bit' if found.is_same else ', but for rounding'}")
 
 
 @commands.command("status")

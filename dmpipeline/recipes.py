@@ -454,9 +454,11 @@ def code_digest(recipe: AnyRecipe) -> str | None:
     # an instance that can be called, or a partial, has no file of its own: that of the module it is named in counts
     home = inspect.getmodule(found) if inspect.isclass(found) or inspect.isroutine(found) else module
     file = getattr(home, "__file__", None)
-    if file is None:
-        raise SpecError(f"import path {path!r} has no source file; put it into a module of your own", value=path)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+    except OSError as error:
+        wrong = f"import path {path!r} has no source file that can be read; put it into a module of your own"
+        raise SpecError(wrong, value=path) from error
 
 
 def _is_import_path(path: str) -> bool:

@@ -39,6 +39,7 @@ from dmdata.formats import pt_layouts
 from dmpipeline import directory
 from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
+from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import given_masks, subset_masks, subset_size
@@ -330,17 +331,50 @@ class Run:
         if not isinstance(recipe, Recipe):
             return make_trainer(dataset, recipe, seed=self.spec.seed)
         if lock is None:
-            way = way or self._recorded_way(device) or self._fastest_way(dataset, recipe, device)
+            way = way or self.find_way(device)
         else:
             # who comes second waits for what the first finds
             with claimed(lock, PROVENANCE_BYTE, wait=True):
-                recorded = self._recorded_way(device)
-                way = way or recorded or self._fastest_way(dataset, recipe, device)
-                if way != recorded:
+                way = way or self.find_way(device)
+                if way != self._recorded_way(device):
                     facts = self.provenance
                     facts.setdefault("ways", {})[device.partition(":")[0]] = asdict(way)
                     write_beside(self.path / "provenance.json", directory.as_json(facts))
         return GradientTrainer(dataset, recipe, seed=self.spec.seed, way=way, device=device)
+
+    def find_way(self, device: str = "cpu", method: Method | None = None, n_models: int | None = None) -> Way:
+        """Settle how to train: by what is given, what is on record, and what is measured, in this order.
+
+        Parameters
+        ----------
+        device : str
+        method : {"products", "vmap", "loop"}, optional
+        n_models : int, optional
+            Of a group.
+
+        Raises
+        ------
+        SpecError
+            If the recipe cannot be trained so, or trains its models itself.
+        """
+        dataset, recipe = self.dataset(), find_recipe(self.spec.recipe)
+        if not isinstance(recipe, Recipe):
+            raise SpecError(f"recipe {recipe.name} trains its models itself, one by one; leave out how", field="method")
+        found = Way(method, n_models or 1) if method and (n_models or method == "loop") else None
+        recorded = self._recorded_way(device)
+        if found is None and recorded is not None and method in (None, recorded.method):
+            found = recorded
+        if found is None:
+            found = fastest_way(
+                dataset,
+                recipe,
+                seed=self.spec.seed,
+                masks=subset_masks(self.spec, self.spec.blocks[0], dataset.n_train),
+                n_models=self.spec.n_rows - self.n_rows_done,
+                device=device,
+                methods=(method,) if method else None,
+            )
+        return Way(found.method, n_models or found.n_models)
 
     def train_rows(self, trainer: Trainer, rows: Sequence[int]) -> Block:
         """Train some rows; nothing is stored."""
@@ -477,11 +511,6 @@ class Run:
     def _recorded_way(self, device: str) -> Way | None:
         recorded = self.provenance.get("ways", {}).get(device.partition(":")[0])
         return Way(**recorded) if recorded else None
-
-    def _fastest_way(self, dataset: Dataset, recipe: Recipe, device: str) -> Way:
-        n_left = self.spec.n_rows - self.n_rows_done
-        masks = subset_masks(self.spec, range(min(self.spec.n_rows, self.spec.block_models)), dataset.n_train)
-        return fastest_way(dataset, recipe, seed=self.spec.seed, masks=masks, n_models=n_left, device=device)
 
     def _record_session(
         self, lock: IO[bytes], trainer: Trainer, device: str, began: str, seconds: float, n_rows: int

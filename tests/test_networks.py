@@ -1,4 +1,5 @@
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -371,7 +372,7 @@ def test_the_default_convnet_learns_digits():
     digits, recipe = load_dataset("digits"), ConvNet()
     x, y = torch.tensor(digits.train_inputs).reshape(-1, 1, 8, 8), torch.tensor(digits.train_labels)
     accuracies = []
-    for index in range(4):
+    for index in range(2):
         network = build_network(recipe, (1, 8, 8), 10)
         with_state(network, initial_state(network, 0, index))
         optimizer = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum)
@@ -457,6 +458,15 @@ def test_a_users_module_starts_from_the_models_own_numbers(users_network):
         for name in ("network.embed.weight", "network.scale", "network.out.bias"):
             assert (first[name] != other[name]).any()
     assert not {value.data_ptr() for value in first.values()} & {value.data_ptr() for value in again.values()}
+
+
+def test_a_users_modules_are_drawn_alike_by_threads_at_once(users_network):
+    network = build_network(Module(network=users_network(USERS)), (5,), 3)
+    alone = [initial_state(network, 0, index) for index in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda index: initial_state(network, 0, index), range(40)))
+    for first, second in zip(alone, together, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for its attention
