@@ -1,6 +1,8 @@
 import hashlib
 import io
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,8 +46,8 @@ def test_an_export_has_the_releases_layout_and_numpys_own_bytes(tmp_path, run, d
     for name, file in zip(ARRAYS, files, strict=False):
         saved = io.BytesIO()
         np.save(saved, run.array(name)[:])
-        assert file.path.read_bytes() == saved.getvalue()
-    assert files[-1].path.read_bytes() == datamodels.read_bytes()
+        assert Path(file.url).read_bytes() == saved.getvalue()
+    assert Path(files[-1].url).read_bytes() == datamodels.read_bytes()
 
 
 def test_sizes_and_digests_are_those_of_the_files_and_stand_in_the_catalog(tmp_path, run, datamodels):
@@ -54,10 +56,10 @@ def test_sizes_and_digests_are_those_of_the_files_and_stand_in_the_catalog(tmp_p
     assert [artifact.name for artifact in catalog.artifacts()] == [file.name for file in files]
     for file in files:
         stored = catalog.find(file.name).stored
-        content = file.path.read_bytes()
+        content = Path(file.url).read_bytes()
         assert stored.n_bytes == file.n_bytes == len(content)
         assert stored.sha256 == file.sha256 == hashlib.sha256(content).hexdigest()
-        assert catalog.find(file.name).url == str(file.path)
+        assert catalog.find(file.name).url == file.url
     assert catalog.find("digits/50pct/test_datamodels/weight").schema.shape == (1437, 360)
 
 
@@ -68,11 +70,12 @@ def test_without_datamodels_none_are_listed(tmp_path, run):
 
 def test_an_export_again_replaces_the_first(tmp_path, run):
     first = export_run(run, tmp_path / "release")
-    before = first[0].path.read_bytes()
-    first[0].path.write_bytes(b"spoiled")
+    before = Path(first[0].url).read_bytes()
+    Path(first[0].url).write_bytes(b"spoiled")
     calls = []
-    assert export_run(run, tmp_path / "release", progress=lambda done, n_rows: calls.append((done, n_rows))) == first
-    assert first[0].path.read_bytes() == before
+    again = export_run(run, tmp_path / "release", progress=lambda done, n_rows: calls.append((done, n_rows)))
+    assert again == [replace(file, replaced=True) for file in first]
+    assert Path(first[0].url).read_bytes() == before
     assert calls == [(4, 11), (8, 11), (11, 11)]
 
 
@@ -95,7 +98,7 @@ def test_two_exports_into_one_folder_at_once_do_not_share_a_file(tmp_path, run):
 
     files = export_run(run, tmp_path / "release", progress=export_too)
     assert files == others[0]
-    assert all(hashlib.sha256(file.path.read_bytes()).hexdigest() == file.sha256 for file in files)
+    assert all(hashlib.sha256(Path(file.url).read_bytes()).hexdigest() == file.sha256 for file in files)
     assert files_in(tmp_path / "release") == sorted([*(file.key for file in files), "catalog.yaml"])
 
 
