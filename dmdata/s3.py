@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 _BOTO_CHUNK_BYTES = 128 << 10
 _SILENCE_SECONDS = 20
+# S3 may be silent so long while it puts an object's parts together
+_COMPLETING_SECONDS = 120
 # at DEBUG these write out requests and what is signed of them, a session's token among it
 _LOGGERS_OF_HEADERS = tuple(f"botocore.{name}" for name in ("auth", "awsrequest", "endpoint", "hooks", "httpsession"))
 # making a client asks for its terms, which are made once, too
@@ -95,63 +96,68 @@ def access_terms(address: Address) -> AccessTerms:
     return AccessTerms(credentials.method if credentials else None, session.profile_name, endpoint, region)
 
 
-def upload(path: Path, url: str, *, acl: str | None) -> None:
-    """Put a local file under an S3 address, in parts where it is large.
+def writing_client(url: str) -> "S3Client":
+    """Make a boto3 client that writes to the bucket of an S3 address with the caller's own credentials; close it.
 
-    Parameters
-    ----------
-    path : Path
-    url : str
-        ``s3://bucket/key``; replaced if it is there.
-    acl : str or None
-        Canned ACL of the object, as "authenticated-read".
+    It tries a request up to five times.
 
     Raises
     ------
     AccessError
-        Without credentials, or without the right to write there.
+        Without credentials, or if the AWS configuration cannot be used.
     SourceError
-        If the transfer failed; nothing, or what was there before, is under the address.
+        If the bucket cannot be asked for its region.
     """
-    bucket, key = _bucket_and_key(Address(url))
-    extra = {"ACL": acl} if acl else None
-    _write(url, lambda client: client.upload_file(str(path), bucket, key, ExtraArgs=extra))
+    from botocore.config import Config
+
+    session, endpoint, region = _terms_to_write(urlsplit(url).netloc, url)
+    retries: Any = {"mode": "standard", "total_max_attempts": 5}
+    config = Config(
+        retries=retries,
+        s3={"addressing_style": "path"} if endpoint else None,
+        connect_timeout=_SILENCE_SECONDS,
+        read_timeout=_COMPLETING_SECONDS,
+        # an MD5 goes along with all that is put
+        request_checksum_calculation="when_required",
+    )
+    return session.client("s3", region_name=region, config=config)
 
 
-def remove(url: str) -> None:
-    """Remove the object at an S3 address; nothing happens if there is none.
+@contextlib.contextmanager
+def writing(url: str) -> Iterator[None]:
+    """Say in words why an S3 address could not be written while the block runs.
 
     Raises
     ------
-    AccessError, SourceError
-        As `upload`.
+    AccessError
+        Without the right to do so.
+    SourceError
+        If the transfer failed.
     """
-    bucket, key = _bucket_and_key(Address(url))
-    _write(url, lambda client: client.delete_object(Bucket=bucket, Key=key))
-
-
-def _write(url: str, action: Callable[["S3Client"], object]) -> None:
-    import boto3.exceptions
     import botocore.exceptions
+    import urllib3.exceptions
 
     try:
-        action(_session().client("s3"))
-    except botocore.exceptions.NoCredentialsError as error:
-        raise AccessError(
-            f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
-            url=url,
-            cause="no_credentials",
-        ) from error
-    except (boto3.exceptions.S3UploadFailedError, botocore.exceptions.ClientError) as error:
+        yield
+    except botocore.exceptions.ClientError as error:
         # its text may quote keys, so it is not chained
-        found = re.search(r"\((\w+)\) when calling", str(error))
-        code = found[1] if found else "no reason given"
+        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if code == "NoSuchUpload":
+            raise SourceError(
+                f"the upload of {url} was ended by somebody else; let one process write there, and try again",
+                url=url,
+                transient=True,
+            ) from None
+        if status >= 500 or code in ("RequestTimeout", "BadDigest", "InvalidPart"):
+            raise SourceError(f"{url} could not be written ({code}); try again", url=url, transient=True) from None
         raise AccessError(
-            f"{url} may not be written ({code}); check the bucket's name and that these credentials may put objects",
+            f"{url} may not be written ({code} for {error.operation_name}); check the bucket's name and that these "
+            "credentials may get and put objects and list multipart uploads there",
             url=url,
             cause="denied",
         ) from None
-    except botocore.exceptions.BotoCoreError as error:
+    except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        vars(error).update(request=None, response=None)
         raise SourceError(f"{url} could not be written: {error}; try again", url=url, transient=True) from error
 
 
@@ -498,13 +504,7 @@ def writable_store(url: str) -> Any:
     bucket, prefix = _bucket_and_key(Address(url))
 
     def make() -> Any:
-        session, credentials, endpoint, region = _terms(bucket, Address(url))
-        if credentials is None:
-            raise AccessError(
-                f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
-                url=url,
-                cause="no_credentials",
-            )
+        session, endpoint, region = _terms_to_write(bucket, url)
         # nobody counts these requests, so obstore's own retries may stay
         return S3Store(
             bucket,
@@ -517,3 +517,14 @@ def writable_store(url: str) -> Any:
         )
 
     return _client_once((url, "writable", "obstore"), make)
+
+
+def _terms_to_write(bucket: str, url: str) -> "tuple[boto3.Session, str | None, str]":
+    session, credentials, endpoint, region = _terms(bucket, Address(url))
+    if credentials is None:
+        raise AccessError(
+            f"no AWS credentials were found to write {url}; run aws configure, or set AWS_PROFILE",
+            url=url,
+            cause="no_credentials",
+        )
+    return session, endpoint, region

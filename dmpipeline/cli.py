@@ -369,7 +369,8 @@ def report(talk: Talk, directory: Path) -> None:
 def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, acl: str | None) -> None:
     """Write the run at DIRECTORY in the release's own layout to DESTINATION, a folder or s3://bucket/prefix.
 
-    .npy arrays, the .pt of its datamodels if there are any, and a catalog.yaml that dmdata opens.
+    .npy arrays, the .pt of its datamodels if there are any, and a catalog.yaml that dmdata opens. Other datasets and
+    alphas that are in DESTINATION stay. What is sent to a bucket before you stop it is not sent again.
     """
     from dmpipeline.export import export_run, publish_run
     from dmpipeline.store import Run
@@ -381,11 +382,19 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
             files = publish_run(opened, destination, fitted, progress, requester_pays=requester_pays, acl=acl)
         else:
             files = export_run(opened, destination, fitted, progress, requester_pays=requester_pays)
-    table = Table("artifact", "key", "size", "SHA-256", box=None, header_style="bold")
+    in_bucket = destination.startswith("s3://")
+    table = Table("artifact", "key", "size", "SHA-256", *(["sent"] if in_bucket else []), box=None, header_style="bold")
+    data = []
     for file in files:
-        table.add_row(file.name, file.key, readable_bytes(file.n_bytes), file.sha256[:16])
-    data = [{"name": f.name, "key": f.key, "bytes": f.n_bytes, "sha256": f.sha256} for f in files]
+        row, facts = [], {"name": file.name, "key": file.key, "bytes": file.n_bytes, "sha256": file.sha256}
+        if file.sent_bytes is not None:
+            row = [readable_bytes(file.sent_bytes)]
+            facts |= {"sent_bytes": file.sent_bytes, "present_bytes": file.n_bytes - file.sent_bytes}
+        table.add_row(file.name, file.key, readable_bytes(file.n_bytes), file.sha256[:16], *row)
+        data.append(facts | {"replaced": file.replaced})
     talk.print_data({"destination": destination, "files": data}, table)
+    if n_replaced := sum(file.replaced for file in files):
+        talk.remark(f"{n_replaced} of {len(files)} files replaced those that {destination} listed under their names")
     talk.remark(f"next: dmdata ls --catalog {destination}")
 
 

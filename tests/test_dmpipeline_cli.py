@@ -101,7 +101,11 @@ def test_a_run_goes_from_init_to_export_step_by_step(tmp_path, capsys):
     code, _, said = call(capsys, "evaluate", directory)
     assert code == 1
     assert "dmpipeline fit" in said
-    assert call(capsys, "export", directory, tmp_path / "out")[0] == 0
+    code, data, said = call(capsys, "export", directory, tmp_path / "out", "--json")
+    assert code == 0
+    assert "replaced" not in said
+    assert [set(file) for file in data["files"]] == [{"name", "key", "bytes", "sha256", "replaced"}] * 5
+    assert "5 of 5 files replaced" in call(capsys, "export", directory, tmp_path / "out")[2]
     assert dmdata.open("digits/20pct/train_masks", catalog=tmp_path / "out")[:].sum(1).tolist() == [287] * 68
 
 

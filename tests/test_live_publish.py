@@ -1,10 +1,13 @@
 """A run published to the real bucket is read by a stranger who pays, through the catalog beside it."""
 
+import json
+
 import numpy as np
 import pytest
 
 import dmdata
 from dmdata.errors import AccessError, BudgetError
+from dmpipeline.cli import main
 from dmpipeline.export import publish_run
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
@@ -77,3 +80,16 @@ def test_a_stranger_cannot_publish(published):
     run, url = published
     with pytest.raises(AccessError, match="may not be written"):
         publish_run(run, f"{url}/mine")
+
+
+def test_the_command_says_what_was_sent_and_what_was_there(published, live_s3, monkeypatch, capsys):
+    run, url = published
+    for name, value in live_s3.owner_env.items():
+        monkeypatch.setenv(name, value)
+    live_s3.owner.delete_object(Bucket=live_s3.bucket, Key="published/digits/data/test_margins_50pct.npy")
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(run.path), url, "--requester-pays", "--acl", "authenticated-read", "--json"])
+    files = json.loads(capsys.readouterr().out)["files"]
+    sent = {file["name"].rpartition("/")[2]: (file["sent_bytes"], file["present_bytes"]) for file in files}
+    sizes = {file["name"].rpartition("/")[2]: file["bytes"] for file in files}
+    assert sent == {name: (size, 0) if name == "test_margins" else (0, size) for name, size in sizes.items()}
