@@ -11,9 +11,11 @@ from dmpipeline import examples
 from dmpipeline.datasets import load_dataset, save_dataset
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.examples import checked_dataset
+from dmpipeline.masks import subset_masks
+from dmpipeline.recipes import find_recipe
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
-from dmpipeline.train import train_rows
+from dmpipeline.train import Way, make_trainer
 from dmpipeline.workflow import evaluate_run, fit_run, report_run
 
 RNG = np.random.default_rng(0)
@@ -194,8 +196,12 @@ def test_pictures_on_disk_train_as_the_same_numbers_in_memory(tmp_path):
     names = ("train_inputs", "train_labels", "test_inputs", "test_labels")
     np.savez(tmp_path / "floats.npz", **dict(zip(names, (floats, labels, floats, labels), strict=True)))
     folder = save_dataset(tmp_path / "bytes", (pictures, labels), (pictures, labels))
-    (_, mapped), (_, whole) = (
-        train_rows(spec, load_dataset(str(p)), range(3)) for p in (folder, tmp_path / "floats.npz")
+    recipe, way = find_recipe(spec.recipe), Way("products", 3)
+    mapped, whole = (
+        make_trainer(load_dataset(str(path)), recipe, seed=spec.seed, way=way).train(
+            subset_masks(spec, range(3), len(labels)), spec.model_indices(range(3)), range(3)
+        )
+        for path in (folder, tmp_path / "floats.npz")
     )
     np.testing.assert_allclose(mapped.train, whole.train, rtol=1e-2, atol=1e-3)
 
