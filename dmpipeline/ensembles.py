@@ -99,7 +99,7 @@ class Material:
     @functools.cached_property
     def labels(self) -> Tensor:
         """Those of the train examples, on the device."""
-        return torch.from_numpy(self.dataset.train_labels).to(self.device)
+        return torch.tensor(self.dataset.train_labels, device=self.device)
 
     def network_inputs(self, stored: Tensor) -> Tensor:
         """Turn some stored examples into what the network takes."""
