@@ -456,6 +456,6 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
     table.add_row("LDS", readable_score(evaluation.lds_ratio), "as a share of its noise ceiling")
     table.add_row("LDS", readable_score(evaluation.lds_single), "single retrainings")
     table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
-    table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, squared logits")
+    table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, in squared units of the output")
     table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
     return table
