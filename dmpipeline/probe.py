@@ -71,7 +71,7 @@ def fastest_way(
                 field="method",
                 value=method,
             )
-    if (methods or possible) == ("loop",) and material.device.type == "cpu":
+    if (methods or possible) == ("loop",) and not _compiles(material):
         return Way("loop", 1)
     began, rates = time.perf_counter(), dict[Way, float]()
     masks = _of_one_kind(material, masks)
@@ -92,13 +92,15 @@ def fastest_way(
                 tell(way, rates[way])
         return rates.get(way, 0.0)
 
+    chosen = []
     for method in methods or possible:
         way = Way(method, min(_usual_models(material, method), len(masks)))
         while not _fits(material, way, len(masks)):
             way = Way(method, way.n_models // 2)
         best = rate(way)
-        if method == "loop" and material.device.type == "cuda":
-            rate(Way("loop", 1, compiled=True))
+        if method == "loop" and _compiles(material):
+            chosen.append(Way("loop", 1, compiled=True))
+            rate(chosen[-1])
         for factor in (2, 0.5):
             # a larger group takes more memory, and must be worth it
             while method != "loop" and (n := int(way.n_models * factor)):
@@ -106,7 +108,8 @@ def fastest_way(
                 if rate(another) <= best * (_WORTH_DOUBLING if factor > 1 else 1):
                     break
                 way, best = another, rate(another)
-    return max(rates, key=rates.__getitem__)
+        chosen.append(way)
+    return max(chosen, key=rate)
 
 
 def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> float:
@@ -137,7 +140,7 @@ def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> 
         return float(sum(each(work, range(n_workers))))
 
 
-def model_bytes(material: Material) -> int:
+def model_bytes(material: Material, method: Method) -> int:
     """Estimate the memory that a model in training takes: its numbers three times, and the outputs of its layers twice.
 
     A patch for each place comes on top where convolutions are products.
@@ -145,17 +148,17 @@ def model_bytes(material: Material) -> int:
     state = initial_state(material.network, 0, 0)
     numbers = sum(tensor.numel() for tensor in state.values())
     batch = min(material.recipe.batch_size, material.dataset.n_train)
-    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material))
+    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material, with_patches=method == "products"))
 
 
-def _outputs_of_layers(material: Material) -> int:
-    """Count the numbers that all layers put out for one example, and those of convolutions' patches."""
+def _outputs_of_layers(material: Material, *, with_patches: bool) -> int:
+    """Count the numbers that all layers put out for one example, perhaps with those of convolutions' patches."""
     counted = []
 
     def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
         if isinstance(output, torch.Tensor):
             counted.append(output[0].numel())
-        if isinstance(layer, nn.Conv2d):
+        if with_patches and isinstance(layer, nn.Conv2d):
             counted.append(inputs[0][0].numel() * layer.kernel_size[0] * layer.kernel_size[1])
 
     twin = copy.deepcopy(material.network).eval()
@@ -171,7 +174,7 @@ def _fits(material: Material, way: Way, n_masks: int) -> bool:
     if way.n_models == 1:
         return True
     n_workers = torch.get_num_threads() if material.device.type == "cpu" else 1
-    needed = way.n_models * n_workers * model_bytes(material)
+    needed = way.n_models * n_workers * model_bytes(material, way.method)
     return way.n_models <= min(n_masks, _MOST_MODELS) and needed <= _SHARE_OF_MEMORY * _free_bytes(material.device)
 
 
@@ -180,6 +183,11 @@ def _free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _compiles(material: Material) -> bool:
+    """Tell whether it may be worth a minute to compile a network."""
+    return material.device.type == "cuda"
 
 
 def _of_one_kind(material: Material, masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
