@@ -5,6 +5,7 @@ gradients, whose least-squares fit has leverage scores of the training examples 
 averaged. They order examples far worse than datamodels do; what they are for is `dmpipeline.fit(..., prior=scores)`.
 """
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -79,7 +80,7 @@ def gradient_scores(
     material = trainer.material
     inputs = torch.cat([material.network_inputs(part) for part in (material.train_inputs, material.test_inputs)])
     labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
-    network = material.network.eval()
+    network = copy.deepcopy(material.network).eval()
     scores = torch.zeros(dataset.n_train, dataset.n_test, dtype=torch.float64)
     rows = range(n_models)
     states = trainer.states(subset_masks(run.spec, rows, dataset.n_train), run.spec.model_indices(rows))

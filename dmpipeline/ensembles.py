@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,13 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from dmpipeline.augmentation import augmented, normalised, tta_views
+from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset, as_features
 from dmpipeline.layers import StackedNetworks, State, can_stack, laid_out, true_outputs
-from dmpipeline.networks import build_network
+from dmpipeline.networks import build_network, named_tensors
 from dmpipeline.recipes import LogisticRegression, Perceptron, Recipe
 
 Method = Literal["products", "vmap", "loop"]
 """How a group is trained."""
+
+COMPILER = "inductor"
+"""What `torch.compile` compiles with."""
 
 _EVALUATED_EXAMPLES = 512  # at once, of all models of a group together
 
@@ -70,10 +74,12 @@ class Material:
         Raises
         ------
         SpecError
-            If the recipe's network cannot take them.
+            If the recipe's network cannot take them, or gives outputs of another shape than is to be predicted.
         """
         shape = _input_shape(dataset, recipe)
-        return cls(dataset, recipe, torch.device(device), build_network(recipe, shape, dataset.n_classes))
+        material = cls(dataset, recipe, torch.device(device), build_network(recipe, shape, dataset.n_classes))
+        _check_network(material)
+        return material
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -99,7 +105,36 @@ class Material:
     @functools.cached_property
     def labels(self) -> Tensor:
         """Those of the train examples, on the device."""
-        return torch.tensor(self.dataset.train_labels, device=self.device)
+        return self._on_device(self.dataset.train_labels)
+
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether the network draws random numbers while it trains, as dropout does."""
+        twin = copy.deepcopy(self.network)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            before = torch.get_rng_state()
+            twin(self.blank_inputs)
+            return not torch.equal(torch.get_rng_state(), before)
+
+    @property
+    def blank_inputs(self) -> Tensor:
+        """Two examples of nothing but zeros, on the CPU, to try the network on."""
+        is_tokens = self.dataset.train_inputs.dtype.kind == "i"
+        return torch.zeros(2, *self.input_shape, dtype=torch.int64 if is_tokens else torch.float32)
+
+    @functools.cached_property
+    def compiled(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        """A network on the device and its compiled form: made once, for each model's numbers in turn."""
+        network = copy.deepcopy(self.network).to(self.device)
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return network, torch.compile(network, backend=COMPILER, mode=mode, dynamic=False)
+
+    def prepare(self, method: Method) -> None:
+        """Make what groups share, before threads come that would each make it."""
+        if method == "products":
+            _ = self.laid_out
+        else:
+            _ = self.train_inputs, self.test_inputs, self.labels
 
     def network_inputs(self, stored: Tensor) -> Tensor:
         """Turn some stored examples into what the network takes."""
@@ -118,7 +153,10 @@ class Material:
         return train, test, true_outputs(self.labels, self.dataset.n_classes, self.recipe.label_smoothing)
 
     def _resident(self, inputs: np.ndarray[Any, Any]) -> Tensor:
-        numbers = inputs if len(self.input_shape) == 3 or inputs.dtype.kind == "i" else as_features(inputs)
+        is_as_stored = len(self.input_shape) == 3 or inputs.dtype.kind == "i"
+        return self._on_device(inputs if is_as_stored else as_features(inputs))
+
+    def _on_device(self, numbers: np.ndarray[Any, Any]) -> Tensor:
         with warnings.catch_warnings():
             # of arrays that may not be written to, as memory maps: nobody does
             warnings.simplefilter("ignore", UserWarning)
@@ -136,13 +174,18 @@ def possible_methods(material: Material) -> tuple[Method, ...]:
     return ("vmap", "loop")
 
 
-def begin_group(material: Material, method: Method, states: Sequence[State], batch: int) -> Group:
-    """Set up a group whose models begin with these states and take steps on so many examples."""
+def begin_group(
+    material: Material, method: Method, states: Sequence[State], batch: int, *, compiled: bool = False
+) -> Group:
+    """Set up a group whose models begin with these states and take steps on so many examples.
+
+    With `compiled`, for the method loop alone, it has the material's one compiled network until the next is set up.
+    """
     if method == "products":
         return _Products(material, states, batch)
     if method == "loop" and len(states) != 1:
         raise ValueError("a loop has one model at a time")
-    return _Differentiated(material, states, is_stacked=method == "vmap")
+    return _Differentiated(material, states, is_stacked=method == "vmap", is_compiled=compiled)
 
 
 def mean_losses(outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -205,19 +248,24 @@ class _Products:
 class _Differentiated:
     """Models whose gradients torch finds: one, or several under vmap with their numbers stacked."""
 
-    def __init__(self, material: Material, states: Sequence[State], *, is_stacked: bool) -> None:
+    def __init__(self, material: Material, states: Sequence[State], *, is_stacked: bool, is_compiled: bool) -> None:
         self.material, self.recipe, self.n_models = material, material.recipe, len(states)
-        self.network = copy.deepcopy(material.network).to(material.device)
         self.is_stacked = is_stacked
+        if is_compiled:
+            self.network, self._trained = material.compiled
+        else:
+            self.network = self._trained = copy.deepcopy(material.network).to(material.device)
         if is_stacked:
             tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
             tensors = {name: tensor.to(material.device) for name, tensor in tensors.items()}
-            learned = {name for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+            learned = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
             self.parameters = {name: tensors.pop(name).requires_grad_() for name in learned}
             self.buffers = tensors
             self._batched = torch.func.vmap(self._functional)
         else:
-            self.network.load_state_dict(states[0])
+            with torch.no_grad():
+                for name, tensor in named_tensors(self.network):
+                    tensor.copy_(states[0][name])
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
         is_half = self.recipe.precision == "half" and material.device.type == "cuda"
@@ -259,7 +307,7 @@ class _Differentiated:
 
     def states(self) -> list[dict[str, Tensor]]:
         if not self.is_stacked:
-            return [{name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}]
+            return [{name: tensor.detach().cpu().clone() for name, tensor in named_tensors(self.network)}]
         stacked = self.parameters | self.buffers
         each = range(self.n_models)
         return [{name: tensor[model].detach().cpu().clone() for name, tensor in stacked.items()} for model in each]
@@ -280,7 +328,8 @@ class _Differentiated:
             alone = inputs[0]
             if alone.ndim == 4:
                 alone = alone.contiguous(memory_format=torch.channels_last)
-            outputs: Tensor = self.network(alone)
+            # evaluation has other sizes, for which nothing is worth compiling
+            outputs: Tensor = (self._trained if self.network.training else self.network)(alone)
             return outputs[None]
 
     def _functional(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
@@ -298,10 +347,36 @@ def _input_shape(dataset: Dataset, recipe: Recipe) -> tuple[int, ...]:
     return (channels[0] if channels else 1, height, width)
 
 
+def _check_network(material: Material) -> None:
+    """Refuse a network that cannot take the dataset's examples, or does not give what is to be predicted of them."""
+    dataset, recipe, inputs = material.dataset, material.recipe, material.blank_inputs
+    twin = copy.deepcopy(material.network).eval()
+    wanted = (2, *dataset.train_labels.shape[1:], *(() if dataset.is_regression else (dataset.n_classes,)))
+    of = f"of {dataset.name}, {inputs.dtype} of shape {tuple(inputs.shape)} for two examples"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            outputs = twin(inputs)
+    except Exception as error:
+        raise SpecError(
+            f"recipe {recipe.name} cannot take the inputs {of} ({str(error).splitlines()[0]}); choose another recipe, "
+            "or mend its network",
+            field="recipe.name",
+            value=recipe.name,
+        ) from error
+    found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found != wanted and not (dataset.is_regression and found == (2, dataset.n_classes)):
+        raise SpecError(
+            f"recipe {recipe.name} makes {found} of the inputs {of}; have its network return a tensor of shape "
+            f"{wanted}, float",
+            field="recipe.name",
+            value=found,
+        )
+
+
 @functools.lru_cache(maxsize=8)
 def _vmaps(network: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Try whether torch batches a network over models: not if it draws random numbers, looks at values, or has none."""
-    state = {name: tensor.detach()[None] for name, tensor in network.state_dict().items()}
+    state = {name: tensor.detach()[None] for name, tensor in named_tensors(network)}
     inputs = torch.zeros(1, 2, *input_shape, dtype=dtype)
     twin = copy.deepcopy(network)
 
@@ -316,9 +391,7 @@ def _vmaps(network: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def _can_vmap(material: Material) -> bool:
-    stored = material.dataset.train_inputs
-    dtype = torch.int64 if stored.dtype.kind == "i" else torch.float32
-    return _vmaps(material.network, material.input_shape, dtype)
+    return _vmaps(material.network, material.input_shape, material.blank_inputs.dtype)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,8 @@ def extend(run: Run, n_models: int) -> Run:
     ):
         if not alone:
             raise RunError(f"{run.path} is being trained by another process; stop it, then extend", path=run.path)
+        if not directory.is_settled(run.path) or RunSpec.read(run.path / "run.yaml") != old:
+            raise RunError(f"{run.path} was extended meanwhile; open it again", path=run.path)
         directory.remove_staging(run.path)
         staging = directory.staging_folder(run.path, "extending")
         directory.create_store(staging / "store.zarr", new, run.dataset())
@@ -94,8 +96,11 @@ def _carry_over(run: Run, path: Path, done: npt.NDArray[np.uint8], number: int, 
             chunks = Path(name, "c", str(number))
             _link_files(run.path / "store.zarr" / chunks, path / chunks)
         return
-    whole = {block: run.read_block(old.blocks[block]) for block in numbers}
     # what is damaged is trained again, not carried over as if it were right
+    try:
+        whole = {block: run.read_block(old.blocks[block]) for block in numbers}
+    except RunError:
+        return
     if any(block_digest(block) != done[at].tobytes() for at, block in whole.items()):
         return
     first = old.blocks[numbers[0]].start

@@ -9,9 +9,11 @@ a group, for page faults cost more than sums. Where products are small this is s
 differentiation of the same network; what has no form here is trained otherwise (`ensembles`).
 
 Every axis of a product is padded to whole cache lines, so that a model's numbers lie alike wherever in a group it is:
-matrix products round differently at another alignment, and a row would depend on its place.
+matrix products round differently at another alignment, and a row would depend on its place. They also do where several
+threads share them: bits do not depend on the others of a group where torch has one thread, as in a worker of `train`.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -31,8 +33,8 @@ Learned = tuple[Tensor, Tensor]
 """A layer's weight and bias, of one model, as torch has them."""
 
 _LINE = 16  # float32 numbers in a cache line
-_NEVER = -1e30  # the bias of a class that is only padding: its probability is 0
-_OUTPUT_BYTES = 2**26  # of a layer, where no gradients are wanted
+_NEVER = -1e30  # the logit of a class that is only padding: its probability is 0
+_OUTPUT_BYTES = 2**18  # of a layer of one model, where no gradients are wanted
 
 
 @dataclass(slots=True)
@@ -68,11 +70,14 @@ class Layer(Protocol):
 
 def can_stack(network: nn.Module, input_shape: tuple[int, ...]) -> bool:
     """Tell whether every layer of a network has a form here; inputs are (n_features,) or (channels, height, width)."""
-    if not isinstance(network, nn.Sequential) or len(input_shape) not in (1, 3):
+    if type(network) is not nn.Sequential or len(input_shape) not in (1, 3):
         return False
-    layers = [layer for layer in network if not isinstance(layer, nn.Flatten)]
-    ends = layers and isinstance(layers[0], nn.Linear | nn.Conv2d) and isinstance(layers[-1], nn.Linear)
-    return bool(ends) and all(map(_has_form, network))
+    layers = list(network)
+    # a layer that is there twice is a child once
+    if len(list(network.children())) != len(layers) or not all(map(_has_form, layers)):
+        return False
+    kinds = "".join(_SPELLED[type(layer)] for layer in layers)
+    return bool(_OF_PICTURES.fullmatch(kinds) if len(input_shape) == 3 else _OF_FEATURES.fullmatch(kinds))
 
 
 class StackedNetworks:
@@ -107,7 +112,7 @@ class StackedNetworks:
     ) -> None:
         self.n_models, self.batch = len(states), batch
         self.momentum, self.weight_decay, self.is_regression = momentum, weight_decay, is_regression
-        self.layers = list(_stacked(network, states, input_shape, _NEVER if not is_regression else 0.0))
+        self.layers = list(_stacked(network, states, input_shape))
         self.n_outputs = _last(network).out_features
         self._spaces = [layer.space(self.n_models, batch, is_training=True) for layer in self.layers]
         self._x = torch.empty(self.n_models, batch, *laid_out_shape(network, input_shape))
@@ -132,6 +137,7 @@ class StackedNetworks:
         if self.is_regression:
             error.sub_(self._truth).mul_(2 / (self.batch * self.n_outputs))
         else:
+            error[..., self.n_outputs :] = _NEVER
             torch.softmax(error, -1, out=error).sub_(self._truth).div_(self.batch)
         for layer, space in zip(reversed(self.layers), reversed(self._spaces), strict=True):
             error = layer.backward(error, space, self.momentum)
@@ -143,7 +149,8 @@ class StackedNetworks:
     def outputs(self, inputs: Tensor) -> Tensor:
         """Compute the outputs of every model on every input, float32 (n_models, n, n_outputs)."""
         of_one = [layer.space(self.n_models, 1, is_training=False) for layer in self.layers]
-        largest = max(tensor.nbytes for space in of_one for tensor in space.values())
+        largest = max(tensor.nbytes // self.n_models for space in of_one for tensor in space.values())
+        # as many at once in a group of any size: products of fewer rows may round otherwise
         step = max(1, _OUTPUT_BYTES // largest)
         result = torch.empty(self.n_models, len(inputs), self.n_outputs)
         for some, into in zip(inputs.split(step), result.split(step, dim=1), strict=True):
@@ -195,13 +202,11 @@ def padded(length: int) -> int:
 class _Linear:
     """Products with weights (n_models, n_inputs, n_outputs); `places` tells where each of the network's inputs lies."""
 
-    def __init__(
-        self, name: str, layers: Sequence[Learned], places: Tensor, width: int, *, never: float, first: bool
-    ) -> None:
+    def __init__(self, name: str, layers: Sequence[Learned], places: Tensor, width: int, *, first: bool) -> None:
         self.name, self.places, self.is_first = name, places, first
         self.n_outputs = len(layers[0][1])
         weight = torch.zeros(len(layers), width, padded(self.n_outputs))
-        bias = torch.full((len(layers), 1, padded(self.n_outputs)), never)
+        bias = torch.zeros(len(layers), 1, padded(self.n_outputs))
         for model, (w, b) in enumerate(layers):
             weight[model, places, : self.n_outputs] = w.T
             bias[model, 0, : self.n_outputs] = b
@@ -342,7 +347,15 @@ class _MaxPooling(_Unlearned):
         return space["back"]
 
 
+_SPELLED = {nn.Flatten: "F", nn.Linear: "L", nn.ReLU: "R", nn.MaxPool2d: "P", nn.Conv2d: "C"}
+# Pictures are flattened before they meet a linear layer, which would otherwise be applied to each of their rows.
+_OF_FEATURES = re.compile("F*L([LRF]*L)?")
+_OF_PICTURES = re.compile("(C[CPR]*)?F+L([LRF]*L)?")
+
+
 def _has_form(layer: nn.Module) -> bool:
+    if type(layer) not in _SPELLED:
+        return False
     match layer:
         case nn.Flatten():
             return layer.start_dim == 1 and layer.end_dim == -1
@@ -351,8 +364,9 @@ def _has_form(layer: nn.Module) -> bool:
         case nn.ReLU():
             return True
         case nn.MaxPool2d():
-            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
-            return isinstance(layer.kernel_size, int) and window == (layer.kernel_size, layer.kernel_size, 0, 1, False)
+            size = layer.kernel_size
+            plain = not layer.ceil_mode and not layer.return_indices and (layer.padding, layer.dilation) == (0, 1)
+            return isinstance(size, int) and layer.stride == size and plain
         case nn.Conv2d():
             taps = layer.kernel_size[0]
             same = layer.padding in ("same", (taps // 2, taps // 2)) and layer.padding_mode == "zeros"
@@ -372,17 +386,15 @@ def _begins_with_convolution(network: nn.Module) -> bool:
     return isinstance(next(network.children(), None), nn.Conv2d)
 
 
-def _stacked(
-    network: nn.Sequential, states: Sequence[State], input_shape: tuple[int, ...], never: float
-) -> Iterator[Layer]:
+def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple[int, ...]) -> Iterator[Layer]:
     """Turn a network's layers into those of a group, following the shape of what passes through them."""
     picture: tuple[int, int, int] | None = None  # height, width, channels
     if _begins_with_convolution(network):
         n_channels, height, width = input_shape
         picture = (height, width, n_channels)
     n_inputs, real_channels = torch.Size(input_shape).numel(), input_shape[0]
-    is_first, last = True, len(network) - 1
-    for place, (name, layer) in enumerate(network.named_children()):
+    is_first = True
+    for name, layer in network.named_children():
         learned = [(state[f"{name}.weight"], state[f"{name}.bias"]) for state in states if hasattr(layer, "weight")]
         match layer:
             case nn.Conv2d():
@@ -402,8 +414,7 @@ def _stacked(
                     # torch flattens channels first
                     places = torch.arange(torch.Size(picture).numel()).view(picture)[..., :real_channels]
                     places, n_padded = places.permute(2, 0, 1).flatten(), torch.Size(picture).numel()
-                unused = never if place == last else 0.0
-                yield _Linear(name, learned, places, n_padded, never=unused, first=is_first)
+                yield _Linear(name, learned, places, n_padded, first=is_first)
                 n_inputs, picture = layer.out_features, None
             case nn.ReLU():
                 yield _Rectifier()

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     SPLIT = 3
     AUGMENTATION = 4
     TORCH_SEED = 5
+    DROPOUT = 6  # whatever a network draws while it trains
 
 
 def subset_size(n_train: int, alpha: float) -> int:
@@ -144,7 +145,7 @@ def given_masks(spec: RunSpec, n_train: int) -> npt.NDArray[np.bool_]:
     """
     wanted = (spec.n_models + spec.held_out.n_subsets, n_train)
     try:
-        masks = np.load(spec.masks, mmap_mode="r", allow_pickle=False)
+        masks = np.lib.format.open_memmap(spec.masks, mode="r")
         found = f"{masks.dtype} of shape {masks.shape}"
     except (OSError, ValueError, EOFError) as error:
         raise SpecError(

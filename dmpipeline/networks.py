@@ -113,7 +113,7 @@ def initial_state(network: nn.Module, seed: int, model_index: int) -> State:
     layers = list(_drawn_layers(network))
     sizes = [parameter.numel() for _, layer in layers for parameter in layer.parameters(recurse=False)]
     drawn = iter(torch.split(torch.from_numpy(draw_uniform(seed, model_index, sum(sizes))), sizes))
-    state = {name: value.detach().clone() for name, value in _named_tensors(network)}
+    state = {name: value.detach().clone() for name, value in named_tensors(network)}
     for prefix, layer in layers:
         n_outputs, fan_in = layer.weight.flatten(1).shape
         bound = fan_in**-0.5
@@ -125,6 +125,17 @@ def initial_state(network: nn.Module, seed: int, model_index: int) -> State:
         if layer.bias is not None:
             state[f"{prefix}.bias"] = next(drawn).mul(bound)
     return state
+
+
+def named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """List what a network's state holds: parameters and buffers, each once, those that are never saved as well."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def is_whitened(network: nn.Module) -> bool:
+    """Tell whether a network has a layer that `whitened` sets."""
+    return any(isinstance(layer, Whitening) for layer in network.modules())
 
 
 def whitened(network: nn.Module, state: State, images: torch.Tensor) -> State:
@@ -181,7 +192,7 @@ class UserNetwork(nn.Module):
                 field="recipe.network",
                 value=self.recipe.network,
             )
-        return {name: value.detach().clone() for name, value in _named_tensors(network)}
+        return {name: value.detach().clone() for name, value in named_tensors(network)}
 
     def _built(self) -> nn.Module:
         path, arguments = self.recipe.network, self.recipe.arguments
@@ -359,11 +370,6 @@ def _drawn_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             yield name, layer
-
-
-def _named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from network.named_parameters()
-    yield from network.named_buffers()
 
 
 def _pictures(recipe: Recipe, shape: tuple[int, ...], *, smallest: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ is doubled, or halved, from where its method usually does best, until that makes
 what the run itself will; a run shorter than that is trained as best guessed.
 """
 
+import copy
 import os
 import threading
 import time
@@ -18,12 +19,12 @@ from torch import nn
 from dmpipeline.ensembles import Material, Method, possible_methods
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset
-from dmpipeline.layers import State
 from dmpipeline.networks import initial_state
 from dmpipeline.recipes import Recipe
 from dmpipeline.train import GradientTrainer, Way
 
 _TRIAL_SECONDS = 0.2
+_FIRST_STEPS = 3  # pay for what later ones find ready
 _SHARE_OF_RUN = 0.1
 _SHARE_OF_MEMORY = 0.5
 _MOST_MODELS = 1024
@@ -70,7 +71,10 @@ def fastest_way(
                 field="method",
                 value=method,
             )
+    if (methods or possible) == ("loop",) and not _compiles(material):
+        return Way("loop", 1)
     began, rates = time.perf_counter(), dict[Way, float]()
+    masks = _of_one_kind(material, masks)
 
     def rate(way: Way) -> float:
         """Measure, or remember; 0 where time is up or memory would not do."""
@@ -78,14 +82,25 @@ def fastest_way(
         is_late = rates and time.perf_counter() - began > _SHARE_OF_RUN * n_models / fastest
         if way not in rates and not is_late and _fits(material, way, len(masks)):
             trainer = GradientTrainer(dataset, recipe, seed=seed, way=way, device=device, material=material)
-            rates[way] = trained_a_second(trainer, masks[: way.n_models])
+            try:
+                rates[way] = trained_a_second(trainer, masks[: way.n_models])
+            except RuntimeError:
+                if not way.compiled:
+                    raise
+                rates[way] = 0.0  # torch cannot compile it, or has no compiler here
             if tell is not None:
                 tell(way, rates[way])
         return rates.get(way, 0.0)
 
+    chosen = []
     for method in methods or possible:
         way = Way(method, min(_usual_models(material, method), len(masks)))
+        while not _fits(material, way, len(masks)):
+            way = Way(method, way.n_models // 2)
         best = rate(way)
+        if method == "loop" and _compiles(material):
+            chosen.append(Way("loop", 1, compiled=True))
+            rate(chosen[-1])
         for factor in (2, 0.5):
             # a larger group takes more memory, and must be worth it
             while method != "loop" and (n := int(way.n_models * factor)):
@@ -93,22 +108,27 @@ def fastest_way(
                 if rate(another) <= best * (_WORTH_DOUBLING if factor > 1 else 1):
                     break
                 way, best = another, rate(another)
-    return max(rates, key=rates.__getitem__)
+        chosen.append(way)
+    return max(chosen, key=rate)
 
 
 def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> float:
     """Measure how many models are trained in a second, every worker of a trainer at work on a group of these."""
     model_indices = np.arange(len(masks), dtype=np.uint64)
     steps_each = trainer.n_steps(int(masks[0].sum()))
-    with trainer.workers() as (pool, n_workers):
+    with trainer.workers() as (each, n_workers):
         barrier = threading.Barrier(n_workers)
 
         def work(_: int) -> float:
             with trainer.mode():
-                group, steps = trainer.begin(masks, model_indices), _over_again(trainer, masks, model_indices)
-                for _ in range(2):  # the first steps pay for what later ones find ready
-                    group.step(*next(steps))
-                _wait_for(trainer.material.device)
+                try:
+                    group, steps = trainer.begin(masks, model_indices), _over_again(trainer, masks, model_indices)
+                    for _ in range(_FIRST_STEPS):
+                        group.step(*next(steps))
+                    _wait_for(trainer.material.device)
+                except BaseException:
+                    barrier.abort()  # nobody waits for who will not come
+                    raise
                 barrier.wait()
                 began, n_steps = time.perf_counter(), 0
                 while (seconds := time.perf_counter() - began) < _TRIAL_SECONDS or not n_steps:
@@ -117,10 +137,10 @@ def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> 
                     _wait_for(trainer.material.device)
             return n_steps * len(masks) / seconds / steps_each
 
-        return sum(pool.map(work, range(n_workers)))
+        return float(sum(each(work, range(n_workers))))
 
 
-def model_bytes(material: Material) -> int:
+def model_bytes(material: Material, method: Method) -> int:
     """Estimate the memory that a model in training takes: its numbers three times, and the outputs of its layers twice.
 
     A patch for each place comes on top where convolutions are products.
@@ -128,27 +148,25 @@ def model_bytes(material: Material) -> int:
     state = initial_state(material.network, 0, 0)
     numbers = sum(tensor.numel() for tensor in state.values())
     batch = min(material.recipe.batch_size, material.dataset.n_train)
-    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material, state))
+    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material, with_patches=method == "products"))
 
 
-def _outputs_of_layers(material: Material, state: State) -> int:
-    """Count the numbers that all layers put out for one example, and those of convolutions' patches."""
+def _outputs_of_layers(material: Material, *, with_patches: bool) -> int:
+    """Count the numbers that all layers put out for one example, perhaps with those of convolutions' patches."""
     counted = []
 
     def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
         if isinstance(output, torch.Tensor):
             counted.append(output[0].numel())
-        if isinstance(layer, nn.Conv2d):
+        if with_patches and isinstance(layer, nn.Conv2d):
             counted.append(inputs[0][0].numel() * layer.kernel_size[0] * layer.kernel_size[1])
 
-    inputs = material.network_inputs(material.train_inputs[:2].cpu())
-    hooks = [layer.register_forward_hook(count) for layer in material.network.modules() if not list(layer.children())]
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(material.network, dict(state), (inputs,))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    twin = copy.deepcopy(material.network).eval()
+    for layer in twin.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        twin(material.blank_inputs)
     return sum(counted)
 
 
@@ -156,14 +174,29 @@ def _fits(material: Material, way: Way, n_masks: int) -> bool:
     if way.n_models == 1:
         return True
     n_workers = torch.get_num_threads() if material.device.type == "cpu" else 1
-    needed = way.n_models * n_workers * model_bytes(material)
+    needed = way.n_models * n_workers * model_bytes(material, way.method)
     return way.n_models <= min(n_masks, _MOST_MODELS) and needed <= _SHARE_OF_MEMORY * _free_bytes(material.device)
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _compiles(material: Material) -> bool:
+    """Tell whether it may be worth a minute to compile a network."""
+    return material.device.type == "cuda"
+
+
+def _of_one_kind(material: Material, masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Repeat the masks whose models take equally many steps, as most of them do, until there are as many as before."""
+    batch_size, sizes = material.recipe.batch_size, masks.sum(1)
+    batches = np.minimum(sizes, batch_size)
+    kinds, of_mask = np.unique(np.stack([batches, sizes // batches]), axis=1, return_inverse=True)
+    commonest = np.bincount(of_mask.ravel(), minlength=kinds.shape[1]).argmax()
+    return masks[np.resize(np.flatnonzero(of_mask.ravel() == commonest), len(masks))]
 
 
 def _usual_models(material: Material, method: Method) -> int:

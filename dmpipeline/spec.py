@@ -11,6 +11,7 @@ the same models and has the same held-out ones.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +161,7 @@ class RunSpec(BaseModel):
     @classmethod
     def _known_outputs(cls, outputs: Any) -> Any:
         if not isinstance(outputs, list | tuple) or not all(
-            isinstance(name, str) and name.removeprefix("test_").removeprefix("train_") in get_args(OutputName)
-            for name in outputs
+            isinstance(name, str) and re.sub("^(test|train)_", "", name) in get_args(OutputName) for name in outputs
         ):
             raise ValueError("not a list of outputs")
         return tuple(dict.fromkeys(outputs))

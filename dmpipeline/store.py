@@ -24,7 +24,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -108,7 +108,7 @@ class Run:
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
         run = cls.open(path)
-        there, wanted = run.spec.model_dump(), spec.model_dump()
+        there, wanted = (some.model_dump(mode="json") for some in (run.spec, spec))
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
             more = f" --models {wanted[name]}" if name == "n_models" and wanted[name] > there[name] else ""
@@ -374,7 +374,7 @@ class Run:
                 device=device,
                 methods=(method,) if method else None,
             )
-        return Way(found.method, n_models or found.n_models)
+        return replace(found, n_models=n_models or found.n_models)
 
     def train_rows(self, trainer: Trainer, rows: Sequence[int]) -> Block:
         """Train some rows; nothing is stored."""

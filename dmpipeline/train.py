@@ -6,9 +6,9 @@ cores are shared with other programs. A model's draws depend on nothing but the 
 same whichever block, worker or resume trained it: to the bit on the same device in the same way, else but for rounding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from dmpipeline.errors import SpecError, TrainingError
 from dmpipeline.examples import Dataset
 from dmpipeline.layers import State
 from dmpipeline.masks import Purpose, draw_bits, draw_orders
-from dmpipeline.networks import initial_state, whitened
+from dmpipeline.networks import initial_state, is_whitened, whitened
 from dmpipeline.outputs import LARGEST_LOGIT
 from dmpipeline.recipes import AnyRecipe, Function, Recipe, import_object
 
@@ -40,10 +40,13 @@ class Way:
         See `ensembles`.
     n_models : int
         In a group.
+    compiled : bool
+        Whether networks are compiled by torch first, for the method loop alone: paid once a process.
     """
 
     method: Method
     n_models: int
+    compiled: bool = False
 
     @property
     def keeps_company(self) -> bool:
@@ -130,6 +133,13 @@ class GradientTrainer:
                 field="method",
                 value=self.way.method,
             )
+        if self.way.n_models != 1 if self.way.method == "loop" else self.way.compiled:
+            raise SpecError(
+                f"method {self.way.method} has no groups of {self.way.n_models} models"
+                f"{', compiled' * self.way.compiled}; loop has one at a time, and it alone is compiled",
+                field="method",
+                value=self.way.method,
+            )
         self.dataset, self.recipe, self.seed = dataset, recipe, seed
 
     def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
@@ -140,9 +150,9 @@ class GradientTrainer:
             train, test = self._trained(masks[members], model_indices[members]).outputs()
             return [rows[i] for i in found.store(members, train, test)]
 
-        with self.workers() as (pool, n_workers):
+        with self.workers() as (each, n_workers):
             groups = self.groups(masks, n_workers)
-            diverged = [row for lost in pool.map(train_group, groups) for row in lost]
+            diverged = [row for lost in each(train_group, groups) for row in lost]
         found.require_finite(sorted(diverged))
         return Logits(train=found.train, test=found.test)
 
@@ -155,8 +165,8 @@ class GradientTrainer:
             for member, state in zip(members.tolist(), learned, strict=True):
                 states[member] = state
 
-        with self.workers() as (pool, n_workers):
-            list(pool.map(train_group, self.groups(masks, n_workers)))
+        with self.workers() as (each, n_workers):
+            list(each(train_group, self.groups(masks, n_workers)))
         return states
 
     def groups(self, masks: npt.NDArray[np.bool_], n_workers: int = 1) -> list[npt.NDArray[np.intp]]:
@@ -179,9 +189,10 @@ class GradientTrainer:
     def begin(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
         """Set up one group; its models take equally many steps."""
         states: list[State] = [initial_state(self.material.network, self.seed, int(model)) for model in model_indices]
-        if len(self.material.input_shape) == 3:
+        if is_whitened(self.material.network):
             states = [self._whitened(state, mask) for state, mask in zip(states, masks, strict=True)]
-        return begin_group(self.material, self.way.method, states, self._steps(int(masks[0].sum()))[0])
+        batch, _ = self._steps(int(masks[0].sum()))
+        return begin_group(self.material, self.way.method, states, batch, compiled=self.way.compiled)
 
     def steps(
         self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]
@@ -213,27 +224,48 @@ class GradientTrainer:
         return torch.inference_mode(self.way.method == "products")
 
     @contextmanager
-    def workers(self) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    def workers(self) -> Iterator[tuple[Callable[..., Iterator[Any]], int]]:
         """Start one thread a core that torch may use, each of which computes alone; give the caller its setting back.
 
-        A device of another kind has one thread to feed it.
+        What is given is a `map` over them, and how many there are. Only the calling thread works for a device of
+        another kind, with a compiled network, of which there is one, and where networks draw random numbers: all
+        threads draw from one generator of torch's.
         """
         n_threads, is_cpu = torch.get_num_threads(), self.material.device.type == "cpu"
-        n_workers = n_threads if is_cpu else 1
-        pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1 if is_cpu else n_threads,))
-        try:
-            with repeatable(self.material.device):
-                yield pool, n_workers
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(n_threads)
+        self.material.prepare(self.way.method)
+        with repeatable(self.material.device), ExitStack() as stack:
+            stack.callback(torch.set_num_threads, n_threads)
+            if not is_cpu or self.way.compiled or self.material.draws:
+                if is_cpu:
+                    torch.set_num_threads(1)
+                yield map, 1
+                return
+            pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            yield pool.map, n_threads
 
     def _trained(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
         with self.mode():
             group = self.begin(masks, model_indices)
-            for examples, words, lr in self.steps(masks, model_indices):
-                group.step(examples, words, lr)
+            with self._drawing(int(model_indices[0])):
+                for examples, words, lr in self.steps(masks, model_indices):
+                    group.step(examples, words, lr)
         return group
+
+    @contextmanager
+    def _drawing(self, model_index: int) -> Iterator[None]:
+        """Have a network that draws random numbers draw a model's own; torch's generators are put back."""
+        if not self.material.draws:
+            yield
+            return
+        device = self.material.device
+        number = int(draw_bits(self.seed, Purpose.DROPOUT, model_index, 1)[0])
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(number)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(number)
+            yield
 
     def _steps(self, size: int) -> tuple[int, int]:
         """Batch size and steps an epoch of a model on so many examples."""

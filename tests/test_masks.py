@@ -6,14 +6,18 @@ from hypothesis import strategies as st
 from dmpipeline.errors import SpecError
 from dmpipeline.masks import (
     Purpose,
+    draw_bernoulli_masks,
     draw_bits,
     draw_mask,
     draw_masks,
     draw_orders,
     draw_permutation,
     draw_uniform,
+    given_masks,
+    subset_masks,
     subset_size,
 )
+from dmpipeline.spec import RunSpec
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -91,3 +95,86 @@ def test_initial_numbers_are_uniform_within_one_of_zero():
 def test_a_subset_of_nothing_or_of_everything_is_refused(n_train, alpha):
     with pytest.raises(SpecError, match=str(alpha)):
         draw_mask(0, 0, n_train, alpha)
+
+
+def test_independent_masks_hold_examples_as_often_as_alpha_says_and_independently():
+    masks = draw_bernoulli_masks(0, np.arange(4000, dtype=np.uint64), 40, 0.3)
+    deviation = np.sqrt(0.3 * 0.7 / len(masks))
+    assert np.abs(masks.mean(0) - 0.3).max() < 4.5 * deviation
+    pairs = np.corrcoef(masks.T.astype(float))[np.triu_indices(40, 1)]
+    assert np.abs(pairs).max() < 5 / np.sqrt(len(masks))
+    # sizes are those of coins
+    assert masks.sum(1).var() == pytest.approx(40 * 0.3 * 0.7, rel=0.15)
+
+
+@given(seed=SEEDS, indices=st.lists(SEEDS, min_size=1, max_size=4), n_train=st.integers(1, 60))
+def test_an_independent_mask_is_the_same_alone_among_others_and_at_the_start_of_a_longer_one(seed, indices, n_train):
+    numbers = np.array(indices, np.uint64)
+    masks = draw_bernoulli_masks(seed, numbers, n_train, 0.5)
+    assert (masks[-1] == draw_bernoulli_masks(seed, numbers[-1:], n_train, 0.5)[0]).all()
+    longer = draw_bernoulli_masks(seed, numbers, n_train + 10, 0.5)[:, :n_train]
+    assert all((long == mask).all() for long, mask in zip(longer, masks, strict=True) if long.any())
+
+
+def test_an_independent_mask_is_never_empty():
+    masks = draw_bernoulli_masks(0, np.arange(3000, dtype=np.uint64), 3, 0.01)
+    assert masks.any(1).all()
+    assert (masks.sum(1) == 1).mean() > 0.9
+    # whichever comes closest is equally likely to be any
+    assert np.abs(masks.mean(0) - 1 / 3).max() < 0.05
+
+
+def test_independent_masks_are_pinned_so_that_no_release_changes_a_row_unnoticed():
+    assert np.flatnonzero(draw_bernoulli_masks(7, np.array([3], np.uint64), 12, 0.5)[0]).tolist() == [
+        0,
+        2,
+        3,
+        4,
+        5,
+        7,
+        10,
+        11,
+    ]
+
+
+def given_spec(path, **changes):
+    return RunSpec(**({"masks": str(path), "n_models": 3, "held_out": {"n_subsets": 2, "n_retrainings": 2}} | changes))
+
+
+def test_given_masks_are_those_to_fit_on_and_then_one_for_each_held_out_subset(tmp_path):
+    masks = np.random.default_rng(0).random((5, 9)) < 0.7
+    np.save(tmp_path / "masks.npy", masks)
+    spec = given_spec(tmp_path / "masks.npy")
+    assert (subset_masks(spec, range(spec.n_rows), 9) == masks[[0, 1, 2, 3, 3, 4, 4]]).all()
+    assert (subset_masks(spec, [6, 1, 3], 9) == masks[[4, 1, 3]]).all()
+    assert subset_masks(spec, [], 9).shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: np.save(path, np.ones((4, 9), bool)), r"bool of shape \(4, 9\); write bool of shape \(5, 9\)"),
+        (lambda path: np.save(path, np.ones((5, 9), np.uint8)), r"uint8 of shape \(5, 9\)"),
+        (lambda path: np.save(path, np.array([{"a": 1}], object), allow_pickle=True), "cannot be read"),
+        (lambda path: np.savez(path.open("wb"), masks=np.ones((5, 9), bool)), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"not numpy's"), "cannot be read"),
+        (lambda _: None, "cannot be read .*No such file.*numpy.save"),
+    ],
+    ids=["rows", "dtype", "pickle", "npz", "empty", "text", "missing"],
+)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_file_of_other_things_than_masks_is_refused(tmp_path, write, words):
+    write(tmp_path / "masks.npy")
+    with pytest.raises(SpecError, match=words):
+        given_masks(given_spec(tmp_path / "masks.npy"), 9)
+
+
+def test_a_given_mask_without_an_example_is_refused_by_its_row(tmp_path):
+    masks = np.ones((5, 9), bool)
+    masks[4] = False
+    np.save(tmp_path / "masks.npy", masks)
+    spec = given_spec(tmp_path / "masks.npy")
+    assert subset_masks(spec, range(5), 9).all()
+    with pytest.raises(SpecError, match="row 4 has no example"):
+        subset_masks(spec, range(5, 7), 9)

@@ -18,6 +18,11 @@ SPECS = st.builds(
     held_out=st.fixed_dictionaries({"n_subsets": st.integers(0, 20), "n_retrainings": st.integers(1, 12)}),
     seed=st.integers(0, 2**64 - 1),
     block_models=st.integers(1, 600),
+    masks=st.sampled_from(["exact", "bernoulli", "/data/masks.npy"]),
+    outputs=st.lists(
+        st.sampled_from(["margins", "test_logits", "train_log_likelihoods", "predicted_labels", "test_squared_errors"]),
+        min_size=1,
+    ),
 )
 
 
@@ -164,3 +169,40 @@ def test_overrides_of_a_recipe_are_part_of_the_spec():
 
 def test_the_examples_in_the_documentation_run():
     assert doctest.testmod(dmpipeline.spec).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "words"),
+    [
+        ({"outputs": "margins"}, "outputs", "a list of margins, logits"),
+        ({"outputs": []}, "outputs", "a list of"),
+        ({"outputs": ["margin"]}, "outputs", "a list of"),
+        ({"outputs": ["test_train_margins"]}, "outputs", "a list of"),
+        ({"outputs": [3]}, "outputs", "a list of"),
+        ({"masks": "bernouilli"}, "masks", "exact, bernoulli, or the path"),
+        ({"masks": ""}, "masks", "exact, bernoulli, or the path"),
+        ({"masks": "masks.npz"}, "masks", "exact, bernoulli, or the path"),
+    ],
+)
+def test_masks_and_outputs_that_cannot_be_are_refused_with_a_remedy(values, field, words):
+    with pytest.raises(SpecError, match=words) as caught:
+        RunSpec(**values)
+    assert caught.value.field == field
+
+
+def test_outputs_name_arrays_of_both_parts_or_of_one_each_once():
+    assert RunSpec(outputs=["test_margins", "logits", "margins"]).arrays == (
+        "train_masks",
+        "test_margins",
+        "test_logits",
+        "train_logits",
+        "train_margins",
+    )
+
+
+def test_a_relative_file_of_masks_is_taken_from_the_folder_of_its_spec(tmp_path):
+    (tmp_path / "run.yaml").write_text("dataset: digits\nmasks: of mine/masks.npy\n")
+    spec = RunSpec.read(tmp_path / "run.yaml")
+    assert spec.masks == str(tmp_path / "of mine/masks.npy")
+    assert spec.located("/elsewhere") == spec
+    assert RunSpec(masks="bernoulli").located(tmp_path).masks == "bernoulli"
