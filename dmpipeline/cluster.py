@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import platform
+import signal
 import statistics
 import threading
 import time
@@ -142,7 +143,7 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
             raise SpecError("device 'cuda' cannot be used: there is no GPU; choose cpu", field="device", value=device)
     # every port is one that is free, and heard on this machine alone
     where = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    options = where | {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL"}
+    options = where | {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL", "preload": [__name__]}
     # a block that kills its workers again and again is given up
     scheduler = {"cls": distributed.Scheduler, "options": where | {"port": 0, "allowed_failures": 2}}
     workers = {
@@ -155,6 +156,11 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
             yield cluster
         finally:
             cluster.close(timeout=30)
+
+
+def dask_setup(worker: Any) -> None:  # noqa: ARG001 - Dask calls it so
+    """Leave Ctrl-C, which a terminal sends to all, to the process that started this one; Dask calls it in workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def visible_gpus() -> list[str]:
