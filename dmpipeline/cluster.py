@@ -287,9 +287,9 @@ class _Handing:
     def _has_done(self, future: Any, task: _Task) -> bool:
         try:
             outcome = future.result()
-        except dask_distributed().scheduler.KilledWorker as error:
+        except dask_distributed().scheduler.KilledWorker:
             rows = self.run.spec.blocks[task.block]
-            lost = TrainingError(f"every worker that trained it died, {error.args[2:] or ''} in all; see their logs")
+            lost = TrainingError("every worker that trained it died; see their logs for what killed them")
             directory.record_failure(self.run.path, task.block, rows, lost)
             self._give_up(task.block)
             return False

@@ -5,8 +5,8 @@ whoever trains and wherever.
 """
 
 import contextlib
-import time
-from dataclasses import dataclass
+import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +15,34 @@ from dmpipeline.store import Run
 
 _WINDOW_SECONDS = 1200.0
 _WINDOW_BLOCKS = 10
+# A pause is longer than any block: ten times as long as between blocks usually, and a minute at least.
+_PAUSE_IN_MEDIANS = 10
+_LEAST_PAUSE_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast models of a run were trained lately.
+def models_per_second(run: Run) -> float | None:
+    """Tell how fast models were trained lately, by all who train the run together; None where it cannot be told.
 
-    Attributes
-    ----------
-    models_per_second : float or None
-        Of all who train it together; None where it cannot be told.
-    is_of_now : bool
-        Whether the next block was not yet to be expected when this was read, so training seems to go on.
+    Told by the blocks of the last twenty minutes of training or the last ten blocks, whichever are more, but not across
+    a pause. Where too few are done, sessions on record tell, if one has ended.
     """
-
-    models_per_second: float | None
-    is_of_now: bool
-
-
-def pace(run: Run, *, now: float | None = None) -> Pace:
-    """Tell how fast models were trained, by the blocks of the last twenty minutes of training or the last ten blocks.
-
-    Whichever are more count. Where a single block is done, sessions on record tell, if one has ended.
-
-    Parameters
-    ----------
-    run : Run
-    now : float, optional
-        Seconds since the epoch; otherwise the clock's.
-    """
-    finished = _finished(run)
-    if len(finished) >= 2:
+    finished = _last_stretch(_finished(run))
+    if finished:
         last = finished[-1][0]
         recent = [block for block in finished if last - block[0] <= _WINDOW_SECONDS]
         recent = max(recent, finished[-_WINDOW_BLOCKS - 1 :], key=len)
-        seconds = last - recent[0][0]
         # the first block's time is when the clock starts, its rows came before
         n_rows = sum(len(run.spec.blocks[block]) for _, block in recent[1:])
-        if seconds > 0:
-            since = (time.time() if now is None else now) - last
-            return Pace(n_rows / seconds, since < 3 * seconds / (len(recent) - 1) + 10)
+        if (seconds := last - recent[0][0]) > 0:
+            return n_rows / seconds
     sessions = run.provenance["sessions"]
     trained, spent = (sum(session[name] for session in sessions) for name in ("n_rows", "seconds"))
-    return Pace(trained / spent if spent else None, False)
+    return trained / spent if spent else None
 
 
 def run_facts(run: Run) -> dict[str, Any]:
     """State a run's progress, as ``dmpipeline status --json`` prints it."""
-    spec, done, rate = run.spec, run.n_rows_done, pace(run).models_per_second
+    spec, done, rate = run.spec, run.n_rows_done, models_per_second(run)
     left = spec.n_rows - done
     failures = [
         {"block": block, "rows": [spec.blocks[block].start, spec.blocks[block].stop], "traceback": text}
@@ -109,3 +89,14 @@ def _finished(run: Run) -> list[tuple[float, int]]:
         with contextlib.suppress(OSError, ValueError):
             found.append((file.stat().st_mtime, int(file.parent.name)))
     return sorted(entry for entry in found if entry[1] < len(run.spec.blocks))
+
+
+def _last_stretch(finished: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Cut off what comes before the last pause, unless too little came since; empty where nothing can be told."""
+    gaps = [later[0] - earlier[0] for earlier, later in pairwise(finished)]
+    if not gaps:
+        return []
+    pause = max(_LEAST_PAUSE_SECONDS, _PAUSE_IN_MEDIANS * statistics.median(gaps))
+    cuts = [0, *(place + 1 for place, gap in enumerate(gaps) if gap > pause), len(finished)]
+    stretches = [finished[start:stop] for start, stop in pairwise(cuts) if stop - start > 1]
+    return stretches[-1] if stretches else []

@@ -86,7 +86,9 @@ def started(*command: str, path: Path | None = None, **options: Any) -> Iterator
     finally:
         for left in processes_of(process.pid):
             left.kill()
-        process.communicate()
+        process.wait()
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
 
 
 def processes_of(session: int) -> list[psutil.Process]:

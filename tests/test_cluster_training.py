@@ -63,7 +63,7 @@ def test_processes_of_one_machine_train_the_rows_of_a_single_one_and_leave_nobod
     with started(*COMMAND, "run", str(run.path), "--workers", "2") as process:
         _, said = process.communicate()
         assert (process.returncode, "distributed" in said) == (0, False), said
-        assert not processes_of(process.pid)
+        wait_until(lambda: not processes_of(process.pid), seconds=5)
     assert (run.path / "catalog.yaml").exists()
     facts = run.provenance
     assert sum(session["n_rows"] for session in facts["sessions"]) == 64
@@ -98,7 +98,7 @@ def test_a_command_that_is_killed_takes_its_workers_along_and_the_next_goes_on(f
         _, said = process.communicate(timeout=30)
         assert process.returncode == 130, said
         assert "Traceback" not in said
-        assert not processes_of(process.pid)
+        wait_until(lambda: not processes_of(process.pid), seconds=5)
     run.train()
     whole.train()
     require_same(run, whole)
