@@ -46,9 +46,11 @@ MOST_FAILED_BLOCKS = 3
 LEAST_PATIENCE_SECONDS = 15.0
 """No block is given to a second worker sooner."""
 
+WAIT_FOR_WORKERS_SECONDS = 60.0
+"""A cluster without workers is given up after so long."""
+
 _PATIENCE_IN_MEDIANS = 3
 _PATIENCE_AT_FIRST_SECONDS = 120.0  # while no block has come back that would tell how long one takes
-_WAIT_FOR_WORKERS_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
 
 Order = dict[str, Any]
@@ -63,6 +65,7 @@ def train_on_cluster(
     method: Method | None = None,
     n_models: int | None = None,
     n_threads: int | None = None,
+    wait_seconds: float | None = WAIT_FOR_WORKERS_SECONDS,
     progress: Progress | None = None,
 ) -> None:
     """Train and store the blocks that are missing, then write the catalog.
@@ -78,6 +81,8 @@ def train_on_cluster(
         How to train, as for `Run.find_way`, which is asked on a worker.
     n_threads : int, optional
         Cores for each worker; otherwise as many as Dask gives it threads.
+    wait_seconds : float, optional
+        How long the first worker may take to come; None: as long as it takes.
     progress : callable, optional
         Called with (rows done, rows in all) at the start and after each block.
 
@@ -97,7 +102,7 @@ def train_on_cluster(
     with run.presence() as lock, _quiet(), _explained(scheduler), connect(scheduler) as client, client.as_current():
         # other workers than those that are there now may take part; each asks for itself whether it may
         try:
-            client.wait_for_workers(1, timeout=_WAIT_FOR_WORKERS_SECONDS)
+            client.wait_for_workers(1, timeout=wait_seconds)
         except TimeoutError as error:
             raise ClusterError(
                 f"the cluster at {scheduler} has no workers; start some with `dask worker`, then run the same again",

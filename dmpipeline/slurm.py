@@ -121,7 +121,7 @@ def slurm_cluster(run: Path, jobs: Jobs) -> Iterator[Any]:
         account=jobs.account,
         cores=max(1, jobs.cpus_per_job // n_gpus),
         processes=1,
-        memory=jobs.memory or "4 GiB",
+        memory=jobs.memory,
         walltime=jobs.time,
         job_extra_directives=["--gres=gpu:1"] if jobs.gpus_per_job else [],
         log_directory=str(run / "logs"),

@@ -220,6 +220,8 @@ def submit(
         raise click.UsageError("say for which scheduler: --slurm is the one that is known")
     if not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", time):
         raise SpecError(f"time {time!r} is not HH:MM:SS; give for example --time 04:00:00", field="time", value=time)
+    if start and memory is None:
+        raise click.UsageError("--start needs to know how much memory a job is to have; give for example --memory 8GB")
     run = Run.open(directory)
     wanted = Jobs(jobs, gpus_per_job, cpus_per_job, time, partition, account, memory)
     # a job whose log has no folder ends at once and says nothing
@@ -234,7 +236,9 @@ def submit(
     from dmpipeline.cluster import train_on_cluster
 
     with slurm_cluster(run.path, wanted) as cluster, talk.counting("training", "models") as progress:
-        train_on_cluster(run, cluster, device="cuda" if gpus_per_job else "cpu", progress=progress)
+        # a queue may be long
+        device = "cuda" if gpus_per_job else "cpu"
+        train_on_cluster(run, cluster, device=device, wait_seconds=None, progress=progress)
     _print_status(talk, [run])
 
 

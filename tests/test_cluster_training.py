@@ -272,7 +272,7 @@ def test_the_script_for_slurm_is_one_that_trains_the_run(folder, capsys, gpus):
 def test_starting_slurm_jobs_by_dask_says_what_to_install(folder, capsys, monkeypatch):
     run = make_run(folder)
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
-    assert main("submit", run.path, "--slurm", "--start") == 1
+    assert main("submit", run.path, "--slurm", "--start", "--memory", "8GB") == 1
     assert "pip install dask-jobqueue" in capsys.readouterr().err
     assert main("submit", run.path, "--slurm", "--time", "soon") == 2
     assert "--time 04:00:00" in capsys.readouterr().err
