@@ -100,21 +100,14 @@ def run_on_cluster(scheduler: str, work: Callable[..., Any], tasks: Iterable[tup
     Exception
         What `work` raised.
     """
-    try:
-        distributed: Any = importlib.import_module("distributed")
-    except ImportError as error:
-        raise DmdataError("--scheduler needs Dask; pip install 'dmdata[dask]'") from error
-    try:
-        client = distributed.Client(scheduler, set_as_default=False, timeout="10s")
-    except (OSError, ValueError, TypeError) as error:
-        raise DmdataError(f"no Dask scheduler answers at {scheduler} ({error}); check its address") from error
+    client = connect(scheduler)
     with client:
         left = iter(tasks)
         n_threads = sum(client.nthreads().values()) or 1
         first = itertools.islice(left, _TASKS_A_THREAD * n_threads)
         pending = {client.submit(work, *arguments, pure=False) for arguments in first}
         with client.as_current():
-            futures = distributed.as_completed(pending)
+            futures = dask_distributed().as_completed(pending)
         try:
             for future in futures:
                 pending.discard(future)
@@ -126,6 +119,34 @@ def run_on_cluster(scheduler: str, work: Callable[..., Any], tasks: Iterable[tup
                 yield result
         finally:
             client.cancel(list(pending))
+
+
+def connect(scheduler: Any) -> Any:
+    """Become a client of a Dask cluster, by its scheduler's address or as an object of Dask's that runs one.
+
+    Raises
+    ------
+    DmdataError
+        If Dask is not installed, or the cluster cannot be reached.
+    """
+    try:
+        return dask_distributed().Client(scheduler, set_as_default=False, timeout="10s")
+    except (OSError, ValueError, TypeError) as error:
+        raise DmdataError(f"no Dask scheduler answers at {scheduler} ({error}); check its address") from error
+
+
+def dask_distributed() -> Any:
+    """Import Dask's `distributed`, which is optional.
+
+    Raises
+    ------
+    DmdataError
+        If it is not installed.
+    """
+    try:
+        return importlib.import_module("distributed")
+    except ImportError as error:
+        raise DmdataError("a cluster needs Dask; pip install 'dmdata[dask]'") from error
 
 
 def _result(future: Any, scheduler: str) -> Any:

@@ -61,10 +61,13 @@ class Talk:
         Print one JSON object instead of tables.
     quiet : bool
         No progress and no remarks.
+    verbose : bool
+        Whatever is cut short otherwise is shown whole.
     """
 
     as_json: bool = False
     quiet: bool = False
+    verbose: bool = False
 
     def print_data(self, data: dict[str, Any], *tables: Table) -> None:
         """Print the command's result: as JSON, or as the tables made for people."""
@@ -135,7 +138,7 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
             force=True,
         )
         context.find_root().meta["dmdata.debug"] = flags["debug"]
-        return context.invoke(command, talk=Talk(flags["as_json"], flags["quiet"]), **options)
+        return context.invoke(command, talk=Talk(flags["as_json"], flags["quiet"], flags["verbose"]), **options)
 
     begin.__doc__ = command.__doc__
     begin.__name__ = command.__name__

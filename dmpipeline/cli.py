@@ -5,7 +5,7 @@ should wait for who asks for help, and without the `pipeline` extra they are not
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,14 @@ from dmdata.prices import readable_bytes
 from dmpipeline.errors import VerificationError, explain_missing_extra
 from dmpipeline.plan_command import plan
 from dmpipeline.spec import RunSpec
+from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train
 
 if TYPE_CHECKING:
     from dmpipeline import workflow
     from dmpipeline.curves import LearningCurve
-    from dmpipeline.ensembles import Method
     from dmpipeline.evaluate import Evaluation
     from dmpipeline.store import Run
-    from dmpipeline.train import Way
     from dmpipeline.verify import Finding
-
-DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 
 
 class _Counts(click.ParamType[list[int]]):
@@ -65,6 +62,8 @@ def commands() -> None:
 
 commands.add_command(completion_command("dmpipeline"))
 commands.add_command(plan)
+for _command in (init, train, status, submit):
+    commands.add_command(_command)
 
 
 @commands.command("demo")
@@ -80,119 +79,6 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     spec = RunSpec(n_models=models, held_out={"n_subsets": held_out, "n_retrainings": retrainings})
     summary = run_demo(talk, directory, spec)
     talk.print_data(summary.as_dict(), summary.table())
-
-
-@commands.command("init")
-@DIRECTORY
-@click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
-@click.option(
-    "--dataset",
-    default="digits",
-    show_default=True,
-    help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
-)
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of the examples in a subset.")
-@click.option("--masks", default="exact", show_default=True, help="exact, bernoulli, or an .npy file of your own.")
-@click.option("--recipe", default="perceptron", show_default=True, help="By name; hyperparameters go into a run.yaml.")
-@click.option("--outputs", help="What to store, as margins,logits. [default: what the dataset's models have]")
-@click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
-@click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
-@click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@talk_options
-def init(
-    talk: Talk,
-    directory: Path,
-    spec: Path | None,
-    dataset: str,
-    alpha: float,
-    masks: str,
-    recipe: str,
-    outputs: str | None,
-    models: int,
-    held_out: int,
-    retrainings: int,
-    seed: int,
-) -> None:
-    """Create a run in DIRECTORY; nothing is trained yet."""
-    from dmpipeline.datasets import load_dataset
-    from dmpipeline.outputs import default_outputs
-    from dmpipeline.store import Run
-
-    if spec:
-        wanted = RunSpec.read(spec)
-    else:
-        values = {"dataset": dataset, "alpha": alpha, "masks": masks, "n_models": models, "seed": seed}
-        values |= {"recipe": {"name": recipe}, "held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
-        wanted = RunSpec(**values)
-        stored = outputs.split(",") if outputs else default_outputs(load_dataset(wanted.located(Path.cwd()).dataset))
-        wanted = RunSpec(**values, outputs=stored)
-    created = Run.create(directory, wanted)
-    talk.print_data({"directory": str(created.path), "n_rows": wanted.n_rows}, _facts({"run": str(created.path)}))
-    talk.remark(f"{wanted.n_rows:,} models to train; next: dmpipeline run {directory}")
-
-
-@commands.command("run")
-@DIRECTORY
-@click.option("--models", type=int, help="Extend the run to so many models to fit on first.")
-@click.option("--device", default="cpu", show_default=True, help="Where to train, as torch names it: cuda, cuda:1.")
-@click.option("--method", type=click.Choice(["products", "vmap", "loop"]), help="How to train. [default: the fastest]")
-@click.option("--at-once", type=click.IntRange(min=1), help="Models of a group. [default: the fastest]")
-@click.option("--replay", metavar="ROW", type=int, help="Train this row again instead, store nothing, and compare.")
-@talk_options
-def train(
-    talk: Talk,
-    directory: Path,
-    models: int | None,
-    device: str,
-    method: "Method | None",
-    at_once: int | None,
-    replay: int | None,
-) -> None:
-    """Train what is missing in the run at DIRECTORY. Stop it at any time and run it again to go on."""
-    from dmpipeline.extension import extend
-    from dmpipeline.store import Run
-
-    opened = Run.open(directory)
-    way = opened.find_way(device, method, at_once) if method or at_once else None
-    if replay is not None:
-        _print_replay(talk, opened, replay, device, way)
-        return
-    if models is not None:
-        opened = extend(opened, models)
-    with talk.counting("training", "models") as progress:
-        opened.train(progress, device=device, way=way)
-    _print_status(talk, opened)
-    talk.remark(f"next: dmpipeline verify {directory}, dmpipeline fit {directory}")
-
-
-def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | None") -> None:
-    from dmpipeline.verify import TOLERANCE, replay
-
-    found = replay(opened, row, device=device, way=way)
-    facts: dict[str, Any] = {"row": row, "same_to_the_bit": found.is_same, "agrees": found.agrees}
-    table = Table("array", "mean difference, of its standard deviation", box=None, header_style="bold")
-    for name, difference in found.differences.items():
-        table.add_row(name, "none" if found.is_same else f"{difference:.2g}")
-    finite = {name: difference if math.isfinite(difference) else None for name, difference in found.differences.items()}
-    talk.print_data(facts | {"differences": finite}, table)
-    if not found.agrees:
-        raise VerificationError(
-            f"row {row} of {opened.path} trained again is another one: it differs by more than {TOLERANCE:.0%}; if "
-            f"versions or the recipe's code changed, train anew in another directory, else see `dmpipeline verify "
-            f"{opened.path}`"
-        )
-    talk.remark(f"row {row} trained again is the same{' to the bit' if found.is_same else ', but for rounding'}")
-
-
-@commands.command("status")
-@DIRECTORY
-@talk_options
-def status(talk: Talk, directory: Path) -> None:
-    """Show what the run at DIRECTORY is, how far it is, and how fast it went."""
-    from dmpipeline.store import Run
-
-    _print_status(talk, Run.open(directory))
 
 
 @commands.command("verify")
@@ -270,7 +156,7 @@ def fit(
             progress=progress,
         )
     facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
-    talk.print_data(facts, _facts(facts))
+    talk.print_data(facts, facts_table(facts))
     talk.remark(f"next: dmpipeline evaluate {directory}")
 
 
@@ -358,7 +244,7 @@ def report(talk: Talk, directory: Path) -> None:
 
     opened = Run.open(directory)
     path = workflow.report_run(opened, workflow.evaluate_run(opened))
-    talk.print_data({"report": str(path)}, _facts({"report": str(path)}))
+    talk.print_data({"report": str(path)}, facts_table({"report": str(path)}))
 
 
 @commands.command("export")
@@ -397,41 +283,6 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     if n_replaced := sum(file.replaced for file in files):
         talk.remark(f"{n_replaced} of {len(files)} files replaced those that {destination} listed under their names")
     talk.remark(f"next: dmdata ls --catalog {destination}")
-
-
-def _print_status(talk: Talk, opened: "Run") -> None:
-    spec, done = opened.spec, opened.n_rows_done
-    sessions = opened.provenance["sessions"]
-    seconds, trained = (sum(session[name] for session in sessions) for name in ("seconds", "n_rows"))
-    rate = trained / seconds if seconds else None
-    left = spec.n_rows - done
-    facts = {
-        "run": str(opened.path),
-        "dataset": spec.dataset,
-        "alpha": spec.alpha,
-        "recipe": f"{spec.recipe.name}@{spec.recipe.version}",
-        "n_rows": spec.n_rows,
-        "n_rows_done": done,
-        "models_per_second": rate,
-        "seconds_left": left / rate if rate else None,
-        "datamodels": opened.datamodels_path.exists(),
-    }
-    shown = {
-        "run": facts["run"],
-        "what": f"{facts['recipe']} on {spec.dataset} at alpha {spec.alpha:.0%}",
-        "models": f"{done:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
-        "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
-        "left": f"{left / rate:,.0f} s" if rate and left else ("nothing" if not left else "unknown"),
-        "datamodels": str(opened.datamodels_path) if facts["datamodels"] else "not fitted yet",
-    }
-    talk.print_data(facts, _facts(shown))
-
-
-def _facts(facts: Mapping[str, object]) -> Table:
-    table = Table(box=None, show_header=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-    return table
 
 
 def _findings_table(findings: Sequence["Finding"]) -> Table:

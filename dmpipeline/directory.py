@@ -12,8 +12,10 @@ import math
 import os
 import platform
 import shutil
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +30,7 @@ from dmpipeline.examples import Dataset
 from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.spec import RunSpec
+from dmpipeline.train import Way
 
 # Bytes of the lock file; one for each block lies below them, and creation takes that of the first. Whoever trains is
 # present, and shares that with others; whoever extends a run must be alone.
@@ -202,6 +205,44 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def session(began: str, seconds: float, n_rows: int, way: Way, device: str) -> dict[str, Any]:
+    """State what one process has trained; `seconds` are those it trained and stored in."""
+    return {
+        "started": began,
+        "seconds": round(seconds, 3),
+        "n_rows": n_rows,
+        "way": asdict(way),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def record_failure(path: Path, block: int, rows: range, error: Exception) -> None:
+    """Keep the traceback of a block that could not be trained, with its rows, when and where."""
+    failure = _failure_path(path, block)
+    failure.parent.mkdir(exist_ok=True)
+    where = f"rows {rows.start} to {rows.stop - 1}, {now()}, {platform.node()}\n"
+    write_beside(failure, where + "".join(traceback.format_exception(error)))
+
+
+def forget_failure(path: Path, block: int) -> None:
+    """Remove the record of a block that was trained after all."""
+    _failure_path(path, block).unlink(missing_ok=True)
+
+
+def recorded_failures(path: Path) -> dict[int, str]:
+    """Read the records of blocks that could not be trained, by block."""
+    found = {}
+    for failure in (path / "failures").glob("block-*.txt"):
+        with contextlib.suppress(FileNotFoundError):  # trained after all, just now
+            found[int(failure.stem.removeprefix("block-"))] = failure.read_text(encoding="utf-8")
+    return dict(sorted(found.items()))
+
+
+def _failure_path(path: Path, block: int) -> Path:
+    return path / "failures" / f"block-{block}.txt"
 
 
 def now() -> str:

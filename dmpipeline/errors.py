@@ -8,6 +8,7 @@
     │   ├── IncompleteRunError        train the missing rows first
     │   └── RunExistsError            choose another directory, or resume
     ├── TrainingError                 a model could not be trained
+    ├── ClusterError                  the cluster is gone or idle: what is done stays, run the same again
     ├── VerificationError             what is stored is not what was specified
     └── ConvergenceError              a fit did not reach its certificate
 
@@ -47,6 +48,12 @@ class RunExistsError(RunError):
 
 class TrainingError(DmpipelineError):
     """A model could not be trained, or its outputs are not finite; `rows` lists the model rows."""
+
+
+class ClusterError(DmpipelineError):
+    """A cluster was lost, or has no workers; what is stored stays. `scheduler` names it."""
+
+    exit_code = 5
 
 
 class VerificationError(DmpipelineError):

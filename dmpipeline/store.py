@@ -22,8 +22,9 @@ import hashlib
 import json
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -282,9 +283,35 @@ class Run:
         SpecError
             If the device or the way cannot be used.
         """
-        report = progress or _say_nothing
+        report = progress or (lambda *_: None)
         report(self.n_rows_done, self.spec.n_rows)
-        # opened once: closing any handle of the file would drop this process's other claims
+        with self.presence() as lock:
+            trainer = self.trainer(device, way, lock=lock)
+            began, clock, n_trained = directory.now(), time.monotonic(), 0
+            try:
+                for block in self._missing_blocks(lock, range(len(self.spec.blocks)) if blocks is None else blocks):
+                    self.train_block(trainer, block)
+                    n_trained += len(self.spec.blocks[block])
+                    report(self.n_rows_done, self.spec.n_rows)
+            finally:
+                if n_trained:
+                    seconds = time.monotonic() - clock
+                    self.record_sessions(lock, [directory.session(began, seconds, n_trained, trainer.way, device)])
+        report(self.n_rows_done, self.spec.n_rows)
+        if self.n_rows_done == self.spec.n_rows:
+            self.write_catalog()
+
+    @contextmanager
+    def presence(self) -> Iterator[IO[bytes]]:
+        """Be one of those who train the run, so that nobody extends it; yields its open lock file.
+
+        One at a time in a process: closing any handle of that file drops all that the process holds of it.
+
+        Raises
+        ------
+        RunError
+            If the run was extended since it was opened, or its directory cannot be written to.
+        """
         with (
             explain_os_errors(self.path),
             open(self.path / "lock", "a+b") as lock,
@@ -292,19 +319,7 @@ class Run:
         ):
             if not directory.is_settled(self.path) or RunSpec.read(self.path / "run.yaml") != self.spec:
                 raise RunError(f"{self.path} was extended meanwhile; open it again", path=self.path)
-            trainer = self.trainer(device, way, lock=lock)
-            began, clock, n_trained = directory.now(), time.monotonic(), 0
-            try:
-                for block in self._missing_blocks(lock, range(len(self.spec.blocks)) if blocks is None else blocks):
-                    self._train_block(trainer, block)
-                    n_trained += len(self.spec.blocks[block])
-                    report(self.n_rows_done, self.spec.n_rows)
-            finally:
-                if n_trained:
-                    self._record_session(lock, trainer, device, began, time.monotonic() - clock, n_trained)
-        report(self.n_rows_done, self.spec.n_rows)
-        if self.n_rows_done == self.spec.n_rows:
-            self.write_catalog()
+            yield lock
 
     def trainer(self, device: str = "cpu", way: Way | None = None, *, lock: IO[bytes] | None = None) -> Trainer:
         """Make what trains this run's rows.
@@ -381,12 +396,37 @@ class Run:
         masks = subset_masks(self.spec, rows, trainer.dataset.n_train)
         return self._outputs(trainer.dataset, masks, trainer.train(masks, self.spec.model_indices(rows), rows))
 
+    def is_done(self, block: int) -> bool:
+        """Tell whether a block is trained and stored."""
+        return bool(self._read("block_digests", slice(block, block + 1)).any())
+
+    def train_block(self, trainer: Trainer, block: int) -> None:
+        """Train and store one block; its digest last.
+
+        Whoever calls has claimed the block, or does not mind that another process does the same: both write the same
+        bytes, and each file is put in place whole.
+
+        Raises
+        ------
+        Exception
+            Whatever went wrong in training; its traceback is on record.
+        """
+        rows = self.spec.blocks[block]
+        try:
+            data = self.train_rows(trainer, rows)
+        except Exception as error:
+            directory.record_failure(self.path, block, rows, error)
+            raise
+        # compressed side by side: one thread would keep many cores waiting
+        with ThreadPoolExecutor(len(data)) as pool:
+            digest = pool.submit(block_digest, data)
+            list(pool.map(lambda name: self._write(name, rows, data[name]), data))
+        self._write("block_digests", range(block, block + 1), np.frombuffer(digest.result(), np.uint8)[None])
+        directory.forget_failure(self.path, block)
+
     def failures(self) -> dict[int, str]:
         """Read what went wrong with blocks that are not done, a traceback each, by block."""
-        found = {}
-        for path in sorted((self.path / "failures").glob("block-*.txt")):
-            found[int(path.stem.removeprefix("block-"))] = path.read_text(encoding="utf-8")
-        return found
+        return directory.recorded_failures(self.path)
 
     def write_catalog(self, *, datamodels: bool = True) -> Path:
         """Write catalog.yaml, by which dmdata opens this run's arrays and datamodels; return its path.
@@ -484,48 +524,29 @@ class Run:
                 if block in done:
                     continue
                 with claimed(lock, block, wait=wait) as ours:
-                    if ours and not self.digests()[block].any():
+                    if ours and not self.is_done(block):
                         yield block
 
-    def _train_block(self, trainer: Trainer, block: int) -> None:
-        rows = self.spec.blocks[block]
-        failure = self.path / "failures" / f"block-{block}.txt"
-        try:
-            data = self.train_rows(trainer, rows)
-        except Exception as error:
-            failure.parent.mkdir(exist_ok=True)
-            where = f"rows {rows.start} to {rows.stop - 1}, {directory.now()}, {directory.machine('')['host']}\n"
-            write_beside(failure, where + "".join(traceback.format_exception(error)))
-            raise
-        for name in self.spec.arrays:
-            self.array(name)[rows.start : rows.stop] = data[name]
-        self.array("block_digests")[block] = np.frombuffer(block_digest(data), np.uint8)
-        failure.unlink(missing_ok=True)
+    def _write(self, name: str, rows: range, data: npt.NDArray[Any]) -> None:
+        self.array(name)[rows.start : rows.stop] = data
 
     def _outputs(self, dataset: Dataset, masks: npt.NDArray[np.bool_], logits: Logits) -> Block:
         # all is taken from the rounded logits, so that whoever reads those can recompute it to the bit
         parts = {"test": (logits.test, dataset.test_labels), "train": (logits.train, dataset.train_labels)}
-        outputs = {name: output_of(name)(*parts[name.partition("_")[0]]) for name in self.spec.arrays[1:]}
-        return {"train_masks": masks} | outputs
+        names = self.spec.arrays[1:]
+        with ThreadPoolExecutor(len(names)) as pool:
+            outputs = pool.map(lambda name: output_of(name)(*parts[name.partition("_")[0]]), names)
+            return {"train_masks": masks} | dict(zip(names, outputs, strict=True))
 
     def _recorded_way(self, device: str) -> Way | None:
         recorded = self.provenance.get("ways", {}).get(device.partition(":")[0])
         return Way(**recorded) if recorded else None
 
-    def _record_session(
-        self, lock: IO[bytes], trainer: Trainer, device: str, began: str, seconds: float, n_rows: int
-    ) -> None:
-        session = {
-            "started": began,
-            "seconds": round(seconds, 3),
-            "n_rows": n_rows,
-            "way": asdict(trainer.way),
-            "machine": directory.machine(device),
-            "versions": directory.versions(),
-        }
+    def record_sessions(self, lock: IO[bytes], sessions: Sequence[Mapping[str, Any]]) -> None:
+        """Put on record what was trained where; see `directory.session`. The caller is present."""
         with claimed(lock, PROVENANCE_BYTE, wait=True):
             facts = self.provenance
-            facts["sessions"].append(session)
+            facts["sessions"] += sessions
             write_beside(self.path / "provenance.json", directory.as_json(facts))
 
 
@@ -572,10 +593,6 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
     }
     basis = _measured("key", "format", "n_bytes")
     return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis)
-
-
-def _say_nothing(n_done: int, n_rows: int) -> None:
-    pass
 
 
 def _measured(*facts: str) -> dict[str, Basis]:

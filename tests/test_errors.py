@@ -29,6 +29,7 @@ TREE = {
     "IncompleteRunError": ("RunError", 1),
     "RunExistsError": ("RunError", 1),
     "TrainingError": ("DmpipelineError", 1),
+    "ClusterError": ("DmpipelineError", 5),
     "VerificationError": ("DmpipelineError", 3),
     "ConvergenceError": ("DmpipelineError", 1),
 }

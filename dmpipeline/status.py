@@ -1,0 +1,102 @@
+"""How far a run is and how fast it goes, by what lies in its store: true also while others train it, or were killed.
+
+A block's digest is a file of its own that is written when the block is done, so those files' times tell the rate,
+whoever trains and wherever.
+"""
+
+import contextlib
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dmpipeline.errors import RunError
+from dmpipeline.store import Run
+
+_WINDOW_SECONDS = 1200.0
+_WINDOW_BLOCKS = 10
+# A pause is longer than any block: ten times as long as between blocks usually, and a minute at least.
+_PAUSE_IN_MEDIANS = 10
+_LEAST_PAUSE_SECONDS = 60.0
+
+
+def models_per_second(run: Run) -> float | None:
+    """Tell how fast models were trained lately, by all who train the run together; None where it cannot be told.
+
+    Told by the blocks of the last twenty minutes of training or the last ten blocks, whichever are more, but not across
+    a pause. Where too few are done, sessions on record tell, if one has ended.
+    """
+    finished = _last_stretch(_finished(run))
+    if finished:
+        last = finished[-1][0]
+        recent = [block for block in finished if last - block[0] <= _WINDOW_SECONDS]
+        recent = max(recent, finished[-_WINDOW_BLOCKS - 1 :], key=len)
+        # the first block's time is when the clock starts, its rows came before
+        n_rows = sum(len(run.spec.blocks[block]) for _, block in recent[1:])
+        if (seconds := last - recent[0][0]) > 0:
+            return n_rows / seconds
+    sessions = run.provenance["sessions"]
+    trained, spent = (sum(session[name] for session in sessions) for name in ("n_rows", "seconds"))
+    return trained / spent if spent else None
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """State a run's progress, as ``dmpipeline status --json`` prints it."""
+    spec, done, rate = run.spec, run.n_rows_done, models_per_second(run)
+    left = spec.n_rows - done
+    failures = [
+        {"block": block, "rows": [spec.blocks[block].start, spec.blocks[block].stop], "traceback": text}
+        for block, text in run.failures().items()
+        if block < len(spec.blocks)
+    ]
+    return {
+        "run": str(run.path),
+        "dataset": spec.dataset,
+        "alpha": spec.alpha,
+        "recipe": f"{spec.recipe.name}@{spec.recipe.version}",
+        "n_rows": spec.n_rows,
+        "n_rows_done": done,
+        "models_per_second": rate,
+        "seconds_left": left / rate if rate else None,
+        "datamodels": run.datamodels_path.exists(),
+        "failures": failures,
+        "sessions": run.provenance["sessions"],
+    }
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """List the runs that lie side by side in a directory; the directory itself if it is one.
+
+    Raises
+    ------
+    RunError
+        If there is none.
+    """
+    if not (directory / "run.yaml").exists():
+        with contextlib.suppress(OSError):
+            if found := sorted(path.parent for path in directory.glob("*/run.yaml")):
+                return found
+    if not (directory / "run.yaml").is_file():
+        Run.open(directory)  # says why there is none
+        raise RunError(f"{directory} is no run; create one with `dmpipeline init`", path=directory)
+    return [directory]
+
+
+def _finished(run: Run) -> list[tuple[float, int]]:
+    """List blocks that are done, with the time each was, oldest first."""
+    found = []
+    for file in (run.path / "store.zarr" / "block_digests" / "c").glob("*/0"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((file.stat().st_mtime, int(file.parent.name)))
+    return sorted(entry for entry in found if entry[1] < len(run.spec.blocks))
+
+
+def _last_stretch(finished: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Cut off what comes before the last pause, unless too little came since; empty where nothing can be told."""
+    gaps = [later[0] - earlier[0] for earlier, later in pairwise(finished)]
+    if not gaps:
+        return []
+    pause = max(_LEAST_PAUSE_SECONDS, _PAUSE_IN_MEDIANS * statistics.median(gaps))
+    cuts = [0, *(place + 1 for place, gap in enumerate(gaps) if gap > pause), len(finished)]
+    stretches = [finished[start:stop] for start, stop in pairwise(cuts) if stop - start > 1]
+    return stretches[-1] if stretches else []

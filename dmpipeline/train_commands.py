@@ -1,0 +1,327 @@
+"""`init`, `run`, `status` and `submit`: runs created, trained here or on a cluster, and looked at meanwhile."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from dmdata.console import Talk, talk_options
+from dmpipeline.errors import SpecError, VerificationError
+from dmpipeline.spec import RunSpec
+
+if TYPE_CHECKING:
+    from dmpipeline.ensembles import Method
+    from dmpipeline.store import Run
+    from dmpipeline.train import Way
+
+DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+
+_LINES_OF_A_TRACEBACK = 3
+_AUTO = 0
+
+
+class _Workers(click.ParamType[int]):
+    """A count of processes, or `auto`: one a GPU, or on processors one a core."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value != "auto" and not (str(value).isdecimal() and int(value) > 0):
+            self.fail(f"{value!r} is no count of processes; give 1 or more, or auto.", param, ctx)
+        return _AUTO if value == "auto" else int(value)
+
+
+class _Shard(click.ParamType[tuple[int, int]]):
+    """One of so many parts, as 3/8."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            self.fail(f"{value!r} is no shard; give its number, from 1, and of how many it is, as 3/8.", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+@click.command("init")
+@DIRECTORY
+@click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
+@click.option(
+    "--dataset",
+    default="digits",
+    show_default=True,
+    help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
+)
+@click.option(
+    "--alpha",
+    "alphas",
+    type=float,
+    multiple=True,
+    default=(0.5,),
+    show_default=True,
+    help="Share of the examples in a subset. Several make runs side by side: DIRECTORY/20pct, DIRECTORY/50pct.",
+)
+@click.option("--masks", default="exact", show_default=True, help="exact, bernoulli, or an .npy file of your own.")
+@click.option("--recipe", default="perceptron", show_default=True, help="By name; hyperparameters go into a run.yaml.")
+@click.option("--outputs", help="What to store, as margins,logits. [default: what the dataset's models have]")
+@click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
+@click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
+@click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@talk_options
+def init(
+    talk: Talk,
+    directory: Path,
+    spec: Path | None,
+    dataset: str,
+    alphas: tuple[float, ...],
+    masks: str,
+    recipe: str,
+    outputs: str | None,
+    models: int,
+    held_out: int,
+    retrainings: int,
+    seed: int,
+) -> None:
+    """Create a run in DIRECTORY; nothing is trained yet."""
+    from dmpipeline.datasets import load_dataset
+    from dmpipeline.outputs import default_outputs
+    from dmpipeline.store import Run
+
+    if spec:
+        specs = [RunSpec.read(spec)]
+    else:
+        values = {"dataset": dataset, "masks": masks, "n_models": models, "seed": seed}
+        values |= {"recipe": {"name": recipe}, "held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
+        specs = [RunSpec(**values, alpha=alpha) for alpha in dict.fromkeys(alphas)]
+        stored = outputs.split(",") if outputs else default_outputs(load_dataset(specs[0].located(Path.cwd()).dataset))
+        specs = [RunSpec(**values, alpha=wanted.alpha, outputs=stored) for wanted in specs]
+    places = [directory] if len(specs) == 1 else [directory / wanted.alpha_name for wanted in specs]
+    made = [Run.create(place, wanted) for place, wanted in zip(places, specs, strict=True)]
+    facts = [{"directory": str(run.path), "n_rows": run.spec.n_rows} for run in made]
+    talk.print_data(
+        facts[0] if len(made) == 1 else {"runs": facts}, *(facts_table({"run": str(run.path)}) for run in made)
+    )
+    talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; next: dmpipeline run {directory}")
+
+
+@click.command("run")
+@DIRECTORY
+@click.option("--models", type=int, help="Extend the run to so many models to fit on first.")
+@click.option("--device", default="cpu", show_default=True, help="Where to train, as torch names it: cuda, cuda:1.")
+@click.option("--method", type=click.Choice(["products", "vmap", "loop"]), help="How to train. [default: the fastest]")
+@click.option("--at-once", type=click.IntRange(min=1), help="Models of a group. [default: the fastest]")
+@click.option("--workers", type=_Workers(), help="Train in so many processes; auto: one a GPU, or a core.")
+@click.option("--scheduler", metavar="ADDRESS", help="Train on a Dask cluster, as tcp://host:8786.")
+@click.option("--shard", type=_Shard(), metavar="I/N", help="Train only every N-th block, as the I-th of N hosts.")
+@click.option("--replay", metavar="ROW", type=int, help="Train this row again instead, store nothing, and compare.")
+@talk_options
+def train(
+    talk: Talk,
+    directory: Path,
+    models: int | None,
+    device: str,
+    method: "Method | None",
+    at_once: int | None,
+    workers: int | None,
+    scheduler: str | None,
+    shard: tuple[int, int] | None,
+    replay: int | None,
+) -> None:
+    """Train what is missing in the run at DIRECTORY, or in all runs there. Run it again at any time to go on."""
+    from dmpipeline.extension import extend
+    from dmpipeline.status import runs_in
+    from dmpipeline.store import Run
+
+    ways = {"--workers": workers, "--scheduler": scheduler, "--shard": shard, "--replay": replay}
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
+    opened = [Run.open(path) for path in runs_in(directory)]
+    if replay is not None:
+        if len(opened) > 1:
+            raise click.UsageError(f"{directory} holds {len(opened)} runs; name the one to replay row {replay} of")
+        way = opened[0].find_way(device, method, at_once) if method or at_once else None
+        _print_replay(talk, opened[0], replay, device, way)
+        return
+    if models is not None:
+        opened = [extend(run, models) for run in opened]
+    with contextlib.ExitStack() as stack:
+        cluster, n_threads = scheduler, None
+        if workers is not None:
+            cluster, n_threads = stack.enter_context(_processes(workers, device))
+        for run in opened:
+            with talk.counting("training", "models") as progress:
+                if cluster is not None:
+                    from dmpipeline.cluster import train_on_cluster
+
+                    how: dict[str, Any] = {"device": device, "method": method, "n_models": at_once}
+                    train_on_cluster(run, cluster, **how, n_threads=n_threads, progress=progress)
+                else:
+                    way = run.find_way(device, method, at_once) if method or at_once else None
+                    blocks = None if shard is None else range(shard[0] - 1, len(run.spec.blocks), shard[1])
+                    run.train(progress, device=device, way=way, blocks=blocks)
+    _print_status(talk, opened)
+    left = sum(run.spec.n_rows - run.n_rows_done for run in opened)
+    if shard is not None and left:
+        n_rows = sum(run.spec.n_rows for run in opened)
+        talk.remark(f"shard {shard[0]}/{shard[1]} is done; other shards lack {left:,} of {n_rows:,} models")
+    else:
+        talk.remark(f"next: dmpipeline verify {directory}, dmpipeline fit {directory}")
+
+
+@click.command("status")
+@DIRECTORY
+@talk_options
+def status(talk: Talk, directory: Path) -> None:
+    """Show what the run at DIRECTORY is, how far it is, how fast it goes, and what failed; or all runs there."""
+    from dmpipeline.status import runs_in
+    from dmpipeline.store import Run
+
+    _print_status(talk, [Run.open(path) for path in runs_in(directory)])
+
+
+@click.command("submit")
+@DIRECTORY
+@click.option("--slurm", is_flag=True, help="For Slurm; no other scheduler is known.")
+@click.option("--jobs", type=click.IntRange(min=1), default=8, show_default=True, help="Jobs of the array.")
+@click.option("--gpus-per-job", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--cpus-per-job", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--memory", help="Of a job, as 16G. [default: the partition's]")
+@click.option("--time", default="04:00:00", show_default=True, help="Longest time of a job, as HH:MM:SS.")
+@click.option("--partition")
+@click.option("--account")
+@click.option("--start", is_flag=True, help="Do not print: have Dask start the jobs, and stay until all is trained.")
+@talk_options
+def submit(
+    talk: Talk,
+    directory: Path,
+    slurm: bool,
+    jobs: int,
+    gpus_per_job: int,
+    cpus_per_job: int,
+    memory: str | None,
+    time: str,
+    partition: str | None,
+    account: str | None,
+    start: bool,
+) -> None:
+    """Print the script that trains the run at DIRECTORY on Slurm: dmpipeline submit myrun --slurm | sbatch.
+
+    Jobs go on where they were killed. They write what they say to DIRECTORY/logs.
+    """
+    from dmpipeline.slurm import Jobs, own_command, sbatch_script, slurm_cluster
+    from dmpipeline.store import Run
+
+    if not slurm:
+        raise click.UsageError("say for which scheduler: --slurm is the one that is known")
+    if not re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", time):
+        raise SpecError(f"time {time!r} is not HH:MM:SS; give for example --time 04:00:00", field="time", value=time)
+    if start and memory is None:
+        raise click.UsageError("--start needs to know how much memory a job is to have; give for example --memory 8GB")
+    run = Run.open(directory)
+    wanted = Jobs(jobs, gpus_per_job, cpus_per_job, time, partition, account, memory)
+    # a job whose log has no folder ends at once and says nothing
+    (run.path / "logs").mkdir(exist_ok=True)
+    if not start:
+        script = sbatch_script(run.path, wanted, own_command())
+        if talk.as_json:
+            talk.print_data({"script": script})
+        else:
+            click.echo(script, nl=False)
+        return
+    from dmpipeline.cluster import train_on_cluster
+
+    with slurm_cluster(run.path, wanted) as cluster, talk.counting("training", "models") as progress:
+        # a queue may be long
+        device = "cuda" if gpus_per_job else "cpu"
+        train_on_cluster(run, cluster, device=device, wait_seconds=None, progress=progress)
+    _print_status(talk, [run])
+
+
+@contextlib.contextmanager
+def _processes(n_workers: int, device: str) -> Iterator[tuple[Any, int]]:
+    """Run a cluster on this machine, whose workers share its cores; yields it and the cores of each."""
+    from dmpipeline.cluster import local_cluster, visible_gpus
+    from dmpipeline.compute import available_threads
+
+    n_cores = available_threads()
+    n_workers = n_workers or (len(visible_gpus()) if device.startswith("cuda") else n_cores) or 1
+    with local_cluster(n_workers, device=device) as cluster:
+        yield cluster, max(1, n_cores // n_workers)
+
+
+def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | None") -> None:
+    from dmpipeline.verify import TOLERANCE, replay
+
+    found = replay(opened, row, device=device, way=way)
+    facts: dict[str, Any] = {"row": row, "same_to_the_bit": found.is_same, "agrees": found.agrees}
+    table = Table("array", "mean difference, of its standard deviation", box=None, header_style="bold")
+    for name, difference in found.differences.items():
+        table.add_row(name, "none" if found.is_same else f"{difference:.2g}")
+    talk.print_data(facts | {"differences": found.differences}, table)
+    if not found.agrees:
+        raise VerificationError(
+            f"row {row} of {opened.path} trained again is another one: it differs by more than {TOLERANCE:.0%}; if "
+            f"versions or the recipe's code changed, train anew in another directory, else see `dmpipeline verify "
+            f"{opened.path}`"
+        )
+    talk.remark(f"row {row} trained again is the same{' to the bit' if found.is_same else ', but for rounding'}")
+
+
+def _print_status(talk: Talk, runs: list["Run"]) -> None:
+    from dmpipeline.status import run_facts
+
+    facts = [run_facts(run) for run in runs]
+    if len(runs) == 1:
+        talk.print_data(facts[0], _status_table(runs[0], facts[0]), *_failure_tables(talk, facts[0]))
+        return
+    table = Table("run", "models", "of", "a second", "left", "failed blocks", box=None, header_style="bold")
+    for run, its in zip(runs, facts, strict=True):
+        rate = its["models_per_second"]
+        cells = f"{its['n_rows_done']:,}", f"{its['n_rows']:,}", f"{rate:,.1f}" if rate else ""
+        table.add_row(run.path.name, *cells, _left(its), str(len(its["failures"]) or ""))
+    talk.print_data({"runs": facts}, table)
+
+
+def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
+    spec, rate = run.spec, facts["models_per_second"]
+    return facts_table(
+        {
+            "run": facts["run"],
+            "what": f"{facts['recipe']} on {spec.dataset} at alpha {spec.alpha:.0%}",
+            "models": f"{facts['n_rows_done']:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
+            "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
+            "left": _left(facts),
+            "datamodels": str(run.datamodels_path) if facts["datamodels"] else "not fitted yet",
+        }
+    )
+
+
+def _left(facts: dict[str, Any]) -> str:
+    if facts["n_rows_done"] == facts["n_rows"]:
+        return "nothing"
+    return f"{facts['seconds_left']:,.0f} s" if facts["seconds_left"] else "unknown"
+
+
+def _failure_tables(talk: Talk, facts: dict[str, Any]) -> list[Table]:
+    """Show each failure with the end of its traceback, or all of it."""
+    if not facts["failures"]:
+        return []
+    table = Table("failed rows", "why", box=None, header_style="bold")
+    for failure in facts["failures"]:
+        lines = failure["traceback"].rstrip().splitlines()
+        start, stop = failure["rows"]
+        table.add_row(f"{start} to {stop - 1}", "\n".join(lines if talk.verbose else lines[-_LINES_OF_A_TRACEBACK:]))
+    return [table]
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """Show named facts, one a line."""
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    return table
