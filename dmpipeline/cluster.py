@@ -419,10 +419,6 @@ def _worker_address() -> str:
     return str(dask_distributed().get_worker().address)
 
 
-def _done_blocks(run: Run) -> set[int]:
-    return {block for block, digest in enumerate(run.digests()) if digest.any()}
-
-
 def _failure(run: Run, failed: set[int]) -> TrainingError:
     blocks = [run.spec.blocks[block] for block in sorted(failed)]
     ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in blocks)

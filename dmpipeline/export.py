@@ -32,9 +32,10 @@ from dmdata.catalog import Catalog, DatasetEntry, StoredArray
 from dmdata.errors import CatalogError, FactualError
 from dmdata.formats import npy_header
 from dmdata.uploads import EtagDigest, Uploads
+from dmpipeline.cataloguing import describe_datamodels
 from dmpipeline.directory import write_beside
 from dmpipeline.errors import RunError, VerificationError, explain_os_errors
-from dmpipeline.store import Progress, Run, block_digest, describe_datamodels
+from dmpipeline.store import Progress, Run, block_digest
 
 _COPIED_BYTES = 2**22
 _STALE_SECONDS = 7 * 86_400

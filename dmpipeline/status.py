@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dmpipeline.directory import done_blocks
 from dmpipeline.errors import RunError
 from dmpipeline.store import Run
 
@@ -84,11 +85,7 @@ def runs_in(directory: Path) -> list[Path]:
 
 def _finished(run: Run) -> list[tuple[float, int]]:
     """List blocks that are done, with the time each was, oldest first."""
-    found = []
-    for file in (run.path / "store.zarr" / "block_digests" / "c").glob("*/0"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append((file.stat().st_mtime, int(file.parent.name)))
-    return sorted(entry for entry in found if entry[1] < len(run.spec.blocks))
+    return sorted((when, block) for block, when in done_blocks(run.path).items() if block < len(run.spec.blocks))
 
 
 def _last_stretch(finished: list[tuple[float, int]]) -> list[tuple[float, int]]:

@@ -20,7 +20,6 @@ because a row depends on nothing but its draws.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,9 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from dmdata.catalog import Alpha, ArraySchema, Basis, Catalog, DatasetEntry, SourceEntry, StoredArray
-from dmdata.catalog import Rows as CatalogRows
-from dmdata.errors import FormatError
-from dmdata.formats import pt_layouts
+from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
+from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamodels
 from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
@@ -228,11 +225,12 @@ class Run:
     @property
     def n_rows_done(self) -> int:
         """Count of rows in finished blocks."""
-        return sum(len(self.spec.blocks[block]) for block in np.flatnonzero(self.digests().any(1)).tolist())
+        return sum(len(self.spec.blocks[block]) for block in directory.done_blocks(self.path))
 
     def require_complete(self) -> None:
         """Raise IncompleteRunError, with `n_missing`, unless every row is trained."""
-        if n_missing := self.spec.n_rows - self.n_rows_done:
+        done = np.flatnonzero(self.digests().any(axis=1)).tolist()
+        if n_missing := self.spec.n_rows - sum(len(self.spec.blocks[block]) for block in done):
             raise IncompleteRunError(
                 f"{self.path} lacks {n_missing:,} of {self.spec.n_rows:,} models; "
                 f"train them with `dmpipeline run {self.path}`",
@@ -456,49 +454,11 @@ class Run:
         self, name: str, *, key: str, form: str, n_bytes: int | None = None, sha256: str | None = None
     ) -> StoredArray:
         """Describe one of the run's arrays for a catalog; without `n_bytes`, those of its elements are meant."""
-        array = self.array(name)
-        return StoredArray.model_validate(
-            {
-                "key": key,
-                "format": form,
-                "shape": array.shape,
-                "dtype": str(array.dtype),
-                "dims": getattr(array.metadata, "dimension_names", None),
-                "n_bytes": array.nbytes if n_bytes is None else n_bytes,
-                "sha256": sha256,
-                "basis": _measured("key", "format", "shape", "dtype", "dims", "n_bytes"),
-            }
-        )
+        return describe_array(self.array(name), key=key, form=form, n_bytes=n_bytes, sha256=sha256)
 
     def catalog(self, stored: Mapping[str, StoredArray]) -> Catalog:
         """Catalog artifacts of this run under `dataset/alpha/name`; their keys start at the catalog's folder."""
-        spec, dataset = self.spec, self.dataset()
-        rows = spec.rows
-        alpha = Alpha(
-            alpha=spec.alpha,
-            rows=CatalogRows(
-                fit=(rows.models.start, rows.models.stop),
-                evaluation=(rows.held_out.start, rows.held_out.stop),
-                n_retrainings=spec.held_out.n_retrainings,
-            ),
-            arrays=dict(stored),
-            basis=_measured("alpha", "rows"),
-        )
-        entry = DatasetEntry(
-            title=dataset.name,
-            n_train=dataset.n_train,
-            n_test=dataset.n_test,
-            n_classes=dataset.n_classes,
-            example_order=dataset.example_order,
-            alphas={spec.alpha_name: alpha},
-            basis=_measured("title", "n_train", "n_test", "n_classes", "example_order"),
-        )
-        return Catalog(
-            version=1,
-            title=f"{dataset.name}, {spec.recipe.name}@{spec.recipe.version}, seed {spec.seed}, trained by dmpipeline",
-            source=SourceEntry(url=".", basis=_measured("url", "requester_pays")),
-            datasets={dataset.name: entry},
-        )
+        return catalog_of(self.spec, self.dataset(), stored)
 
     def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
         array = self.array(name)
@@ -519,7 +479,7 @@ class Run:
     def _missing_blocks(self, lock: IO[bytes], wanted: Sequence[int]) -> Iterator[int]:
         """Yield blocks that are not done, each claimed while the caller trains it; those others claimed come last."""
         for wait in (False, True):
-            done = set(np.flatnonzero(self.digests().any(axis=1)).tolist())
+            done = directory.done_blocks(self.path)
             for block in wanted:
                 if block in done:
                     continue
@@ -556,44 +516,3 @@ def block_digest(block: Block) -> bytes:
     for array in block.values():
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.digest()
-
-
-def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> StoredArray:
-    """Describe a `.pt` of test datamodels for a catalog, from the file's own directory.
-
-    Raises
-    ------
-    dmdata.errors.FormatError
-        If the file is damaged or holds anything but tensors.
-    RunError
-        If it cannot be read.
-    """
-    with explain_os_errors(path, "read"), open(path, "rb") as file:
-        n_bytes = os.fstat(file.fileno()).st_size
-
-        def read_at(start: int, stop: int) -> bytes:
-            file.seek(start)
-            return file.read(stop - start)
-
-        layouts = pt_layouts(read_at, object_bytes=n_bytes, url=str(path))
-    shapes = {name: layout.shape for name, layout in layouts.items()}
-    n_train, n_test = (*shapes.get("weight", ()), 0, 0)[:2]
-    of_targets = set(shapes) - {"weight"}
-    expected = {"weight": (n_train, n_test)} | dict.fromkeys(of_targets, (n_test,))
-    if not of_targets >= {"bias", "lam"} or shapes != expected:
-        raise FormatError(
-            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else "
-            "there is of each target",
-            url=str(path),
-        )
-    dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
-    members = {
-        name: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[name])
-        for name, layout in layouts.items()
-    }
-    basis = _measured("key", "format", "n_bytes")
-    return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis)
-
-
-def _measured(*facts: str) -> dict[str, Basis]:
-    return dict.fromkeys(facts, Basis.MEASURED)
