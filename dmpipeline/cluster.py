@@ -215,7 +215,7 @@ class _Handing:
     def until_done(self) -> Iterator[int]:
         """Yield the count of rows done each time that it grew."""
         blocks = self.run.spec.blocks
-        self._left = set(range(len(blocks))) - _done_blocks(self.run)
+        self._left = set(range(len(blocks))).difference(done_blocks(self.run.path))
         self._waiting = deque(sorted(self._left))
         n_done = self.run.spec.n_rows - sum(len(blocks[block]) for block in self._left)
         try:
