@@ -34,7 +34,7 @@ import torch
 from dmdata.cluster import connect, dask_distributed
 from dmdata.errors import FactualError
 from dmpipeline import directory
-from dmpipeline.directory import claimed
+from dmpipeline.directory import claimed, done_blocks
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import ClusterError, RunError, SpecError, TrainingError
 from dmpipeline.store import Progress, Run, Trainer

@@ -16,6 +16,7 @@ from dmpipeline.store import Run
 
 _WINDOW_SECONDS = 1200.0
 _WINDOW_BLOCKS = 10
+_FEW_BLOCKS = 4
 # A pause is longer than any block: ten times as long as between blocks usually, and a minute at least.
 _PAUSE_IN_MEDIANS = 10
 _LEAST_PAUSE_SECONDS = 60.0
@@ -25,20 +26,20 @@ def models_per_second(run: Run) -> float | None:
     """Tell how fast models were trained lately, by all who train the run together; None where it cannot be told.
 
     Told by the blocks of the last twenty minutes of training or the last ten blocks, whichever are more, but not across
-    a pause. Where too few are done, sessions on record tell, if one has ended.
+    a pause. Where those are few, or the run is done, sessions on record tell, if there are any: they know when the
+    first of its blocks was begun.
     """
     finished = _last_stretch(_finished(run))
-    if finished:
-        last = finished[-1][0]
-        recent = [block for block in finished if last - block[0] <= _WINDOW_SECONDS]
-        recent = max(recent, finished[-_WINDOW_BLOCKS - 1 :], key=len)
-        # the first block's time is when the clock starts, its rows came before
-        n_rows = sum(len(run.spec.blocks[block]) for _, block in recent[1:])
-        if (seconds := last - recent[0][0]) > 0:
-            return n_rows / seconds
+    last = finished[-1][0] if finished else 0.0
+    recent = [block for block in finished if last - block[0] <= _WINDOW_SECONDS]
+    recent = max(recent, finished[-_WINDOW_BLOCKS - 1 :], key=len)
     sessions = run.provenance["sessions"]
     trained, spent = (sum(session[name] for session in sessions) for name in ("n_rows", "seconds"))
-    return trained / spent if spent else None
+    if spent and (len(recent) <= _FEW_BLOCKS or run.n_rows_done == run.spec.n_rows):
+        return float(trained / spent)
+    seconds = last - recent[0][0] if recent else 0.0
+    # the first block's time is when the clock starts, its rows came before
+    return sum(len(run.spec.blocks[block]) for _, block in recent[1:]) / seconds if seconds else None
 
 
 def run_facts(run: Run) -> dict[str, Any]:

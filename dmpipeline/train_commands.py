@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 from rich.table import Table
 
 from dmdata.console import Talk, talk_options
@@ -47,6 +48,22 @@ class _Shard(click.ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2])
 
 
+class _Setting(click.ParamType[tuple[str, Any]]):
+    """A hyperparameter and its value, as YAML would have it."""
+
+    name = "setting"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, is_given, text = str(value).partition("=")
+        try:
+            setting = yaml.safe_load(text)
+        except yaml.YAMLError:
+            is_given = ""
+        if not is_given or not name.isidentifier():
+            self.fail(f"{value!r} sets nothing; give a name and a value, as lr=0.1.", param, ctx)
+        return name, setting
+
+
 @click.command("init")
 @DIRECTORY
 @click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
@@ -66,7 +83,8 @@ class _Shard(click.ParamType[tuple[int, int]]):
     help="Share of the examples in a subset. Several make runs side by side: DIRECTORY/20pct, DIRECTORY/50pct.",
 )
 @click.option("--masks", default="exact", show_default=True, help="exact, bernoulli, or an .npy file of your own.")
-@click.option("--recipe", default="perceptron", show_default=True, help="By name; hyperparameters go into a run.yaml.")
+@click.option("--recipe", default="perceptron", show_default=True, help="By name.")
+@click.option("--set", "settings", type=_Setting(), multiple=True, help="A hyperparameter of the recipe, as lr=0.1.")
 @click.option("--outputs", help="What to store, as margins,logits. [default: what the dataset's models have]")
 @click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
 @click.option("--held-out", type=int, default=100, show_default=True, help="Held-out subsets.")
@@ -81,6 +99,7 @@ def init(
     alphas: tuple[float, ...],
     masks: str,
     recipe: str,
+    settings: tuple[tuple[str, Any], ...],
     outputs: str | None,
     models: int,
     held_out: int,
@@ -96,7 +115,8 @@ def init(
         specs = [RunSpec.read(spec)]
     else:
         values = {"dataset": dataset, "masks": masks, "n_models": models, "seed": seed}
-        values |= {"recipe": {"name": recipe}, "held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
+        values |= {"recipe": {"name": recipe, **dict(settings)}}
+        values |= {"held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
         specs = [RunSpec(**values, alpha=alpha) for alpha in dict.fromkeys(alphas)]
         stored = outputs.split(",") if outputs else default_outputs(load_dataset(specs[0].located(Path.cwd()).dataset))
         specs = [RunSpec(**values, alpha=wanted.alpha, outputs=stored) for wanted in specs]
