@@ -99,7 +99,7 @@ def train_on_cluster(
     """
     report = progress or (lambda *_: None)
     report(run.n_rows_done, run.spec.n_rows)
-    with run.presence() as lock, _quiet(), _explained(scheduler), connect(scheduler) as client, client.as_current():
+    with run.presence() as lock, quiet(), _explained(scheduler), connect(scheduler) as client, client.as_current():
         # other workers than those that are there now may take part; each asks for itself whether it may
         try:
             client.wait_for_workers(1, timeout=wait_seconds)
@@ -155,7 +155,7 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
         number: {"cls": distributed.Nanny, "options": options | {"env": environment}}
         for number, environment in enumerate(environments)
     }
-    with _quiet():
+    with quiet():
         cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
         try:
             yield cluster
@@ -448,7 +448,7 @@ def _explained(scheduler: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Dask from telling of lost workers and connections what is said here in other words."""
     dask_distributed()  # which says how loud its loggers are when it is imported
     names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]

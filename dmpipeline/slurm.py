@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmpipeline.cluster import quiet
 from dmpipeline.errors import RunError
 
 
@@ -116,15 +117,19 @@ def slurm_cluster(run: Path, jobs: Jobs) -> Iterator[Any]:
         ) from error
     # one process a GPU, which sees no other
     n_gpus = max(1, jobs.gpus_per_job)
-    with jobqueue.SLURMCluster(
-        queue=jobs.partition,
-        account=jobs.account,
-        cores=max(1, jobs.cpus_per_job // n_gpus),
-        processes=1,
-        memory=jobs.memory,
-        walltime=jobs.time,
-        job_extra_directives=["--gres=gpu:1"] if jobs.gpus_per_job else [],
-        log_directory=str(run / "logs"),
-    ) as cluster:
+    with (
+        quiet(),
+        jobqueue.SLURMCluster(
+            queue=jobs.partition,
+            account=jobs.account,
+            cores=max(1, jobs.cpus_per_job // n_gpus),
+            processes=1,
+            memory=jobs.memory,
+            walltime=jobs.time,
+            job_extra_directives=["--gres=gpu:1"] if jobs.gpus_per_job else [],
+            log_directory=str(run / "logs"),
+            scheduler_options={"dashboard": False, "dashboard_address": ":0"},
+        ) as cluster,
+    ):
         cluster.scale(jobs=jobs.n_jobs * n_gpus)
         yield cluster
