@@ -1,5 +1,6 @@
 """Runs of every kind of dataset and learner, from their creation to the export."""
 
+import json
 import shutil
 import sys
 
@@ -214,6 +215,23 @@ def test_a_row_trained_again_in_the_same_way_is_the_same_to_the_bit(tmp_path, wa
         assert set(found.differences) == set(run.spec.arrays[1:])
         assert set(found.differences.values()) == {0.0}
     assert run.provenance == before
+
+
+def test_the_way_is_on_record_for_a_kind_of_device_and_kept_by_whoever_goes_on(tmp_path):
+    run = Run.create(tmp_path / "run", spec_of(classes_at(tmp_path)))
+    run.train(way=Way("vmap", 3), blocks=[0])
+    assert run.provenance["ways"] == {"cpu": {"method": "vmap", "n_models": 3, "compiled": False}}
+    assert run.find_way() == Way("vmap", 3)
+    assert run.find_way(n_models=5) == Way("vmap", 5)
+    assert run.find_way(method="loop") == Way("loop", 1)
+    # as it was written before networks could be compiled
+    facts = run.provenance | {"ways": {"cpu": {"method": "products", "n_models": 2}}}
+    (run.path / "provenance.json").write_text(json.dumps(facts))
+    assert run.trainer().way == Way("products", 2)
+    run.train()
+    assert [session["way"]["method"] for session in run.provenance["sessions"]] == ["vmap", "products"]
+    with pytest.raises(SpecError, match="loop has one at a time"):
+        run.train(way=run.find_way(method="loop", n_models=4))
 
 
 def test_a_row_trained_again_in_another_way_agrees(tmp_path):
