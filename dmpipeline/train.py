@@ -4,6 +4,7 @@ Models are trained in groups, in whichever way is fastest where they are (`Way`,
 has a group of its own, for the products of small networks gain little from being shared by cores, and lose much where
 cores are shared with other programs. A model's draws depend on nothing but the seed and its own number, so a row is the
 same whichever block, worker or resume trained it: to the bit on the same device in the same way, else but for rounding.
+Networks that draw numbers of their own, as dropout does, are trained by one thread a process; several may train a run.
 """
 
 from collections.abc import Callable, Iterator, Sequence

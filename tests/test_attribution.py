@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmpipeline import fit
+from dmpipeline import attribution, fit
 from dmpipeline.attribution import gradient_scores, log_odds_gradients
 from dmpipeline.errors import SpecError
 from dmpipeline.evaluate import lds
@@ -10,6 +10,7 @@ from dmpipeline.masks import subset_masks
 from dmpipeline.outputs import correct_class_margins
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
+from dmpipeline.train import Way
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,27 @@ def test_progress_counts_the_models(run):
     seen = []
     gradient_scores(run, n_models=2, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_networks_that_normalise_batches_are_trained_again_as_they_were(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    parts = {f"{part}_inputs": rng.integers(0, 256, (24, 9, 9, 3), np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "pictures.npz", **parts, train_labels=np.arange(24) % 3, test_labels=np.arange(24) % 3)
+    recipe = {"name": "cifar-fast", "widths": [4, 6], "epochs": 3, "batch_size": 4, "tta": "none"}
+    spec = RunSpec(dataset=str(tmp_path / "pictures.npz"), n_models=2, held_out={"n_subsets": 0}, recipe=recipe)
+    run = Run.create(tmp_path / "run", spec)
+    run.train(way=Way("loop", 1))
+    learned = []
+    original = attribution.log_odds_gradients
+
+    def recorded(network, state, inputs, labels):
+        with torch.no_grad():
+            learned.append(torch.func.functional_call(network, state, (inputs,))[24:].numpy())
+        return original(network, state, inputs, labels)
+
+    monkeypatch.setattr(attribution, "log_odds_gradients", recorded)
+    assert np.isfinite(gradient_scores(run, n_models=2)).all()
+    np.testing.assert_allclose(np.stack(learned), run.array("test_logits")[:], atol=0.01)
 
 
 @pytest.mark.parametrize(

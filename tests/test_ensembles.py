@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import numpy as np
@@ -335,6 +336,18 @@ def test_one_compiled_network_trains_all_models_as_they_are_trained_without(case
     assert len(compiled) == 1
     np.testing.assert_allclose(found.test.astype(float), expected.test, atol=5e-3)
     np.testing.assert_allclose(found.train.astype(float), expected.train, atol=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++ here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler
+def test_torchs_own_compiler_changes_nothing_but_rounding(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    dataset, recipe = numbers(), Perceptron(hidden=5, **FEW)
+    torch.compiler.reset()
+    found = trained(dataset, recipe, Way("loop", 1, compiled=True))
+    np.testing.assert_allclose(found.test.astype(float), trained(dataset, recipe, Way("loop", 1)).test, atol=5e-3)
 
 
 def test_a_group_of_a_loop_has_one_model():
