@@ -4,14 +4,13 @@ A block's digest is a file of its own that is written when the block is done, so
 whoever trains and wherever.
 """
 
-import contextlib
 import statistics
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dmpipeline.directory import done_blocks
-from dmpipeline.errors import RunError
+from dmpipeline.directory import done_blocks, require_run
+from dmpipeline.errors import explain_os_errors
 from dmpipeline.store import Run
 
 _WINDOW_SECONDS = 1200.0
@@ -74,13 +73,10 @@ def runs_in(directory: Path) -> list[Path]:
     RunError
         If there is none.
     """
-    if not (directory / "run.yaml").exists():
-        with contextlib.suppress(OSError):
-            if found := sorted(path.parent for path in directory.glob("*/run.yaml")):
-                return found
-    if not (directory / "run.yaml").is_file():
-        Run.open(directory)  # says why there is none
-        raise RunError(f"{directory} is no run; create one with `dmpipeline init`", path=directory)
+    with explain_os_errors(directory, "opened"):
+        if not (directory / "run.yaml").is_file() and (found := sorted(directory.glob("*/run.yaml"))):
+            return [path.parent for path in found]
+    require_run(directory)
     return [directory]
 
 

@@ -86,9 +86,10 @@ def test_no_group_is_larger_than_there_are_masks(rates):
     assert max(way.n_models for way in tried) == 20
 
 
-def test_one_mask_is_enough(rates):
-    rates(lambda way: {"products": 3.0, "vmap": 5.0, "loop": 4.0}[way.method])
-    assert search(n_masks=1) == Way("vmap", 1)
+def test_one_mask_is_enough_and_needs_no_stack_of_one(rates):
+    tried = rates(lambda way: {"products": 3.0, "vmap": 5.0, "loop": 4.0}[way.method])
+    assert search(n_masks=1) == Way("loop", 1)
+    assert Way("vmap", 1) not in tried
 
 
 def test_no_group_is_tried_that_may_not_fit_memory(rates, monkeypatch):
