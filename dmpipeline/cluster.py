@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -225,7 +226,7 @@ class _Handing:
                     n_done += len(blocks[block])
                     yield n_done
         finally:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(OSError, TimeoutError, CancelledError):  # as when the scheduler is lost
                 self.client.cancel(list(self._out))
 
     def _hand_out(self) -> None:
@@ -432,8 +433,6 @@ def _failure(run: Run, failed: set[int]) -> TrainingError:
 @contextlib.contextmanager
 def _explained(scheduler: Any) -> Iterator[None]:
     """Turn what a client raises that has lost its scheduler into a `ClusterError`."""
-    from concurrent.futures import CancelledError
-
     try:
         yield
     except (CancelledError, OSError, TimeoutError) as error:

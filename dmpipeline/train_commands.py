@@ -1,6 +1,7 @@
 """`init`, `run`, `status` and `submit`: runs created, trained here or on a cluster, and looked at meanwhile."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -282,7 +283,8 @@ def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | 
     table = Table("array", "mean difference, of its standard deviation", box=None, header_style="bold")
     for name, difference in found.differences.items():
         table.add_row(name, "none" if found.is_same else f"{difference:.2g}")
-    talk.print_data(facts | {"differences": found.differences}, table)
+    finite = {name: difference if math.isfinite(difference) else None for name, difference in found.differences.items()}
+    talk.print_data(facts | {"differences": finite}, table)
     if not found.agrees:
         raise VerificationError(
             f"row {row} of {opened.path} trained again is another one: it differs by more than {TOLERANCE:.0%}; if "
