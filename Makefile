@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/dmpipeline demo demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 	@echo "$(TREE)" > $(TESTED)
 
 # dmdata alone, without torch, on the newest Python there is and the newest of every package; kills and fuzz left out
@@ -33,7 +33,7 @@ test-newest:
 	$$(tests/newest-python) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade 'pip>=25.1'
 	.venv-newest/bin/pip install --quiet --editable '.[xarray]' --group tests
-	.venv-newest/bin/pytest -q -m "not slow"
+	.venv-newest/bin/pytest -q -n 2 --dist loadfile -m "not slow"
 
 # the gate: lint, types, tests and docs; tests that passed on this very tree are not run again
 check: lint types tested docs

@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -69,6 +69,19 @@ _FIGURES = pytest.StashKey[list[str]]()
 def figures(pytestconfig: pytest.Config) -> list[str]:
     """Lines to print when all tests have run: what was measured along the way."""
     return pytestconfig.stash.setdefault(_FIGURES, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the figures of a worker process of pytest-xdist to the one that prints them."""
+    if output := getattr(session.config, "workeroutput", None):
+        output["figures"] = session.config.stash.get(_FIGURES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the figures of a worker process that has ended."""
+    lines = node.config.stash.setdefault(_FIGURES, [])
+    lines += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

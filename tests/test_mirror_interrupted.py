@@ -85,7 +85,9 @@ def test_ranges_of_a_block_that_had_landed_are_not_fetched_again(s3: LoopbackS3,
     s3.reset_log()
     copy = dmdata.mirror(MASKS, destination, catalog=catalog)
     np.testing.assert_array_equal(np.asarray(copy[...]), values)  # type: ignore[index] # an array
-    assert [request.n_bytes for request in s3.log] == [LEAST_RANGE_BYTES]
+    # whichever of the six was stalled, the last of which is shorter
+    (missing,) = s3.log
+    assert missing.n_bytes in (LEAST_RANGE_BYTES, values.nbytes - 5 * LEAST_RANGE_BYTES)
 
 
 def test_a_block_that_was_fetched_and_not_written_is_not_fetched_again(
