@@ -21,9 +21,9 @@ def run(bench: Bench, *, small: bool) -> None:
     """Perceptrons on digits, and a convolutional net on 8 x 8 and on 28 x 28 pictures, seconds a model."""
     digits, share = load_dataset("digits"), 4 if small else 1
     _compare(bench, "train a perceptron", digits, Perceptron(), 512 // share, 4, ">= 25")
-    _compare(bench, "train a convolutional net, 8 x 8", digits, ConvNet(), 64 // share, 2, ">= 4")
+    _compare(bench, "train a convolutional net, 8 x 8", digits, ConvNet(), 64 // share, 4, ">= 4")
     _compare(
-        bench, "train a convolutional net, 28 x 28", _enlarged(digits), ConvNet(epochs=3), 32 // share, 2, ">= 1.3"
+        bench, "train a convolutional net, 28 x 28", _enlarged(digits), ConvNet(epochs=3), 32 // share, 4, ">= 1.3"
     )
 
 

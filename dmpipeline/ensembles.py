@@ -188,6 +188,21 @@ def begin_group(
     return _Differentiated(material, states, is_stacked=method == "vmap", is_compiled=compiled)
 
 
+def stacked_networks(material: Material, states: Sequence[State], batch: int) -> StackedNetworks:
+    """Stack models that begin with these states, for the method products."""
+    if not isinstance(material.network, nn.Sequential):
+        raise TypeError("a network without stacked layers")
+    return StackedNetworks(
+        material.network,
+        states,
+        input_shape=material.input_shape,
+        batch=batch,
+        momentum=material.recipe.momentum,
+        weight_decay=material.recipe.weight_decay,
+        is_regression=material.dataset.is_regression,
+    )
+
+
 def mean_losses(outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Mean loss of each model.
 
@@ -221,19 +236,8 @@ def mean_losses(outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tens
 
 class _Products:
     def __init__(self, material: Material, states: Sequence[State], batch: int) -> None:
-        if not isinstance(material.network, nn.Sequential):
-            raise TypeError("a network without stacked layers")
-        recipe = material.recipe
         self.inputs, self.test_inputs, self.truth = material.laid_out
-        self.networks = StackedNetworks(
-            material.network,
-            states,
-            input_shape=material.input_shape,
-            batch=batch,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            is_regression=material.dataset.is_regression,
-        )
+        self.networks = stacked_networks(material, states, batch)
 
     def step(self, examples: Tensor, _words: Tensor | None, lr: float) -> None:
         self.networks.step(self.inputs, self.truth, examples, lr)

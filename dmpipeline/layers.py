@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="call-arg"
 # compiled kernels take their types from what they are called with
 
-"""Small networks that take their steps together: layers of batched matrix products, gradients written out by hand.
+"""Small networks that take their steps together: batched matrix products, gradients written out by hand.
 
-The parameters of a group of models lie in one array a layer, models first. Pictures lie with channels last, so that a
-convolution is a product of its patches with its filters, and pooling runs along channels. Work space is allocated once
-a group, for page faults cost more than sums. Where products are small this is several times as fast as automatic
-differentiation of the same network; what has no form here is trained otherwise (`ensembles`).
+The parameters of a group of models lie in one array a layer, models first. Pictures lie with channels last, for the
+kernels of `convolution`, and pooling runs along channels. Work space is allocated once a group, for page faults cost
+more than sums. Where products are small this is several times as fast as automatic differentiation of the same network;
+what has no form here is trained otherwise (`ensembles`).
 
 Every axis of a product is padded to whole cache lines, so that a model's numbers lie alike wherever in a group it is:
 matrix products round differently at another alignment, and a row would depend on its place. They also do where several
@@ -22,6 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from dmpipeline.compute import kernel
+from dmpipeline.convolution import (
+    Form,
+    Units,
+    add_gradients,
+    border,
+    bordered_size,
+    convolve,
+    convolve_and_pool,
+    corners_of_places,
+    filter_lines,
+    learned_numbers,
+    steps_to_winners,
+)
+from dmpipeline.lines import LINE
 
 State = Mapping[str, Tensor]
 """A network's parameters and buffers by name."""
@@ -32,9 +46,9 @@ Space = dict[str, Tensor]
 Learned = tuple[Tensor, Tensor]
 """A layer's weight and bias, of one model, as torch has them."""
 
-_LINE = 16  # float32 numbers in a cache line
 _NEVER = -1e30  # the logit of a class that is only padding: its probability is 0
 _OUTPUT_BYTES = 2**18  # of a layer of one model, where no gradients are wanted
+_NEAR_BYTES = 2**16  # of pictures whose gradients are added up at a time, to stay in a core's own cache
 
 
 @dataclass(slots=True)
@@ -148,15 +162,24 @@ class StackedNetworks:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Compute the outputs of every model on every input, float32 (n_models, n, n_outputs)."""
-        of_one = [layer.space(self.n_models, 1, is_training=False) for layer in self.layers]
-        largest = max(tensor.nbytes // self.n_models for space in of_one for tensor in space.values())
+        of_one = [layer.space(1, 1, is_training=False) for layer in self.layers]
+        largest = max(tensor.nbytes for space in of_one for tensor in space.values())
         # as many at once in a group of any size: products of fewer rows may round otherwise
         step = max(1, _OUTPUT_BYTES // largest)
         result = torch.empty(self.n_models, len(inputs), self.n_outputs)
+        spaces = dict[int, list[Space]]()  # of whole parts, and of the last one
         for some, into in zip(inputs.split(step), result.split(step, dim=1), strict=True):
-            spaces = [layer.space(self.n_models, len(some), is_training=False) for layer in self.layers]
-            into.copy_(self._forward(some.expand(self.n_models, *some.shape), spaces)[..., : self.n_outputs])
+            if (n := len(some)) not in spaces:
+                spaces[n] = [layer.space(self.n_models, n, is_training=False) for layer in self.layers]
+            into.copy_(self._forward(some.expand(self.n_models, *some.shape), spaces[n])[..., : self.n_outputs])
         return result
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the group is trained in."""
+        learned = [(p.value, p.velocity) for layer in self.layers for p in layer.parameters]
+        rooms = [space.values() for space in self._spaces]
+        return sum(tensor.nbytes for some in (*learned, *rooms, (self._x, self._truth)) for tensor in some)
 
     def states(self) -> list[dict[str, Tensor]]:
         """Give what each model has learned, as states of the network."""
@@ -196,7 +219,7 @@ def true_outputs(labels: Tensor, n_outputs: int, label_smoothing: float = 0.0) -
 
 def padded(length: int) -> int:
     """Round a count of float32 numbers up to whole cache lines."""
-    return -(-length // _LINE) * _LINE
+    return -(-length // LINE) * LINE
 
 
 class _Linear:
@@ -239,64 +262,82 @@ class _Linear:
 
 
 class _Convolution:
-    """Products of patches, (n_models, pictures and places, taps and channels), with filters; borders are zeros."""
+    """Filters for pictures whose size they keep, perhaps pooled by 2 and rectified with them; see `convolution`."""
 
-    def __init__(self, name: str, layers: Sequence[Learned], shape: tuple[int, int, int], *, first: bool) -> None:
-        self.name, self.is_first = name, first
-        self.height, self.width, self.channels = shape
-        self.n_outputs, self.n_inputs, self.taps, _ = layers[0][0].shape
-        n_rows = padded(self.taps**2 * self.channels)
-        weight = torch.zeros(len(layers), n_rows, padded(self.n_outputs))
-        bias = torch.zeros(len(layers), 1, padded(self.n_outputs))
+    def __init__(
+        self, name: str, layers: Sequence[Learned], form: Form, *, is_pooled: bool, is_rectified: bool, first: bool
+    ) -> None:
+        self.name, self.form, self.is_pooled, self.is_rectified = name, form, is_pooled, is_rectified
+        self.is_first, self.n_inputs = first, layers[0][0].shape[1]
+        self.shape = (form.height // 2, form.width // 2) if is_pooled else (form.height, form.width)
+        learned = learned_numbers(form)
+        corners = corners_of_places(form, 2 if is_pooled else 1)
+        self._tables = (filter_lines(form), learned, corners, steps_to_winners(form))
+        self._chunk = max(2, _NEAR_BYTES // (4 * bordered_size(form, 1)))
+        weight = torch.zeros(len(layers), padded(form.n_outputs), len(learned))
+        bias = torch.zeros(len(layers), padded(form.n_outputs))
         for model, (w, b) in enumerate(layers):
-            self._filters(weight[model])[..., : self.n_inputs, : self.n_outputs] = w.permute(2, 3, 1, 0)
-            bias[model, 0, : self.n_outputs] = b
+            self._filters(weight[model])[..., : self.n_inputs] = w.permute(0, 2, 3, 1)
+            bias[model, : form.n_outputs] = b
         self.parameters = (Parameter(weight), Parameter(bias))
 
     def _filters(self, weight: Tensor) -> Tensor:
-        taps = self.taps
-        return weight[: taps**2 * self.channels].view(taps, taps, self.channels, -1)
+        """View what is learned of a model's filters, (n_outputs, taps, taps, channels)."""
+        taps, run = self.form.taps, self.form.taps * self.form.channels
+        rows = weight[: self.form.n_outputs, : taps * padded(run)].view(-1, taps, padded(run))
+        return rows[..., :run].view(-1, taps, taps, self.form.channels)
 
     def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
-        _, n_rows, n_outputs = self.parameters[0].value.shape
-        places, border = batch * self.height * self.width, self.taps - 1
+        form, (n_places, n_outputs) = self.form, (len(self._tables[2]), padded(self.form.n_outputs))
         space = {
-            "patches": torch.zeros(n_models, places, n_rows),
-            "out": torch.empty(n_models, places, n_outputs),
-            "bordered": torch.zeros((self.height + border) * (self.width + border) * self.channels),
+            "bordered": torch.zeros(bordered_size(form, n_models * batch)),
+            "filters": torch.empty(n_outputs * form.taps**2 * form.channels),
+            "out": torch.empty(n_models, batch, n_places, n_outputs),
+            "winner": torch.empty(n_models, batch, n_places if self.is_pooled else 0, n_outputs, dtype=torch.int8),
         }
-        if is_training and not self.is_first:
-            space["patch_errors"] = torch.empty_like(space["patches"])
-            space["back"] = torch.empty(n_models, batch, self.height, self.width, self.channels)
+        if is_training:
+            chunk = min(self._chunk, batch)
+            space["corners"] = torch.empty(chunk * n_places + 1, dtype=torch.int64)
+            space["errors"] = torch.empty(chunk * n_places + 1)
+            space["back_bordered"] = torch.empty(0 if self.is_first else bordered_size(form, chunk))
+            picture = form.height * form.width * form.channels
+            space["back"] = torch.empty(n_models, 0 if self.is_first else batch, picture)
         return space
 
     def forward(self, x: Tensor, space: Space) -> Tensor:
-        weight, bias = self.parameters
-        shape = (self.height, self.width, self.channels, self.taps)
-        for pictures, patches in zip(x.contiguous(), space["patches"], strict=True):
-            _take_patches(pictures.reshape(-1).numpy(), *shape, space["bordered"].numpy(), patches.numpy())
-        out = torch.baddbmm(bias.value, space["patches"], weight.value, out=space["out"])
-        return out.view(*x.shape[:2], self.height, self.width, -1)
+        weight, bias = (parameter.value.numpy() for parameter in self.parameters)
+        bordered, out, filters = space["bordered"].numpy(), space["out"].numpy(), space["filters"].numpy()
+        border(x.reshape(x.shape[0] * x.shape[1], -1).numpy(), self.form, bordered)
+        if self.is_pooled:
+            winner = space["winner"].numpy()
+            convolve_and_pool(bordered, self.form, weight, bias, filters, self.is_rectified, out, winner)
+        else:
+            convolve(bordered, self.form, weight, bias, filters, out)
+        return space["out"].view(*x.shape[:2], *self.shape, -1)
 
     def backward(self, error: Tensor, space: Space, momentum: float) -> Tensor:
         weight, bias = self.parameters
-        error = error.view_as(space["out"])
-        weight.velocity.baddbmm_(space["patches"].transpose(1, 2), error, beta=momentum)
-        bias.velocity.mul_(momentum).add_(error.sum(1, keepdim=True))
-        if self.is_first:
-            return error
-        torch.bmm(error, weight.value.transpose(1, 2), out=space["patch_errors"])
-        shape = (self.height, self.width, self.channels, self.taps)
-        for patches, back in zip(space["patch_errors"], space["back"], strict=True):
-            _add_patches(patches.numpy(), *shape, space["bordered"].numpy(), back.view(-1).numpy())
+        add_gradients(
+            space["bordered"].numpy(),
+            self.form,
+            weight.value.numpy(),
+            error.view_as(space["out"]).numpy(),
+            space["winner"].numpy(),
+            self._tables,
+            Units(space["corners"].numpy(), space["errors"].numpy()),
+            min(self._chunk, error.shape[1]),
+            weight.velocity.mul_(momentum).numpy(),
+            bias.velocity.mul_(momentum).numpy(),
+            space["back_bordered"].numpy(),
+            space["back"].numpy(),
+        )
         return space["back"]
 
     def state(self, model: int) -> dict[str, Tensor]:
         weight, bias = (parameter.value[model] for parameter in self.parameters)
-        filters = self._filters(weight)[..., : self.n_inputs, : self.n_outputs]
         return {
-            f"{self.name}.weight": filters.permute(3, 2, 0, 1).contiguous(),
-            f"{self.name}.bias": bias[0, : self.n_outputs].clone(),
+            f"{self.name}.weight": self._filters(weight)[..., : self.n_inputs].permute(0, 3, 1, 2).contiguous(),
+            f"{self.name}.bias": bias[: self.form.n_outputs].clone(),
         }
 
 
@@ -393,15 +434,22 @@ def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple
         n_channels, height, width = input_shape
         picture = (height, width, n_channels)
     n_inputs, real_channels = torch.Size(input_shape).numel(), input_shape[0]
-    is_first = True
-    for name, layer in network.named_children():
+    is_first, children = True, list(network.named_children())
+    while children:
+        (name, layer), *children = children
         learned = [(state[f"{name}.weight"], state[f"{name}.bias"]) for state in states if hasattr(layer, "weight")]
         match layer:
             case nn.Conv2d():
                 if picture is None:
                     raise ValueError("a convolution of what is no picture")
-                yield _Convolution(name, learned, picture, first=is_first)
-                real_channels, picture = layer.out_channels, (*picture[:2], padded(layer.out_channels))
+                is_pooled, is_rectified = _taken_along([layer for _, layer in children])
+                children = children[is_pooled + is_rectified :]
+                form = Form(*picture, layer.kernel_size[0], layer.out_channels)
+                convolution = _Convolution(
+                    name, learned, form, is_pooled=is_pooled, is_rectified=is_rectified, first=is_first
+                )
+                yield convolution
+                real_channels, picture = layer.out_channels, (*convolution.shape, padded(layer.out_channels))
             case nn.MaxPool2d():
                 if picture is None:
                     raise ValueError("pooling of what is no picture")
@@ -421,57 +469,17 @@ def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple
         is_first = is_first and isinstance(layer, nn.Flatten)
 
 
+def _taken_along(following: Sequence[nn.Module]) -> tuple[bool, bool]:
+    """Tell whether what follows a convolution is pooling by 2, and whether that is rectified, before or after."""
+    kinds = [type(layer) for layer in following[:2]]
+    pooling = next((layer for layer in following[:2] if isinstance(layer, nn.MaxPool2d)), None)
+    if pooling is None or pooling.kernel_size != 2:
+        return False, False
+    return kinds[0] is nn.MaxPool2d or kinds[0] is nn.ReLU, nn.ReLU in kinds
+
+
 def _padded(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, padded(rows.shape[1]) - rows.shape[1]))
-
-
-@kernel
-def _take_patches(pictures, height, width, channels, taps, bordered, patches):
-    """Copy each place's patch, rows of taps * channels numbers one after the other, into a row of `patches`.
-
-    `bordered` is room for one picture with a border of zeros.
-    """
-    border, run = taps // 2, taps * channels
-    bordered[:] = 0
-    row_length = (width + taps - 1) * channels
-    n_pictures = len(patches) // (height * width)
-    for n in range(n_pictures):
-        for y in range(height):
-            source = pictures[(n * height + y) * width * channels :]
-            target = bordered[(y + border) * row_length + border * channels :]
-            for i in range(width * channels):
-                target[i] = source[i]
-        for y in range(height):
-            for x in range(width):
-                patch = patches[(n * height + y) * width + x]
-                for tap in range(taps):
-                    source = bordered[(y + tap) * row_length + x * channels :]
-                    target = patch[tap * run :]
-                    for i in range(run):
-                        target[i] = source[i]
-
-
-@kernel
-def _add_patches(patches, height, width, channels, taps, bordered, pictures):
-    """Add what belongs to each number of a picture over all the patches it is in: `_take_patches` turned round."""
-    border, run = taps // 2, taps * channels
-    row_length = (width + taps - 1) * channels
-    n_pictures = len(patches) // (height * width)
-    for n in range(n_pictures):
-        bordered[:] = 0
-        for y in range(height):
-            for x in range(width):
-                patch = patches[(n * height + y) * width + x]
-                for tap in range(taps):
-                    target = bordered[(y + tap) * row_length + x * channels :]
-                    source = patch[tap * run :]
-                    for i in range(run):
-                        target[i] += source[i]
-        for y in range(height):
-            source = bordered[(y + border) * row_length + border * channels :]
-            target = pictures[(n * height + y) * width * channels :]
-            for i in range(width * channels):
-                target[i] = source[i]
 
 
 @kernel

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from dmpipeline.ensembles import Material, Method, possible_methods
+from dmpipeline.ensembles import Material, Method, possible_methods, stacked_networks
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset
 from dmpipeline.networks import initial_state
@@ -143,25 +143,25 @@ def trained_a_second(trainer: GradientTrainer, masks: npt.NDArray[np.bool_]) -> 
 
 
 def model_bytes(material: Material, method: Method) -> int:
-    """Estimate the memory that a model in training takes: its numbers three times, and the outputs of its layers twice.
+    """Estimate the memory that a model in training takes.
 
-    A patch for each place comes on top where convolutions are products.
+    What products need is known; else it is its numbers three times, and the outputs of its layers twice.
     """
     state = initial_state(material.network, 0, 0)
     numbers = sum(tensor.numel() for tensor in state.values())
     batch = min(material.recipe.batch_size, material.dataset.n_train)
-    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material, with_patches=method == "products"))
+    if method == "products":
+        return stacked_networks(material, [state], batch).nbytes
+    return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material))
 
 
-def _outputs_of_layers(material: Material, *, with_patches: bool) -> int:
-    """Count the numbers that all layers put out for one example, perhaps with those of convolutions' patches."""
+def _outputs_of_layers(material: Material) -> int:
+    """Count the numbers that all layers put out for one example."""
     counted = []
 
-    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+    def count(_layer: nn.Module, _inputs: tuple[torch.Tensor, ...], output: object) -> None:
         if isinstance(output, torch.Tensor):
             counted.append(output[0].numel())
-        if with_patches and isinstance(layer, nn.Conv2d):
-            counted.append(inputs[0][0].numel() * layer.kernel_size[0] * layer.kernel_size[1])
 
     twin = copy.deepcopy(material.network).eval()
     for layer in twin.modules():

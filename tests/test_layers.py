@@ -8,6 +8,7 @@ from torch import nn
 from dmpipeline.layers import StackedNetworks, can_stack, laid_out, padded, true_outputs
 
 N = 9  # examples
+STEP_SIZE = 0.01  # squared errors do not explode
 
 
 def linear_end(draw, n_inputs, n_outputs):
@@ -107,7 +108,7 @@ def steps_of_torch(network, state, inputs, labels, examples, how):
     """Train one model as a textbook does, in float64, by torch's own modules, autograd and optimizer."""
     network.double().load_state_dict(state)
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.05, momentum=how["momentum"], weight_decay=how["weight_decay"]
+        network.parameters(), lr=STEP_SIZE, momentum=how["momentum"], weight_decay=how["weight_decay"]
     )
     for some in examples:
         outputs = network(inputs[some].double())
@@ -133,7 +134,7 @@ def test_a_group_takes_the_steps_that_torch_takes_one_by_one(made, how):
     truth = true_outputs(labels, n_outputs, how["label_smoothing"])
     examples = batches(3, 4)
     for some in examples:
-        group.step(lying, truth, some, 0.05)
+        group.step(lying, truth, some, STEP_SIZE)
     outputs, learned = group.outputs(lying), group.states()
     assert outputs.shape == (3, N, n_outputs)
     for model in range(3):
@@ -178,7 +179,7 @@ def test_bits_depend_neither_on_a_models_place_in_the_group_nor_on_the_groups_si
     def trained(members):
         group = stack(network, [states[member] for member in members], shape)
         for some in examples:
-            group.step(laid_out(network, inputs), true_outputs(labels, n_outputs), some[members], 0.05)
+            group.step(laid_out(network, inputs), true_outputs(labels, n_outputs), some[members], STEP_SIZE)
         return group.outputs(laid_out(network, many))
 
     whole = trained(list(range(19)))
@@ -193,7 +194,7 @@ def test_a_class_that_is_only_padding_stays_impossible_however_long_weights_deca
     states, examples = states_of(network, 1), batches(1, 4000)
     group = stack(network, states, (4,), **how)
     for some in examples:
-        group.step(laid_out(network, inputs), true_outputs(labels, 3), some, 0.05)
+        group.step(laid_out(network, inputs), true_outputs(labels, 3), some, STEP_SIZE)
     one = steps_of_torch(network, states[0], inputs, labels, [some[0] for some in examples], how)
     torch.testing.assert_close(
         group.outputs(laid_out(network, inputs))[0].double(), one(inputs.double()), rtol=1e-3, atol=1e-4
