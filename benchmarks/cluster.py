@@ -6,14 +6,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from timing import Bench
 
 from dmpipeline.cluster import local_cluster, train_on_cluster
 from dmpipeline.compute import available_threads
-from dmpipeline.masks import subset_masks
+from dmpipeline.ensembles import begin_group
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
-from dmpipeline.train import Way
+from dmpipeline.train import GradientTrainer, Way
 
 BLOCK = 512
 
@@ -21,15 +22,16 @@ BLOCK = 512
 def run(bench: Bench, *, small: bool) -> None:
     """4,096 perceptrons on halves of digits, small: 1,024, in blocks of 512, trained all in the same way.
 
-    Bare training takes the same masks and keeps nothing. Processes share the cores that a single one has to itself.
-    Their start, with all that it loads, is a figure of its own, as it does not grow with the run.
+    Bare training draws subsets, initial numbers and orders by torch's own generator, and keeps nothing. Processes share
+    the cores that a single one has to itself. Their start, with all that it loads, is a figure of its own, as it does
+    not grow with the run.
     """
     n_models = 1024 if small else 4096
     way, n_cores = Way("products", 64), available_threads()
     folder = Path(tempfile.mkdtemp())
     n_made = 0
 
-    def made() -> Run:
+    def made(n_models: int = n_models) -> Run:
         nonlocal n_made
         n_made += 1
         spec = RunSpec(n_models=n_models, held_out={"n_subsets": 0}, block_models=BLOCK)
@@ -37,38 +39,41 @@ def run(bench: Bench, *, small: bool) -> None:
 
     bare = made()
     trainer = bare.trainer(way=way)
+    assert isinstance(trainer, GradientTrainer)
 
     def bare_seconds() -> float:
         start = time.perf_counter()
-        for rows in bare.spec.blocks:
-            trainer.train(subset_masks(bare.spec, rows, trainer.dataset.n_train), bare.spec.model_indices(rows), rows)
+        with trainer.workers() as (each, _):
+            list(each(lambda _: _train_barely(trainer, way.n_models), range(n_models // way.n_models)))
         return time.perf_counter() - start
 
     def stored_seconds() -> float:
-        stored = made()
-        start = time.perf_counter()
+        stored, start = made(), time.perf_counter()
         stored.train(way=way)
-        seconds = time.perf_counter() - start
-        shutil.rmtree(stored.path)
-        return seconds
+        return time.perf_counter() - start
 
-    def on(cluster: object, n_workers: int) -> float:
-        trained, start = made(), time.perf_counter()
+    def clustered_seconds(n_workers: int) -> float:
         how = {"method": way.method, "n_models": way.n_models, "n_threads": max(1, n_cores // n_workers)}
-        train_on_cluster(trained, cluster, **how)
-        seconds = time.perf_counter() - start
-        shutil.rmtree(trained.path)
-        return seconds
+        with local_cluster(n_workers) as cluster:
+            # what workers load and compile is no part of it, nor is what idle clusters take from others
+            train_on_cluster(made(n_workers * BLOCK), cluster, **how)
+            trained, start = made(), time.perf_counter()
+            train_on_cluster(trained, cluster, **how)
+            return time.perf_counter() - start
 
     try:
-        start = time.perf_counter()
-        with local_cluster(1) as one, local_cluster(2) as two:
-            on(one, 1), on(two, 2)
-            print(f"  first run on both clusters, with their start: {time.perf_counter() - start:.1f} s", flush=True)
-            rounds = [
-                (bare_seconds(), stored_seconds(), on(one, 1), on(two, 2), stored_seconds(), bare_seconds())
-                for _ in range(bench.repeats)
-            ]
+        bare_seconds(), stored_seconds()
+        rounds = [
+            (
+                bare_seconds(),
+                stored_seconds(),
+                clustered_seconds(1),
+                clustered_seconds(2),
+                stored_seconds(),
+                bare_seconds(),
+            )
+            for _ in range(bench.repeats)
+        ]
         starts = []
         for _ in range(min(bench.repeats, 3)):
             start = time.perf_counter()
@@ -82,14 +87,14 @@ def run(bench: Bench, *, small: bool) -> None:
     bench.add(
         "train through the store",
         each,
-        "bare, share of its time",
+        "bare, unseeded ensemble, share of its time",
         [(r[1] + r[4]) / (r[0] + r[5]) for r in rounds],
         bar="<= 1.10",
     )
     bench.add(
         "train on a cluster of 1 process",
         each,
-        "bare, share of its time",
+        "bare, unseeded ensemble, share of its time",
         [2 * r[2] / (r[0] + r[5]) for r in rounds],
         bar="<= 1.10",
     )
@@ -101,3 +106,25 @@ def run(bench: Bench, *, small: bool) -> None:
         bar=">= 0.9",
     )
     bench.add("start and end 2 processes", f"{statistics.median(starts):.1f} s", "in seconds", starts)
+
+
+def _train_barely(trainer: GradientTrainer, n_models: int) -> torch.Tensor:
+    """Train one group as a script would that keeps no account of what is random; return its logits."""
+    material, recipe = trainer.material, trainer.recipe
+    n_train = len(material.labels)
+    size = n_train // 2
+    steps_each = size // recipe.batch_size
+    states = {
+        name: torch.empty(n_models, *value.shape).uniform_(-1, 1).mul_(value[0].numel() ** -0.5)
+        for name, value in material.network.named_parameters()
+    }
+    with torch.inference_mode():
+        group = begin_group(material, "products", states, recipe.batch_size)
+        subsets = [torch.randperm(n_train)[:size] for _ in range(n_models)]
+        for epoch in range(recipe.epochs):
+            orders = torch.stack([subset[torch.randperm(size)] for subset in subsets])
+            for step in range(steps_each):
+                some = orders[:, step * recipe.batch_size : (step + 1) * recipe.batch_size]
+                group.step(some, None, recipe.rate(epoch * steps_each + step, steps_each))
+        train, test = group.outputs()
+    return torch.cat([train, test], dim=1).half()

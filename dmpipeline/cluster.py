@@ -14,6 +14,7 @@ block's digest has written all of its data before.
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import platform
@@ -53,6 +54,12 @@ WAIT_FOR_WORKERS_SECONDS = 60.0
 _PATIENCE_IN_MEDIANS = 3
 _PATIENCE_AT_FIRST_SECONDS = 120.0  # while no block has come back that would tell how long one takes
 _LOOK_AGAIN_SECONDS = 1.0
+
+# Dask would have workers return every bit of memory, only to fault it in again, and watch what each thread does.
+_CONFIGURATION = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+    "distributed.worker.profile.enabled": False,
+}
 
 Order = dict[str, Any]
 """What a worker is told: plain values, so that one with other code understands enough to refuse."""
@@ -157,7 +164,9 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
         for number, environment in enumerate(environments)
     }
     with quiet():
-        cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
+        # which workers get when they are specified, and keep
+        with importlib.import_module("dask.config").set(_CONFIGURATION):
+            cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
         try:
             yield cluster
         finally:

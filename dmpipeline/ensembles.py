@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dmpipeline.augmentation import augmented, normalised, tta_views
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset, as_features
-from dmpipeline.layers import StackedNetworks, State, can_stack, laid_out, true_outputs
+from dmpipeline.layers import StackedNetworks, State, can_stack, laid_out, n_models_of, true_outputs
 from dmpipeline.networks import build_network, named_tensors
 from dmpipeline.recipes import LogisticRegression, Perceptron, Recipe
 
@@ -174,21 +174,19 @@ def possible_methods(material: Material) -> tuple[Method, ...]:
     return ("vmap", "loop")
 
 
-def begin_group(
-    material: Material, method: Method, states: Sequence[State], batch: int, *, compiled: bool = False
-) -> Group:
-    """Set up a group whose models begin with these states and take steps on so many examples.
+def begin_group(material: Material, method: Method, states: State, batch: int, *, compiled: bool = False) -> Group:
+    """Set up a group whose models begin with these states, models first, and take steps on so many examples.
 
     With `compiled`, for the method loop alone, it has the material's one compiled network until the next is set up.
     """
     if method == "products":
         return _Products(material, states, batch)
-    if method == "loop" and len(states) != 1:
+    if method == "loop" and n_models_of(states) != 1:
         raise ValueError("a loop has one model at a time")
     return _Differentiated(material, states, is_stacked=method == "vmap", is_compiled=compiled)
 
 
-def stacked_networks(material: Material, states: Sequence[State], batch: int) -> StackedNetworks:
+def stacked_networks(material: Material, states: State, batch: int) -> StackedNetworks:
     """Stack models that begin with these states, for the method products."""
     if not isinstance(material.network, nn.Sequential):
         raise TypeError("a network without stacked layers")
@@ -235,7 +233,7 @@ def mean_losses(outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tens
 
 
 class _Products:
-    def __init__(self, material: Material, states: Sequence[State], batch: int) -> None:
+    def __init__(self, material: Material, states: State, batch: int) -> None:
         self.inputs, self.test_inputs, self.truth = material.laid_out
         self.networks = stacked_networks(material, states, batch)
 
@@ -252,16 +250,15 @@ class _Products:
 class _Differentiated:
     """Models whose gradients torch finds: one, or several under vmap with their numbers stacked."""
 
-    def __init__(self, material: Material, states: Sequence[State], *, is_stacked: bool, is_compiled: bool) -> None:
-        self.material, self.recipe, self.n_models = material, material.recipe, len(states)
+    def __init__(self, material: Material, states: State, *, is_stacked: bool, is_compiled: bool) -> None:
+        self.material, self.recipe, self.n_models = material, material.recipe, n_models_of(states)
         self.is_stacked = is_stacked
         if is_compiled:
             self.network, self._trained = material.compiled
         else:
             self.network = self._trained = copy.deepcopy(material.network).to(material.device)
         if is_stacked:
-            tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-            tensors = {name: tensor.to(material.device) for name, tensor in tensors.items()}
+            tensors = {name: tensor.to(material.device) for name, tensor in states.items()}
             learned = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
             self.parameters = {name: tensors.pop(name).requires_grad_() for name in learned}
             self.buffers = tensors
@@ -269,7 +266,7 @@ class _Differentiated:
         else:
             with torch.no_grad():
                 for name, tensor in named_tensors(self.network):
-                    tensor.copy_(states[0][name])
+                    tensor.copy_(states[name][0])
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
         is_half = self.recipe.precision == "half" and material.device.type == "cuda"

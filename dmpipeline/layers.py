@@ -38,13 +38,13 @@ from dmpipeline.convolution import (
 from dmpipeline.lines import LINE
 
 State = Mapping[str, Tensor]
-"""A network's parameters and buffers by name."""
+"""A network's parameters and buffers by name; those of a group with models first."""
 
 Space = dict[str, Tensor]
 """Where a layer puts its outputs, and what it leaves there for its gradients."""
 
 Learned = tuple[Tensor, Tensor]
-"""A layer's weight and bias, of one model, as torch has them."""
+"""A layer's weights and biases as torch has them, models first."""
 
 _NEVER = -1e30  # the logit of a class that is only padding: its probability is 0
 _OUTPUT_BYTES = 2**18  # of a layer of one model, where no gradients are wanted
@@ -101,8 +101,8 @@ class StackedNetworks:
     ----------
     network : torch.nn.Sequential
         One that `can_stack`; says the form.
-    states : sequence of State
-        Where each model begins.
+    states : State
+        Where the models begin.
     input_shape : tuple of int
         (n_features,), or (channels, height, width).
     batch : int
@@ -116,7 +116,7 @@ class StackedNetworks:
     def __init__(
         self,
         network: nn.Sequential,
-        states: Sequence[State],
+        states: State,
         *,
         input_shape: tuple[int, ...],
         batch: int,
@@ -124,7 +124,7 @@ class StackedNetworks:
         weight_decay: float,
         is_regression: bool,
     ) -> None:
-        self.n_models, self.batch = len(states), batch
+        self.n_models, self.batch = n_models_of(states), batch
         self.momentum, self.weight_decay, self.is_regression = momentum, weight_decay, is_regression
         self.layers = list(_stacked(network, states, input_shape))
         self.n_outputs = _last(network).out_features
@@ -192,6 +192,11 @@ class StackedNetworks:
         return x
 
 
+def n_models_of(states: State) -> int:
+    """Count the models that these are the states of."""
+    return len(next(iter(states.values())))
+
+
 def laid_out(network: nn.Module, inputs: Tensor) -> Tensor:
     """Lay inputs (n, n_features) or (n, channels, height, width) out as `StackedNetworks` of the network take them."""
     if _begins_with_convolution(network):
@@ -225,14 +230,13 @@ def padded(length: int) -> int:
 class _Linear:
     """Products with weights (n_models, n_inputs, n_outputs); `places` tells where each of the network's inputs lies."""
 
-    def __init__(self, name: str, layers: Sequence[Learned], places: Tensor, width: int, *, first: bool) -> None:
+    def __init__(self, name: str, learned: Learned, places: Tensor, width: int, *, first: bool) -> None:
         self.name, self.places, self.is_first = name, places, first
-        self.n_outputs = len(layers[0][1])
-        weight = torch.zeros(len(layers), width, padded(self.n_outputs))
-        bias = torch.zeros(len(layers), 1, padded(self.n_outputs))
-        for model, (w, b) in enumerate(layers):
-            weight[model, places, : self.n_outputs] = w.T
-            bias[model, 0, : self.n_outputs] = b
+        n_models, self.n_outputs = learned[1].shape
+        weight = torch.zeros(n_models, width, padded(self.n_outputs))
+        bias = torch.zeros(n_models, 1, padded(self.n_outputs))
+        weight[:, places, : self.n_outputs] = learned[0].transpose(1, 2)
+        bias[:, 0, : self.n_outputs] = learned[1]
         self.parameters = (Parameter(weight), Parameter(bias))
 
     def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
@@ -265,27 +269,25 @@ class _Convolution:
     """Filters for pictures whose size they keep, perhaps pooled by 2 and rectified with them; see `convolution`."""
 
     def __init__(
-        self, name: str, layers: Sequence[Learned], form: Form, *, is_pooled: bool, is_rectified: bool, first: bool
+        self, name: str, learned: Learned, form: Form, *, is_pooled: bool, is_rectified: bool, first: bool
     ) -> None:
         self.name, self.form, self.is_pooled, self.is_rectified = name, form, is_pooled, is_rectified
-        self.is_first, self.n_inputs = first, layers[0][0].shape[1]
+        self.is_first, self.n_inputs = first, learned[0].shape[2]
         self.shape = (form.height // 2, form.width // 2) if is_pooled else (form.height, form.width)
-        learned = learned_numbers(form)
-        corners = corners_of_places(form, 2 if is_pooled else 1)
-        self._tables = (filter_lines(form), learned, corners, steps_to_winners(form))
+        mask, corners = learned_numbers(form), corners_of_places(form, 2 if is_pooled else 1)
+        self._tables = (filter_lines(form), mask, corners, steps_to_winners(form))
         self._chunk = max(2, _NEAR_BYTES // (4 * bordered_size(form, 1)))
-        weight = torch.zeros(len(layers), padded(form.n_outputs), len(learned))
-        bias = torch.zeros(len(layers), padded(form.n_outputs))
-        for model, (w, b) in enumerate(layers):
-            self._filters(weight[model])[..., : self.n_inputs] = w.permute(0, 2, 3, 1)
-            bias[model, : form.n_outputs] = b
+        weight = torch.zeros(len(learned[0]), padded(form.n_outputs), len(mask))
+        bias = torch.zeros(len(learned[0]), padded(form.n_outputs))
+        self._filters(weight)[..., : self.n_inputs] = learned[0].permute(0, 1, 3, 4, 2)
+        bias[:, : form.n_outputs] = learned[1]
         self.parameters = (Parameter(weight), Parameter(bias))
 
     def _filters(self, weight: Tensor) -> Tensor:
-        """View what is learned of a model's filters, (n_outputs, taps, taps, channels)."""
-        taps, run = self.form.taps, self.form.taps * self.form.channels
-        rows = weight[: self.form.n_outputs, : taps * padded(run)].view(-1, taps, padded(run))
-        return rows[..., :run].view(-1, taps, taps, self.form.channels)
+        """View what is learned of the filters, (n_models, n_outputs, taps, taps, channels)."""
+        taps, run, n_outputs = self.form.taps, self.form.taps * self.form.channels, self.form.n_outputs
+        rows = weight[:, :n_outputs, : taps * padded(run)].view(-1, n_outputs, taps, padded(run))
+        return rows[..., :run].view(-1, n_outputs, taps, taps, self.form.channels)
 
     def space(self, n_models: int, batch: int, *, is_training: bool) -> Space:
         form, (n_places, n_outputs) = self.form, (len(self._tables[2]), padded(self.form.n_outputs))
@@ -334,10 +336,11 @@ class _Convolution:
         return space["back"]
 
     def state(self, model: int) -> dict[str, Tensor]:
-        weight, bias = (parameter.value[model] for parameter in self.parameters)
+        weight, bias = (parameter.value for parameter in self.parameters)
+        filters = self._filters(weight)[model, ..., : self.n_inputs]
         return {
-            f"{self.name}.weight": self._filters(weight)[..., : self.n_inputs].permute(0, 3, 1, 2).contiguous(),
-            f"{self.name}.bias": bias[: self.form.n_outputs].clone(),
+            f"{self.name}.weight": filters.permute(0, 3, 1, 2).contiguous(),
+            f"{self.name}.bias": bias[model, : self.form.n_outputs].clone(),
         }
 
 
@@ -427,7 +430,7 @@ def _begins_with_convolution(network: nn.Module) -> bool:
     return isinstance(next(network.children(), None), nn.Conv2d)
 
 
-def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple[int, ...]) -> Iterator[Layer]:
+def _stacked(network: nn.Sequential, states: State, input_shape: tuple[int, ...]) -> Iterator[Layer]:
     """Turn a network's layers into those of a group, following the shape of what passes through them."""
     picture: tuple[int, int, int] | None = None  # height, width, channels
     if _begins_with_convolution(network):
@@ -437,7 +440,6 @@ def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple
     is_first, children = True, list(network.named_children())
     while children:
         (name, layer), *children = children
-        learned = [(state[f"{name}.weight"], state[f"{name}.bias"]) for state in states if hasattr(layer, "weight")]
         match layer:
             case nn.Conv2d():
                 if picture is None:
@@ -446,7 +448,7 @@ def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple
                 children = children[is_pooled + is_rectified :]
                 form = Form(*picture, layer.kernel_size[0], layer.out_channels)
                 convolution = _Convolution(
-                    name, learned, form, is_pooled=is_pooled, is_rectified=is_rectified, first=is_first
+                    name, _learned(states, name), form, is_pooled=is_pooled, is_rectified=is_rectified, first=is_first
                 )
                 yield convolution
                 real_channels, picture = layer.out_channels, (*convolution.shape, padded(layer.out_channels))
@@ -462,11 +464,15 @@ def _stacked(network: nn.Sequential, states: Sequence[State], input_shape: tuple
                     # torch flattens channels first
                     places = torch.arange(torch.Size(picture).numel()).view(picture)[..., :real_channels]
                     places, n_padded = places.permute(2, 0, 1).flatten(), torch.Size(picture).numel()
-                yield _Linear(name, learned, places, n_padded, first=is_first)
+                yield _Linear(name, _learned(states, name), places, n_padded, first=is_first)
                 n_inputs, picture = layer.out_features, None
             case nn.ReLU():
                 yield _Rectifier()
         is_first = is_first and isinstance(layer, nn.Flatten)
+
+
+def _learned(states: State, layer: str) -> Learned:
+    return states[f"{layer}.weight"], states[f"{layer}.bias"]
 
 
 def _taken_along(following: Sequence[nn.Module]) -> tuple[bool, bool]:

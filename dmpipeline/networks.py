@@ -6,9 +6,10 @@ stacked, BatchNorm's running statistics included. The order of draws is part of 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,24 +83,26 @@ def build_network(recipe: Recipe, input_shape: tuple[int, ...], n_outputs: int) 
     raise TypeError(f"{type(recipe).__name__} has no network")
 
 
-def initial_state(network: nn.Module, seed: int, model_index: int) -> State:
-    """Draw the numbers that a model starts from.
+def initial_states(network: nn.Module, seed: int, model_indices: Sequence[int]) -> State:
+    """Draw the numbers that models start from.
 
     Weights and biases of Linear and Conv2d are uniform within 1 / sqrt(fan_in), torch's own default law, taken from
     `masks.draw_uniform` layer after layer: a layer's weights, the outputs varying fastest, then its biases. BatchNorm
     starts as the identity. Identity convolutions pass their first inputs on. A user's module is built anew, with
-    torch's global generator seeded by the model's number and put back afterwards.
+    torch's global generator seeded by the model's number and put back afterwards. A model's numbers are the same
+    whichever others are drawn with it.
 
     Parameters
     ----------
     network : torch.nn.Module
         From `build_network`; not altered.
-    seed, model_index : int
-        From 0 to 2**64 - 1.
+    seed : int
+    model_indices : sequence of int
+        From 0 to 2**64 - 1, as the seed.
 
     Returns
     -------
-    state : dict of str to tensor
+    states : dict of str to tensor, shapes (n_models, ...)
         Every parameter and buffer by its name in `network`, on the CPU: float32 but for BatchNorm's int64 counts of
         batches and what a user's module says. Nothing is shared with `network`.
 
@@ -109,22 +112,38 @@ def initial_state(network: nn.Module, seed: int, model_index: int) -> State:
         If a user's module cannot be built, or the same one is returned again.
     """
     if isinstance(network, UserNetwork):
-        return {f"network.{name}": value for name, value in network.drawn_anew(seed, model_index).items()}
-    layers = list(_drawn_layers(network))
+        states = stacked([network.drawn_anew(seed, index) for index in model_indices])
+        return {f"network.{name}": value for name, value in states.items()}
+    n_models, layers = len(model_indices), list(_drawn_layers(network))
     sizes = [parameter.numel() for _, layer in layers for parameter in layer.parameters(recurse=False)]
-    drawn = iter(torch.split(torch.from_numpy(draw_uniform(seed, model_index, sum(sizes))), sizes))
-    state = {name: value.detach().clone() for name, value in named_tensors(network)}
+    uniform = np.empty((n_models, sum(sizes)), np.float32)
+    for numbers, index in zip(uniform, model_indices, strict=True):
+        numbers[:] = draw_uniform(seed, index, sum(sizes))
+    drawn, learned = iter(torch.split(torch.from_numpy(uniform), sizes, dim=1)), State()
     for prefix, layer in layers:
         n_outputs, fan_in = layer.weight.flatten(1).shape
         bound = fan_in**-0.5
-        weight = next(drawn).mul(bound).reshape(fan_in, n_outputs).T.reshape(layer.weight.shape)
-        state[f"{prefix}.weight"] = weight.contiguous()
+        weight = next(drawn).mul(bound).view(n_models, fan_in, n_outputs).transpose(1, 2)
+        weight = learned[f"{prefix}.weight"] = weight.reshape(n_models, *layer.weight.shape).contiguous()
         if isinstance(layer, IdentityConv2d):
-            n_passed = min(weight.shape[:2])
-            nn.init.dirac_(state[f"{prefix}.weight"][:n_passed])
+            for filters in weight:
+                nn.init.dirac_(filters[: min(filters.shape[:2])])
         if layer.bias is not None:
-            state[f"{prefix}.bias"] = next(drawn).mul(bound)
-    return state
+            learned[f"{prefix}.bias"] = next(drawn).mul(bound)
+    return {
+        name: learned[name] if name in learned else value.detach().repeat(n_models, *[1] * value.ndim)
+        for name, value in named_tensors(network)
+    }
+
+
+def initial_state(network: nn.Module, seed: int, model_index: int) -> State:
+    """Draw the numbers that one model starts from; see `initial_states`."""
+    return {name: value[0] for name, value in initial_states(network, seed, [model_index]).items()}
+
+
+def stacked(states: Sequence[State]) -> State:
+    """Put the states of some models together, models first."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
 def named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

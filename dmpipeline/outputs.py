@@ -3,19 +3,25 @@
 They are plain functions of arrays, so that whoever holds logits can recompute what a run stored, bit for bit.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from dmpipeline.compute import kernel
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset
 from dmpipeline.spec import OutputName
 
 # A margin is a difference of two logits: within this bound on logits it always fits float16, whose largest is 65,504.
 LARGEST_LOGIT = 32_752.0
+
+_WIDENED_NUMBERS = 2**20  # logits at a time
 
 
 def correct_class_margins(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -47,15 +53,36 @@ def correct_class_margins(logits: npt.NDArray[np.floating[Any]], labels: npt.NDA
     n_classes = logits.shape[-1]
     if labels.dtype.kind not in "iu" or (labels.size and not (labels.min() >= 0 and labels.max() < n_classes)):
         raise SpecError(f"labels are to be integers from 0 to {n_classes - 1}, the {n_classes} classes of the logits")
-    wide = logits.astype(np.float32)
-    examples = np.arange(len(labels))
-    true = wide[..., examples, labels]
-    wide[..., examples, labels] = -np.inf
-    # class by class: NumPy's own maximum over so short an axis is slower
-    rival = wide[..., 0].copy()
-    for other in range(1, n_classes):
-        np.maximum(rival, wide[..., other], out=rival)
-    return np.asarray(true - rival)
+    margins = np.empty(logits.shape[:-1], np.float32)
+    n_rows = math.prod(logits.shape[:-2])
+    rows, leads = logits.reshape(n_rows, *logits.shape[-2:]), margins.reshape(n_rows, len(labels))
+    step = max(1, _WIDENED_NUMBERS // max(1, len(labels) * n_classes))
+    for start in range(0, n_rows, step):
+        some = slice(start, start + step)
+        _take_leads(_widened(rows[some]), labels.astype(np.int64, copy=False), leads[some])
+    return margins
+
+
+def _widened(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Convert to float32, by torch, which is several times as fast with float16 as NumPy."""
+    with warnings.catch_warnings():
+        # of arrays that may not be written to: nobody does
+        warnings.simplefilter("ignore", UserWarning)
+        wide: npt.NDArray[np.float32] = torch.from_numpy(np.ascontiguousarray(numbers)).float().numpy()
+    return wide
+
+
+@kernel
+def _take_leads(logits, labels, leads):  # type: ignore[no-untyped-def]
+    for row in range(len(logits)):
+        for example in range(len(labels)):
+            of_classes, label = logits[row, example], labels[example]
+            rival, n_odd = np.float32(-np.inf), 0
+            for other in range(len(of_classes)):
+                logit = of_classes[other]
+                n_odd += logit != logit
+                rival = max(rival, logit if other != label else np.float32(-np.inf))
+            leads[row, example] = of_classes[label] - rival if not n_odd else np.float32(np.nan)
 
 
 def log_likelihoods(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

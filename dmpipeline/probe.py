@@ -19,7 +19,7 @@ from torch import nn
 from dmpipeline.ensembles import Material, Method, possible_methods, stacked_networks
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset
-from dmpipeline.networks import initial_state
+from dmpipeline.networks import initial_states
 from dmpipeline.recipes import Recipe
 from dmpipeline.train import GradientTrainer, Way
 
@@ -147,11 +147,11 @@ def model_bytes(material: Material, method: Method) -> int:
 
     What products need is known; else it is its numbers three times, and the outputs of its layers twice.
     """
-    state = initial_state(material.network, 0, 0)
-    numbers = sum(tensor.numel() for tensor in state.values())
+    states = initial_states(material.network, 0, [0])
+    numbers = sum(tensor.numel() for tensor in states.values())
     batch = min(material.recipe.batch_size, material.dataset.n_train)
     if method == "products":
-        return stacked_networks(material, [state], batch).nbytes
+        return stacked_networks(material, states, batch).nbytes
     return 4 * (3 * numbers + 2 * batch * _outputs_of_layers(material))
 
 

@@ -23,7 +23,7 @@ from dmpipeline.errors import SpecError, TrainingError
 from dmpipeline.examples import Dataset
 from dmpipeline.layers import State
 from dmpipeline.masks import Purpose, draw_bits, draw_orders
-from dmpipeline.networks import initial_state, is_whitened, whitened
+from dmpipeline.networks import initial_states, is_whitened, stacked, whitened
 from dmpipeline.outputs import LARGEST_LOGIT
 from dmpipeline.recipes import AnyRecipe, Function, Recipe, import_object
 
@@ -189,9 +189,10 @@ class GradientTrainer:
 
     def begin(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
         """Set up one group; its models take equally many steps."""
-        states: list[State] = [initial_state(self.material.network, self.seed, int(model)) for model in model_indices]
+        states: State = initial_states(self.material.network, self.seed, model_indices.tolist())
         if is_whitened(self.material.network):
-            states = [self._whitened(state, mask) for state, mask in zip(states, masks, strict=True)]
+            each = [{name: value[model] for name, value in states.items()} for model in range(len(masks))]
+            states = stacked([self._whitened(state, mask) for state, mask in zip(each, masks, strict=True)])
         batch, _ = self._steps(int(masks[0].sum()))
         return begin_group(self.material, self.way.method, states, batch, compiled=self.way.compiled)
 
@@ -273,9 +274,9 @@ class GradientTrainer:
         batch = min(self.recipe.batch_size, size)
         return batch, size // batch
 
-    def _whitened(self, state: State, mask: npt.NDArray[np.bool_]) -> State:
+    def _whitened(self, state: dict[str, torch.Tensor], mask: npt.NDArray[np.bool_]) -> dict[str, torch.Tensor]:
         stored = self.material.train_inputs[torch.from_numpy(np.flatnonzero(mask)[:_WHITENED_PICTURES])]
-        return whitened(self.material.network, dict(state), self.material.network_inputs(stored))
+        return whitened(self.material.network, state, self.material.network_inputs(stored))
 
 
 class FunctionTrainer:

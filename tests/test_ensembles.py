@@ -10,6 +10,7 @@ from dmpipeline.ensembles import Material, begin_group, mean_losses, possible_me
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import checked_dataset
 from dmpipeline.masks import draw_bits, draw_masks
+from dmpipeline.networks import initial_states
 from dmpipeline.recipes import (
     CifarFast,
     ConvNet,
@@ -353,4 +354,4 @@ def test_torchs_own_compiler_changes_nothing_but_rounding(tmp_path, monkeypatch)
 def test_a_group_of_a_loop_has_one_model():
     material = Material.of(numbers(), Perceptron())
     with pytest.raises(ValueError, match="one model at a time"):
-        begin_group(material, "loop", [{}, {}], 4)
+        begin_group(material, "loop", initial_states(material.network, 0, [0, 1]), 4)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dmpipeline.layers import StackedNetworks, can_stack, laid_out, padded, true_outputs
+from dmpipeline.networks import stacked
 
 N = 9  # examples
 STEP_SIZE = 0.01  # squared errors do not explode
@@ -90,7 +91,7 @@ def data_for(shape, n_outputs, *, is_regression, seed=0):
 def stack(network, states, shape, *, batch=5, momentum=0.9, weight_decay=0.0, is_regression=False, **_):
     return StackedNetworks(
         network,
-        states,
+        stacked(states),
         input_shape=shape,
         batch=batch,
         momentum=momentum,

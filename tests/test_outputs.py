@@ -39,6 +39,12 @@ def test_a_margin_is_the_true_logit_less_the_largest_other(shape, dtype, seed):
             assert margins[model, example] == np.float32(logits[model, example, label]) - others.max()
 
 
+def test_no_margin_is_made_of_what_is_not_a_number():
+    logits = np.zeros((4, 1, 3), np.float16)
+    logits[range(3), 0, range(3)] = np.nan
+    assert np.isnan(correct_class_margins(logits, np.array([1]))[:, 0]).tolist() == [True, True, True, False]
+
+
 def test_logits_are_left_as_they_were():
     logits = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     before = logits.copy()
