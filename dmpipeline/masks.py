@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.errors import SpecError
+from dmpipeline.philox import fill
 from dmpipeline.spec import HELD_OUT_BASE, RunSpec
 
 
@@ -65,8 +66,10 @@ def draw_mask(seed: int, subset_index: int, n_train: int, alpha: float) -> npt.N
     mask : array of bool, shape (n_train,)
         True at `subset_size(n_train, alpha)` places.
     """
-    mask = np.zeros(n_train, np.bool_)
-    mask[draw_permutation(seed, Purpose.MASK, subset_index, n_train)[: subset_size(n_train, alpha)]] = True
+    size, mask = subset_size(n_train, alpha), np.zeros(n_train, np.bool_)
+    words, low = _labelled(draw_bits(seed, Purpose.MASK, subset_index, n_train), np.arange(n_train, dtype=np.uint64))
+    words.partition(size - 1)  # the first of `draw_permutation`, in some order
+    mask[(words[:size] & low).astype(np.intp)] = True
     return mask
 
 
@@ -201,8 +204,10 @@ def draw_uniform(seed: int, model_index: int, n: int) -> npt.NDArray[np.float32]
     uniform : array of float32, shape (n,)
     """
     bits = draw_bits(seed, Purpose.INITIALISATION, model_index, n)
-    # 24 bits are what a float32 holds exactly.
-    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    # 24 bits are what a float32 holds exactly; processors convert signed numbers
+    return (bits >> np.uint64(40)).view(np.int64).astype(np.int32).astype(np.float32) * np.float32(
+        2.0**-23
+    ) - np.float32(1)
 
 
 def draw_bits(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArray[np.uint64]:
@@ -212,21 +217,27 @@ def draw_bits(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArray[np
     -------
     bits : array of uint64, shape (n,)
     """
-    key = np.array([seed, purpose], np.uint64)
-    counter = np.array([0, 0, 0, index], np.uint64)
-    bits: npt.NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(n)
+    bits = np.empty(n, np.uint64)
+    fill(bits, np.uint64(seed), np.uint64(purpose), np.uint64(index))
     return bits
 
 
 def _sorted_by_bits(bits: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Order distinct values by random bits, along the last axis.
+    """Order distinct values by random bits, along the last axis."""
+    words, low = _labelled(bits, values)
+    words.sort(axis=-1)
+    words &= low
+    return words.view(np.int64)
 
-    Sorted are words of high bits from the draw and low bits from the value. They are distinct, so the order does not
-    depend on the sorting algorithm, and sorting them is several times faster than sorting indices. The high bits kept
-    (48 for 50,000 values) leave two of one row equal about once in 200,000 rows, where the values then decide: no bias
-    that any statistic could see.
+
+def _labelled(bits: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], np.uint64]:
+    """Put distinct values into the low bits of random words; tell which bits those are.
+
+    The words are distinct, so their order does not depend on the sorting algorithm, and sorting them is several times
+    faster than sorting indices. The high bits kept (48 for 50,000 values) leave two of one row equal about once in
+    200,000 rows, where the values then decide: no bias that any statistic could see.
     """
     low = np.uint64((1 << int(values.max()).bit_length()) - 1)
-    words = (bits & ~low) | values
-    words.sort(axis=-1)
-    return (words & low).astype(np.int64)
+    words = bits & ~low
+    words |= values
+    return words, low

@@ -488,7 +488,8 @@ class Run:
                         yield block
 
     def _write(self, name: str, rows: range, data: npt.NDArray[Any]) -> None:
-        self.array(name)[rows.start : rows.stop] = data
+        # to look first whether all of it is missing values, and need not be written, takes longer than to write it
+        self.array(name).with_config({"write_empty_chunks": True})[rows.start : rows.stop] = data
 
     def _outputs(self, dataset: Dataset, masks: npt.NDArray[np.bool_], logits: Logits) -> Block:
         # all is taken from the rounded logits, so that whoever reads those can recompute it to the bit

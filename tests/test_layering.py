@@ -16,7 +16,7 @@ ROOMS_IN_ORDER = {
         xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
     """,
     "dmpipeline": """
-        errors regeneration spec masks examples folders cifar fmow datasets recipes compute outputs augmentation
+        errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
         networks lines convolution layers ensembles train probe directory cataloguing store extension cluster status
         slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal datamodels priors
         fitting forecast readings evaluate alternatives figures curves applications export report workflow demo

@@ -67,6 +67,19 @@ def test_draws_are_those_of_philox_as_published():
     ]
 
 
+@given(seed=SEEDS, purpose=st.sampled_from(Purpose), index=SEEDS, n=st.integers(0, 40))
+def test_draws_are_those_of_numpy(seed, purpose, index, n):
+    key, counter = np.array([seed, purpose], np.uint64), np.array([0, 0, 0, index], np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(n)
+    assert draw_bits(seed, purpose, index, n).tolist() == words.tolist()
+
+
+@given(seed=SEEDS, index=SEEDS, n=st.integers(2, 400))
+def test_a_mask_is_where_a_permutation_begins(seed, index, n):
+    first = draw_permutation(seed, Purpose.MASK, index, n)[: n // 2]
+    assert np.flatnonzero(draw_mask(seed, index, n, n // 2 / n)).tolist() == sorted(first.tolist())
+
+
 @pytest.mark.parametrize("change", ["seed", "purpose", "index"])
 def test_another_seed_purpose_or_index_gives_other_bits(change):
     values = {"seed": 1, "purpose": Purpose.MASK, "index": 1}
