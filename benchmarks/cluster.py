@@ -101,6 +101,13 @@ def run(bench: Bench, *, small: bool) -> None:
     bench.add(
         "train on a cluster of 2 processes",
         each,
+        "bare, unseeded ensemble, share of its time",
+        [2 * r[3] / (r[0] + r[5]) for r in rounds],
+        bar="<= 1.10",
+    )
+    bench.add(
+        "train on a cluster of 2 processes",
+        each,
         "one process, throughput",
         [(r[1] + r[4]) / 2 / r[3] for r in rounds],
         bar=">= 0.9",

@@ -1,0 +1,50 @@
+"""The README's way from nothing to scored datamodels, command by command, with a worker killed on the way."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster_runs import COMMAND, processes_of, require_same, started, wait_until, workers_of
+
+from dmpipeline.store import Run
+from dmpipeline.train import Way
+
+pytest.importorskip("distributed")
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+STEPS = ["init", "plan", "run", "status", "verify", "fit", "evaluate"]
+
+
+def said_by(*arguments):
+    """Run a command as a user would; return what it prints as JSON."""
+    command = [*COMMAND, *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_way_from_nothing_to_scored_datamodels_survives_a_killed_worker(tmp_path, figures):
+    shown = re.findall(r"^    dmpipeline (\w+) myrun", README, re.M)
+    assert shown[: len(STEPS)] == STEPS
+    folder = tmp_path / "myrun"
+    said_by("init", folder, "--dataset", "digits", "--alpha", 0.5, "--models", 2000, "--held-out", 40)
+    assert said_by("plan", folder)["train"][str(folder)]["models"] == 2400
+    run = Run.open(folder)
+    with started(*COMMAND, "run", str(folder), "--workers", "2") as process:
+        wait_until(lambda: run.n_rows_done > 0, seconds=120)
+        workers_of(process.pid)[0].kill()
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        wait_until(lambda: not processes_of(process.pid), seconds=10)
+    assert said_by("status", folder)["n_rows_done"] == 2400
+    assert said_by("verify", folder)["passed"]
+    said_by("fit", folder)
+    scores = said_by("evaluate", folder)
+    whole = Run.create(tmp_path / "whole", run.spec)
+    whole.train(way=Way(**run.provenance["ways"]["cpu"]))
+    require_same(run, whole)
+    figures.append(f"the README's way with a killed worker, 2,400 perceptrons on digits: LDS {scores['lds']:.3f}")
+    assert 0.6 < scores["lds"] < scores["lds_ceiling"]
