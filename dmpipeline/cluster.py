@@ -90,7 +90,7 @@ def train_on_cluster(
     n_threads : int, optional
         Cores for each worker; otherwise as many as Dask gives it threads.
     wait_seconds : float, optional
-        How long the first worker may take to come; None: as long as it takes.
+        How long there may be no workers, at first or later; None: as long as it takes.
     progress : callable, optional
         Called with (rows done, rows in all) at the start and after each block.
 
@@ -119,7 +119,7 @@ def train_on_cluster(
         order: Order = {"path": str(run.path), "spec": run.spec.to_yaml(), "device": device, "n_threads": n_threads}
         order |= {"versions": code_versions(), "method": method, "n_models": n_models}
         order["way"] = client.submit(_settle_there, order, pure=False).result()
-        handing = _Handing(run, client, order)
+        handing = _Handing(run, client, order, wait_seconds)
         try:
             for n_done in handing.until_done():
                 report(n_done, run.spec.n_rows)
@@ -212,6 +212,7 @@ class _Handing:
     run: Run
     client: Any
     order: Order
+    wait_seconds: float | None
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     _waiting: deque[int] = field(default_factory=deque)
@@ -221,6 +222,7 @@ class _Handing:
     _looked_at: dict[int, float] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
     _late_workers: set[str] = field(default_factory=set)
+    _workers_seen: float = field(default_factory=time.monotonic)
 
     def until_done(self) -> Iterator[int]:
         """Yield the count of rows done each time that it grew."""
@@ -240,6 +242,7 @@ class _Handing:
 
     def _hand_out(self) -> None:
         workers = set(self.client.nthreads())
+        self._require_workers(workers)
         self._late_workers &= workers
         n_free = len(workers - self._late_workers) - sum(not task.is_overdue for task in self._out.values())
         while n_free > 0 and self._waiting:
@@ -251,6 +254,17 @@ class _Handing:
                 is_stuck = block not in self._claimed_since or self._is_late(self._claimed_since[block])
                 self._looked_at[block] = time.monotonic()
                 self._submit(block, heeds_claims=not is_stuck)
+
+    def _require_workers(self, workers: set[str]) -> None:
+        now = time.monotonic()
+        if workers:
+            self._workers_seen = now
+        elif self.wait_seconds is not None and now - self._workers_seen > self.wait_seconds:
+            raise ClusterError(
+                f"the cluster has had no workers for {self.wait_seconds:.0f} s; what they finished is stored: start "
+                "some with `dask worker`, then run the same again to go on",
+                scheduler=str(self.client.scheduler.address),
+            )
 
     def _submit(self, block: int, *, heeds_claims: bool = True) -> None:
         order = self.order | {"block": block, "heeds_claims": heeds_claims}

@@ -27,6 +27,7 @@ from zarr.codecs import BloscCodec
 
 from dmpipeline.errors import RunError, RunExistsError, explain_os_errors
 from dmpipeline.examples import Dataset
+from dmpipeline.masks import masks_digest
 from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.spec import RunSpec
@@ -196,6 +197,7 @@ def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
             "example_order": dataset.example_order,
         },
         "code": code_digest(find_recipe(spec.recipe)),
+        "masks": masks_digest(spec),
         "ways": {},
         "sessions": [],
     }

@@ -6,6 +6,7 @@ seed and purpose, at a counter of the index's own. Only raw bits are used, never
 may change between its versions.
 """
 
+import hashlib
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from dmpipeline.errors import SpecError
 from dmpipeline.philox import fill
-from dmpipeline.spec import HELD_OUT_BASE, RunSpec
+from dmpipeline.spec import HELD_OUT_BASE, MASK_LAWS, RunSpec
 
 
 class Purpose(IntEnum):
@@ -165,6 +166,25 @@ def given_masks(spec: RunSpec, n_train: int) -> npt.NDArray[np.bool_]:
         )
     checked: npt.NDArray[np.bool_] = masks
     return checked
+
+
+def masks_digest(spec: RunSpec) -> str | None:
+    """Digest the user's own file of masks, SHA-256; None for masks that are drawn.
+
+    Raises
+    ------
+    SpecError
+        If there is no such file.
+    """
+    if spec.masks in MASK_LAWS:
+        return None
+    try:
+        with open(spec.masks, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SpecError(
+            f"masks {spec.masks} cannot be read ({error}); restore the file", field="masks", value=spec.masks
+        ) from error
 
 
 def draw_permutation(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArray[np.int64]:

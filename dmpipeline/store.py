@@ -40,7 +40,7 @@ from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
 from dmpipeline.examples import Dataset
-from dmpipeline.masks import given_masks, subset_masks, subset_size
+from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_size
 from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
@@ -159,8 +159,8 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """What provenance.json says.
 
-        `created`, `versions`, `machine` and `dataset`; `code`, the digest of the user's own, if the recipe has some;
-        `ways`, how models are trained by kind of device; and training `sessions`.
+        `created`, `versions`, `machine` and `dataset`; `code` and `masks`, digests of the user's own, if there are
+        some; `ways`, how models are trained by kind of device; and training `sessions`.
         """
         try:
             facts: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
@@ -276,8 +276,8 @@ class Run:
         TrainingError
             If a model's outputs cannot be stored; its block is left out, blocks before it stay.
         RunError
-            If the dataset or the user's own code has changed since the run was created, or its directory cannot be
-            written to.
+            If the dataset, the user's own code or masks have changed since the run was created, or its directory cannot
+            be written to.
         SpecError
             If the device or the way cannot be used.
         """
@@ -339,6 +339,12 @@ class Run:
             raise RunError(
                 f"the code that recipe {self.spec.recipe.name} of {self.path} names has changed since the run was "
                 "created, and its models would not be like those trained before; restore it, or create another run",
+                path=self.path,
+            )
+        if (recorded := self.provenance.get("masks")) and masks_digest(self.spec) != recorded:
+            raise RunError(
+                f"the masks in {self.spec.masks} have changed since {self.path} was created; restore the file, or "
+                "create another run",
                 path=self.path,
             )
         if not isinstance(recipe, Recipe):

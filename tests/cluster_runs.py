@@ -39,11 +39,11 @@ def learn(dataset, mask, number, folder, seconds):
 COMMAND = [sys.executable, "-c", "from dmpipeline.cli import main; main()"]
 
 
-def write_letters(folder: Path) -> str:
+def write_letters(folder: Path, n_train: int = 120, n_test: int = 20) -> str:
     """Write a dataset small enough that a process which trains on it need not load scikit-learn."""
     rng = np.random.default_rng(0)
-    arrays = {"train_labels": np.arange(120) % 3, "test_labels": np.arange(20) % 3}
-    arrays |= {"train_inputs": rng.random((120, 8), np.float32), "test_inputs": rng.random((20, 8), np.float32)}
+    arrays = {"train_labels": np.arange(n_train) % 3, "test_labels": np.arange(n_test) % 3}
+    arrays |= {"train_inputs": rng.random((n_train, 8), np.float32), "test_inputs": rng.random((n_test, 8), np.float32)}
     np.savez(folder / "letters.npz", **arrays)
     return str(folder / "letters.npz")
 

@@ -28,7 +28,7 @@ from cluster_runs import (
 import dmpipeline
 from dmpipeline import cluster
 from dmpipeline.cluster import local_cluster, train_on_cluster
-from dmpipeline.errors import RunError, TrainingError
+from dmpipeline.errors import ClusterError, RunError, TrainingError
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.verify import verify_run
@@ -118,6 +118,21 @@ def test_a_worker_that_is_stopped_holds_nothing_up(folder, monkeypatch):
         os.kill(pids[0], signal.SIGCONT)
     whole.train()
     require_same(run, whole)
+
+
+def test_a_cluster_that_loses_its_workers_is_given_up_and_what_they_did_is_kept(folder):
+    run = make_run(folder, seconds=0.01)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as some:
+
+        def lose_all(n_done, _):
+            if n_done == 8:
+                some.scale(0)
+
+        with pytest.raises(ClusterError, match="no workers for 2 s.*run the same again"):
+            train_on_cluster(run, some, n_threads=1, wait_seconds=2, progress=lose_all)
+    assert 8 <= run.n_rows_done < run.spec.n_rows
+    run.train()
+    run.require_complete()
 
 
 def test_a_block_that_another_process_has_claimed_and_never_trains_is_trained_all_the_same(folder, monkeypatch):

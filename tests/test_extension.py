@@ -8,6 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
+from cluster_runs import write_letters
 
 from dmpipeline import workflow
 from dmpipeline.errors import RunError, SpecError
@@ -22,17 +23,7 @@ WAY = Way("products", 8)
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
-    """A dataset small enough that a process which trains on it need not load scikit-learn."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "letters.npz"
-    np.savez(
-        path,
-        train_inputs=rng.random((40, 8), np.float32),
-        train_labels=np.arange(40) % 3,
-        test_inputs=rng.random((6, 8), np.float32),
-        test_labels=np.arange(6) % 3,
-    )
-    return str(path)
+    return write_letters(tmp_path_factory.mktemp("data"), 40, 6)
 
 
 @pytest.fixture

@@ -183,6 +183,23 @@ def test_a_change_of_the_users_own_code_is_refused_at_training(tmp_path, users):
     run.require_complete()
 
 
+def test_a_change_of_the_users_own_masks_is_refused_at_training(tmp_path):
+    masks, path = np.random.default_rng(1).random((24, 30)) < 0.5, tmp_path / "masks.npy"
+    np.save(path, masks)
+    run = Run.create(tmp_path / "run", spec_of(classes_at(tmp_path), masks=str(path)))
+    run.train(way=Way("loop", 1), blocks=[0])
+    np.save(path, ~masks)
+    for act in (run.train, lambda: replay(run, 0)):
+        with pytest.raises(RunError, match=r"masks.npy have changed since"):
+            act()
+    path.unlink()
+    with pytest.raises(SpecError, match="restore the file"):
+        run.train()
+    np.save(path, masks)
+    run.train()
+    run.require_complete()
+
+
 def test_hyperparameters_in_tuples_are_those_in_lists(tmp_path):
     rng = np.random.default_rng(0)
     parts = [(rng.integers(0, 256, (n, 6, 6), np.uint8), np.arange(n) % 3) for n in (30, 5)]

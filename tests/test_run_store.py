@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from cluster_runs import write_letters
 
 from dmdata.catalog import load_file
 from dmdata.errors import FormatError
@@ -55,16 +56,7 @@ def same(one, other):
 
 @pytest.fixture
 def letters(tmp_path):
-    """A dataset small enough that a process which trains on it need not load scikit-learn."""
-    rng = np.random.default_rng(0)
-    arrays = {
-        "train_inputs": rng.random((120, 8), np.float32),
-        "train_labels": np.arange(120) % 3,
-        "test_inputs": rng.random((20, 8), np.float32),
-        "test_labels": np.arange(20) % 3,
-    }
-    np.savez(tmp_path / "letters.npz", **arrays)
-    return str(tmp_path / "letters.npz")
+    return write_letters(tmp_path)
 
 
 @pytest.fixture(scope="module")

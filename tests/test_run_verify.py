@@ -1,8 +1,10 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from cluster_runs import write_letters
 
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import ARRAYS, Run, block_digest
@@ -11,16 +13,7 @@ from dmpipeline.verify import CHECKS, verify_run
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "letters.npz"
-    np.savez(
-        path,
-        train_inputs=rng.random((60, 8), np.float32),
-        train_labels=np.arange(60) % 3,
-        test_inputs=rng.random((7, 8), np.float32),
-        test_labels=np.arange(7) % 3,
-    )
-    return path
+    return Path(write_letters(tmp_path_factory.mktemp("data"), 60, 7))
 
 
 @pytest.fixture(scope="module")
