@@ -128,7 +128,7 @@ def test_a_cluster_that_loses_its_workers_is_given_up_and_what_they_did_is_kept(
             if n_done == 8:
                 some.scale(0)
 
-        with pytest.raises(ClusterError, match="no workers for 2 s.*run the same again"):
+        with pytest.raises(ClusterError, match=r"no workers for 2 s.*run the same again"):
             train_on_cluster(run, some, n_threads=1, wait_seconds=2, progress=lose_all)
     assert 8 <= run.n_rows_done < run.spec.n_rows
     run.train()
