@@ -28,6 +28,7 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +157,48 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
             raise SpecError("device 'cuda' cannot be used: there is no GPU; choose cpu", field="device", value=device)
     # every port is one that is free, and heard on this machine alone
     where = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    options = where | {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL", "preload": [__name__]}
+    options = where | {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL"}
     # a block that kills its workers again and again is given up
     scheduler = {"cls": distributed.Scheduler, "options": where | {"port": 0, "allowed_failures": 2}}
     workers = {
         number: {"cls": distributed.Nanny, "options": options | {"env": environment}}
         for number, environment in enumerate(environments)
     }
+    cluster = None
     with quiet():
-        # which workers get when they are specified, and keep
-        with importlib.import_module("dask.config").set(_CONFIGURATION):
-            cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
         try:
+            # which workers get when they are specified, and keep
+            with _without_interrupts(), importlib.import_module("dask.config").set(_CONFIGURATION):
+                cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
             yield cluster
         finally:
-            cluster.close(timeout=30)
+            if cluster is not None:
+                cluster.close(timeout=30)
 
 
-def dask_setup(worker: Any) -> None:  # noqa: ARG001 - Dask calls it so
-    """Leave Ctrl-C, which a terminal sends to all, to the process that started this one; Dask calls it in workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all, from processes that are started meanwhile, and for so long from this.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        At the end, if it was pressed.
+    """
+    is_pressed, is_main = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: is_pressed.set()) if is_main else None
+    # multiprocessing's own helper, which lets interrupts through again when it is started
+    resource_tracker.ensure_running()
+    # threads and processes begin with the mask of the thread that starts them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if is_pressed.is_set():
+        raise KeyboardInterrupt
 
 
 def visible_gpus() -> list[str]:

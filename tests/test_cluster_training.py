@@ -104,6 +104,16 @@ def test_a_command_that_is_killed_takes_its_workers_along_and_the_next_goes_on(f
     require_same(run, whole)
 
 
+def test_ctrl_c_while_workers_start_ends_all_without_a_word_of_theirs(folder):
+    run = make_run(folder)
+    with started(*COMMAND, "run", str(run.path), "--workers", "2") as process:
+        wait_until(lambda: workers_of(process.pid))
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, "Traceback" in said, "distributed" in said) == (130, False, False), said
+        wait_until(lambda: not processes_of(process.pid), seconds=5)
+
+
 def test_a_worker_that_is_stopped_holds_nothing_up(folder, monkeypatch):
     monkeypatch.setattr(cluster, "LEAST_PATIENCE_SECONDS", 1.0)
     run, whole = make_run(folder, seconds=0.05), make_run(folder, "whole", seconds=0.05)
