@@ -132,7 +132,9 @@ def test_a_worker_that_is_stopped_holds_nothing_up(folder, monkeypatch):
 
 def test_a_cluster_that_loses_its_workers_is_given_up_and_what_they_did_is_kept(folder):
     run = make_run(folder, seconds=0.01)
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as some:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as some:
 
         def lose_all(n_done, _):
             if n_done == 8:

@@ -142,7 +142,9 @@ def test_a_longer_run_goes_on_from_the_moments_of_a_shorter(demo, tmp_path, caps
 def test_a_run_is_fitted_on_a_cluster(demo, tmp_path, capsys):
     distributed = pytest.importorskip("distributed")
     before = Datamodels.load(demo / "datamodels" / "test_50pct.pt")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs=50) as local:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0", silence_logs=50
+    ) as local:
         work = ("--work", tmp_path / "work", "--scheduler", local.scheduler_address)
         assert call(capsys, "fit", demo, *work)[0] == 0
     fitted = Datamodels.load(demo / "datamodels" / "test_50pct.pt")

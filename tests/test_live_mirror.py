@@ -134,7 +134,7 @@ def test_a_cluster_writes_into_a_bucket(catalog: str, dmdata_home: Path) -> None
     distributed = pytest.importorskip("distributed")
     url = f"s3://{BUCKET}/three.zarr"
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs="CRITICAL"
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
     ) as cluster:
         copy = dmdata.mirror(NAME, url, catalog=catalog, memory_bytes=1 << 20, scheduler=cluster.scheduler_address)
     np.testing.assert_array_equal(np.asarray(copy[...]), VALUES[NAME])  # type: ignore[index] # an array

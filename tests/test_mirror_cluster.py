@@ -28,7 +28,7 @@ MEBIBYTE = 1 << 20
 def cluster(s3: LoopbackS3) -> Iterator[Any]:
     """Two workers of one thread, each a process of its own, with credentials of their own: those do not travel."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs="CRITICAL"
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
     ) as local:
         yield local
 
