@@ -84,27 +84,15 @@ def run(bench: Bench, *, small: bool) -> None:
     finally:
         shutil.rmtree(folder)
     each = f"{statistics.median(r[0] + r[-1] for r in rounds) / 2 / n_models * 1e3:.2f} ms a model bare"
-    bench.add(
-        "train through the store",
-        each,
-        "bare, unseeded ensemble, share of its time",
-        [(r[1] + r[4]) / (r[0] + r[5]) for r in rounds],
-        bar="<= 1.10",
-    )
-    bench.add(
-        "train on a cluster of 1 process",
-        each,
-        "bare, unseeded ensemble, share of its time",
-        [2 * r[2] / (r[0] + r[5]) for r in rounds],
-        bar="<= 1.10",
-    )
-    bench.add(
-        "train on a cluster of 2 processes",
-        each,
-        "bare, unseeded ensemble, share of its time",
-        [2 * r[3] / (r[0] + r[5]) for r in rounds],
-        bar="<= 1.10",
-    )
+    whole = [r[0] + r[5] for r in rounds]
+    ways = {
+        "through the store": [r[1] + r[4] for r in rounds],
+        "on a cluster of 1 process": [2 * r[2] for r in rounds],
+        "on a cluster of 2 processes": [2 * r[3] for r in rounds],
+    }
+    for how, seconds in ways.items():
+        shares = [taken / bare for taken, bare in zip(seconds, whole, strict=True)]
+        bench.add(f"train {how}", each, "bare, unseeded ensemble, share of its time", shares, bar="<= 1.10")
     bench.add(
         "train on a cluster of 2 processes",
         each,

@@ -54,6 +54,12 @@ class Units(NamedTuple):
     errors: np.ndarray
 
 
+@kernel
+def row_size(form):
+    """Count the numbers of a picture's row with its border."""
+    return (form.width + form.taps - 1) * form.channels
+
+
 def bordered_size(form: Form, n_pictures: int) -> int:
     """Count the numbers of pictures with borders, and of what is read beyond them by lines that begin within."""
     border = form.taps - 1
@@ -65,7 +71,7 @@ def filter_lines(form: Form) -> np.ndarray:
 
     A filter lies row by row, each in whole lines. What fills up a group lies at 0.
     """
-    row, run = (form.width + form.taps - 1) * form.channels, form.taps * form.channels
+    row, run = row_size(form), form.taps * form.channels
     places = [y * row + start for y in range(form.taps) for start in range(0, run, LINE)]
     return np.array(places + [0] * (-len(places) % GROUP), np.int64)
 
@@ -80,21 +86,21 @@ def learned_numbers(form: Form) -> np.ndarray:
 
 def corners_of_places(form: Form, window: int) -> np.ndarray:
     """Tell where the first filter of each window lies in its picture; a window of 1 is a place."""
-    row = (form.width + form.taps - 1) * form.channels
+    row: int = row_size(form)
     corners = np.arange(0, form.height - window + 1, window)[:, None] * row
     return (corners + np.arange(0, form.width - window + 1, window) * form.channels).ravel()
 
 
 def steps_to_winners(form: Form) -> np.ndarray:
     """Tell how far each of a window's four places lies from its first; 0 for a window without a winner."""
-    row = (form.width + form.taps - 1) * form.channels
+    row = row_size(form)
     return np.array([0, 0, form.channels, row, row + form.channels])
 
 
 @kernel
 def border(pictures, form, bordered):
     """Copy pictures, shape (n, height * width * channels), into a flat array of them with borders."""
-    row = (form.width + form.taps - 1) * form.channels
+    row = row_size(form)
     first = form.taps // 2 * (row + form.channels)
     for n in range(len(pictures)):
         for y in range(form.height):
@@ -107,7 +113,7 @@ def border(pictures, form, bordered):
 @kernel
 def convolve(bordered, form, weights, biases, filters, out):
     """Compute outputs, shape (n_models, batch, height * width, n_outputs in whole lines)."""
-    row = (form.width + form.taps - 1) * form.channels
+    row = row_size(form)
     n_models, batch, _, n_padded = out.shape
     for model in range(n_models):
         _lay_filters(weights[model], form, filters)
@@ -137,7 +143,7 @@ def convolve_and_pool(bordered, form, weights, biases, filters, is_rectified, po
 
     Both have shape (n_models, batch, height // 2 * (width // 2), n_outputs in whole lines); winners are int8.
     """
-    row = (form.width + form.taps - 1) * form.channels
+    row = row_size(form)
     n_models, batch, n_windows, n_padded = pooled.shape
     across = form.width // 2
     none, zero, one = constant(np.float32(-1)), constant(np.float32(0)), constant(np.float32(1))
@@ -169,7 +175,7 @@ def convolve_and_pool(bordered, form, weights, biases, filters, is_rectified, po
 @kernel
 def _four_sums(bordered, corner, across, down, form, filters, channel, bias):
     """Apply a line of filters where they begin at a corner, one step across, one down, and one of both."""
-    row, run = (form.width + form.taps - 1) * form.channels, form.taps * form.channels
+    row, run = row_size(form), form.taps * form.channels
     a = b = c = d = bias
     place = channel * form.taps * run
     for y in range(form.taps):
@@ -223,7 +229,7 @@ def add_gradients(bordered, form, weights, errors, winners, tables, units, chunk
         Those of the pictures.
     """
     lines, learned, corners, steps = tables
-    size = (form.height + form.taps - 1) * (form.width + form.taps - 1) * form.channels
+    size = (form.height + form.taps - 1) * row_size(form)
     n_models, batch = errors.shape[:2]
     n_padded, filter_size = weights.shape[1:]
     for model in range(n_models):
@@ -324,7 +330,7 @@ def _add(sums, place, line, learned, first):
 @kernel
 def _take_inside(bordered, form, pictures):
     """Copy what lies inside the borders into `pictures`: `border` turned round."""
-    row = (form.width + form.taps - 1) * form.channels
+    row = row_size(form)
     first = form.taps // 2 * (row + form.channels)
     for n in range(len(pictures)):
         for y in range(form.height):
