@@ -21,9 +21,10 @@ because a row depends on nothing but its draws.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -45,7 +46,7 @@ from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
 from dmpipeline.spec import MASK_LAWS, RunSpec
-from dmpipeline.train import FunctionTrainer, GradientTrainer, Logits, Way, make_trainer
+from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
 
 ARRAYS = RunSpec().arrays
 """Names of a run's arrays, unless its spec asks for other outputs: `RunSpec.arrays`."""
@@ -55,8 +56,6 @@ Block = Mapping[str, npt.NDArray[Any]]
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
-
-Trainer = GradientTrainer | FunctionTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +285,12 @@ class Run:
         with self.presence() as lock:
             trainer = self.trainer(device, way, lock=lock)
             began, clock, n_trained = directory.now(), time.monotonic(), 0
+            wanted = range(len(self.spec.blocks)) if blocks is None else blocks
             try:
-                for block in self._missing_blocks(lock, range(len(self.spec.blocks)) if blocks is None else blocks):
-                    self.train_block(trainer, block)
-                    n_trained += len(self.spec.blocks[block])
-                    report(self.n_rows_done, self.spec.n_rows)
+                with trainer.workers(), closing(self._train_missing(trainer, lock, wanted)) as stored:
+                    for block in stored:
+                        n_trained += len(self.spec.blocks[block])
+                        report(self.n_rows_done, self.spec.n_rows)
             finally:
                 if n_trained:
                     seconds = time.monotonic() - clock
@@ -397,8 +397,8 @@ class Run:
 
     def train_rows(self, trainer: Trainer, rows: Sequence[int]) -> Block:
         """Train some rows; nothing is stored."""
-        masks = subset_masks(self.spec, rows, trainer.dataset.n_train)
-        return self._outputs(trainer.dataset, masks, trainer.train(masks, self.spec.model_indices(rows), rows))
+        with trainer.workers():
+            return self._start(trainer, rows)()
 
     def is_done(self, block: int) -> bool:
         """Tell whether a block is trained and stored."""
@@ -415,18 +415,8 @@ class Run:
         Exception
             Whatever went wrong in training; its traceback is on record.
         """
-        rows = self.spec.blocks[block]
-        try:
-            data = self.train_rows(trainer, rows)
-        except Exception as error:
-            directory.record_failure(self.path, block, rows, error)
-            raise
-        # compressed side by side: one thread would keep many cores waiting
-        with ThreadPoolExecutor(len(data)) as pool:
-            digest = pool.submit(block_digest, data)
-            list(pool.map(lambda name: self._write(name, rows, data[name]), data))
-        self._write("block_digests", range(block, block + 1), np.frombuffer(digest.result(), np.uint8)[None])
-        directory.forget_failure(self.path, block)
+        with trainer.workers():
+            self._finish(block, self._start(trainer, self.spec.blocks[block]))
 
     def failures(self) -> dict[int, str]:
         """Read what went wrong with blocks that are not done, a traceback each, by block."""
@@ -482,16 +472,51 @@ class Run:
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)
 
-    def _missing_blocks(self, lock: IO[bytes], wanted: Sequence[int]) -> Iterator[int]:
-        """Yield blocks that are not done, each claimed while the caller trains it; those others claimed come last."""
-        for wait in (False, True):
+    def _train_missing(self, trainer: Trainer, lock: IO[bytes], wanted: Sequence[int]) -> Generator[int]:
+        """Train blocks that are not done, and yield each when it is stored; those that others have claimed come last.
+
+        It waits for no claim of others while it has any, and drops those it has if it ends early, with the lock file.
+        """
+        started: deque[tuple[int, Callable[[], Block], ExitStack]] = deque()
+
+        def finish_first() -> int:
+            block, trained, claim = started.popleft()
+            with claim:
+                self._finish(block, trained)
+            return block
+
+        for wait, n_ahead in ((False, trainer.n_ahead), (True, 1)):
             done = directory.done_blocks(self.path)
             for block in wanted:
                 if block in done:
                     continue
-                with claimed(lock, block, wait=wait) as ours:
-                    if ours and not self.is_done(block):
-                        yield block
+                with ExitStack() as claim:
+                    if claim.enter_context(claimed(lock, block, wait=wait)) and not self.is_done(block):
+                        started.append((block, self._start(trainer, self.spec.blocks[block]), claim.pop_all()))
+                if len(started) == n_ahead:
+                    yield finish_first()
+            while started:
+                yield finish_first()
+
+    def _start(self, trainer: Trainer, rows: Sequence[int]) -> Callable[[], Block]:
+        masks = subset_masks(self.spec, rows, trainer.dataset.n_train)
+        trained = trainer.start(masks, self.spec.model_indices(rows), rows)
+        return lambda: self._outputs(trainer.dataset, masks, trained())
+
+    def _finish(self, block: int, trained: Callable[[], Block]) -> None:
+        """Wait for a block and store it, or put on record why it cannot be trained."""
+        rows = self.spec.blocks[block]
+        try:
+            data = trained()
+        except Exception as error:
+            directory.record_failure(self.path, block, rows, error)
+            raise
+        # compressed side by side: one thread would keep many cores waiting
+        with ThreadPoolExecutor(len(data)) as pool:
+            digest = pool.submit(block_digest, data)
+            list(pool.map(lambda name: self._write(name, rows, data[name]), data))
+        self._write("block_digests", range(block, block + 1), np.frombuffer(digest.result(), np.uint8)[None])
+        directory.forget_failure(self.path, block)
 
     def _write(self, name: str, rows: range, data: npt.NDArray[Any]) -> None:
         # to look first whether all of it is missing values, and need not be written, takes longer than to write it

@@ -7,17 +7,20 @@ same whichever block, worker or resume trained it: to the bit on the same device
 Networks that draw numbers of their own, as dropout does, are trained by one thread a process; several may train a run.
 """
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dmpipeline.augmentation import draw_augmentation
+from dmpipeline.compute import Shared
 from dmpipeline.ensembles import Group, Material, Method, begin_group, possible_methods, repeatable
 from dmpipeline.errors import SpecError, TrainingError
 from dmpipeline.examples import Dataset
@@ -69,13 +72,30 @@ class Logits:
     test: npt.NDArray[Any]
 
 
-class Trainer(Protocol):
-    """Trains rows of one run in this process."""
+class Trainer(ABC):
+    """Trains rows of one run in this process.
 
+    Attributes
+    ----------
+    dataset : Dataset
+    way : Way
+    n_ahead : int
+        So many blocks are best started before the first of them is waited for.
+    """
+
+    dataset: Dataset
     way: Way
+    n_ahead = 1
 
-    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
-        """Train a block of models.
+    @abstractmethod
+    def workers(self) -> AbstractContextManager[Any]:
+        """Have at hand what trains the blocks that are started meanwhile."""
+
+    @abstractmethod
+    def start(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]
+    ) -> Callable[[], Logits]:
+        """Have a block of models trained, after those that were started before.
 
         Parameters
         ----------
@@ -86,14 +106,25 @@ class Trainer(Protocol):
         rows : sequence of int, length n_models
             How an error calls the models.
 
+        Returns
+        -------
+        finish : callable
+            Waits for the logits and gives them, as `train`; called once, while there still are the same `workers`.
+        """
+
+    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
+        """Train a block of models, given as for `start`.
+
         Raises
         ------
         TrainingError
             If an output is not finite, or so large that a margin may not fit float16; `rows` lists whose.
         """
+        with self.workers():
+            return self.start(masks, model_indices, rows)()
 
 
-class GradientTrainer:
+class GradientTrainer(Trainer):
     """Trains networks by SGD as a recipe says.
 
     Parameters
@@ -142,9 +173,16 @@ class GradientTrainer:
                 value=self.way.method,
             )
         self.dataset, self.recipe, self.seed = dataset, recipe, seed
+        # all threads draw from one generator of torch's, and there is one compiled network
+        self._has_threads = self.material.device.type == "cpu" and not self.way.compiled and not self.material.draws
+        self._workers = Shared(self._start_workers)
+        # where threads train, they go on with the next block while one is stored
+        self.n_ahead = 2 if self._has_threads else 1
 
-    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
-        """Train a block of models; see `Trainer`."""
+    def start(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]
+    ) -> Callable[[], Logits]:
+        """Have a block of models trained; see `Trainer`."""
         found = _Block.empty(self.dataset, len(masks))
 
         def train_group(members: npt.NDArray[np.intp]) -> list[int]:
@@ -152,10 +190,13 @@ class GradientTrainer:
             return [rows[i] for i in found.store(members, train, test)]
 
         with self.workers() as (each, n_workers):
-            groups = self.groups(masks, n_workers)
-            diverged = [row for lost in each(train_group, groups) for row in lost]
-        found.require_finite(sorted(diverged))
-        return Logits(train=found.train, test=found.test)
+            diverged = each(train_group, self.groups(masks, n_workers))
+
+        def finish() -> Logits:
+            found.require_finite(sorted(row for lost in diverged for row in lost))
+            return Logits(train=found.train, test=found.test)
+
+        return finish
 
     def states(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> list[dict[str, Any]]:
         """Train models and give what each has learned, as states of `material.network`."""
@@ -225,20 +266,23 @@ class GradientTrainer:
         """Have torch keep no account of what is done meanwhile, where gradients are written out."""
         return torch.inference_mode(self.way.method == "products")
 
-    @contextmanager
-    def workers(self) -> Iterator[tuple[Callable[..., Iterator[Any]], int]]:
+    def workers(self) -> AbstractContextManager[tuple[Callable[..., Iterator[Any]], int]]:
         """Start one thread a core that torch may use, each of which computes alone; give the caller its setting back.
 
         What is given is a `map` over them, and how many there are. Only the calling thread works for a device of
-        another kind, with a compiled network, of which there is one, and where networks draw random numbers: all
-        threads draw from one generator of torch's.
+        another kind, with a compiled network, and where networks draw random numbers. Who comes while others are at
+        work shares their threads.
         """
-        n_threads, is_cpu = torch.get_num_threads(), self.material.device.type == "cpu"
+        return self._workers()
+
+    @contextmanager
+    def _start_workers(self) -> Iterator[tuple[Callable[..., Iterator[Any]], int]]:
+        n_threads = torch.get_num_threads()
         self.material.prepare(self.way.method)
         with repeatable(self.material.device), ExitStack() as stack:
             stack.callback(torch.set_num_threads, n_threads)
-            if not is_cpu or self.way.compiled or self.material.draws:
-                if is_cpu:
+            if not self._has_threads:
+                if self.material.device.type == "cpu":
                     torch.set_num_threads(1)
                 yield map, 1
                 return
@@ -279,7 +323,7 @@ class GradientTrainer:
         return whitened(self.material.network, state, self.material.network_inputs(stored))
 
 
-class FunctionTrainer:
+class FunctionTrainer(Trainer):
     """Trains by a function of the user's own, a model at a time; see `recipes.Function`."""
 
     way = Way("loop", 1)
@@ -288,8 +332,15 @@ class FunctionTrainer:
         self.dataset, self.recipe, self.seed = dataset, recipe, seed
         self.function = import_object(recipe.function)
 
-    def train(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]) -> Logits:
-        """Train a block of models; see `Trainer`."""
+    def start(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]
+    ) -> Callable[[], Logits]:
+        """Have a block of models trained, once its logits are asked for; see `Trainer`."""
+        return functools.partial(self._train, masks, model_indices, rows)
+
+    def _train(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]
+    ) -> Logits:
         found = _Block.empty(self.dataset, len(masks))
         diverged: list[int] = []
         for place, (mask, model) in enumerate(zip(masks, model_indices.tolist(), strict=True)):
