@@ -30,12 +30,14 @@ WAIT_FOR_WORKERS_SECONDS = 60.0
 """A cluster without workers is given up after so long."""
 
 # Dask would have workers return every bit of memory, only to fault it in again, and watch what each thread does; and
-# everybody look fifty times a second whether they are still awake, and twice at how the machine does.
+# everybody look fifty times a second whether they are still awake, and twice at how the machine does. It would drop a
+# worker for good that happens to be starting again 15 seconds after it was lost before.
 _CONFIGURATION = {
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "10s",
+    "distributed.deploy.lost-worker-timeout": "1000 days",
 }
 
 
@@ -117,6 +119,8 @@ def train_on_cluster(
 def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
     """Run a Dask cluster of processes on this machine, while the block runs; they end with this process at the latest.
 
+    Processes import the script that starts them, so there it belongs under ``if __name__ == "__main__":``.
+
     Parameters
     ----------
     n_workers : int
@@ -149,10 +153,9 @@ def local_cluster(n_workers: int, *, device: str = "cpu") -> Iterator[Any]:
         for number, environment in enumerate(environments)
     }
     cluster = None
-    with quiet():
+    with quiet(), importlib.import_module("dask.config").set(_CONFIGURATION):
         try:
-            # which workers get when they are specified, and keep
-            with _without_interrupts(), importlib.import_module("dask.config").set(_CONFIGURATION):
+            with _without_interrupts():
                 cluster = distributed.SpecCluster(scheduler=scheduler, workers=workers)
             yield cluster
         finally:

@@ -146,7 +146,9 @@ class Handing:
         if not self._has(address):
             self._busy_since[address] = time.monotonic()
         order = self.order | {"block": block, "heeds_claims": heeds_claims}
-        future = self.client.submit(worker.train, order, pure=False, workers=[address], allow_other_workers=True)
+        # Dask forgets a task that is bound to a worker when that dies and there is no other
+        where = {"workers": [address], "allow_other_workers": True} if len(self.client.nthreads()) > 1 else {}
+        future = self.client.submit(worker.train, order, pure=False, **where)
         self._out[future] = _Task(block, address)
 
     def _see_who_has_what(self) -> None:

@@ -257,6 +257,8 @@ class Run:
     ) -> None:
         """Train and store the blocks that are missing, then write the catalog.
 
+        Holds one block's outputs in memory, or two where threads train: one is stored while the next is trained.
+
         Parameters
         ----------
         progress : callable, optional
@@ -475,7 +477,7 @@ class Run:
     def _train_missing(self, trainer: Trainer, lock: IO[bytes], wanted: Sequence[int]) -> Generator[int]:
         """Train blocks that are not done, and yield each when it is stored; those that others have claimed come last.
 
-        It waits for no claim of others while it has any, and drops those it has if it ends early, with the lock file.
+        It waits for no claim of others while it has any.
         """
         started: deque[tuple[int, Callable[[], Block], ExitStack]] = deque()
 
@@ -485,18 +487,22 @@ class Run:
                 self._finish(block, trained)
             return block
 
-        for wait, n_ahead in ((False, trainer.n_ahead), (True, 1)):
-            done = directory.done_blocks(self.path)
-            for block in wanted:
-                if block in done:
-                    continue
-                with ExitStack() as claim:
-                    if claim.enter_context(claimed(lock, block, wait=wait)) and not self.is_done(block):
-                        started.append((block, self._start(trainer, self.spec.blocks[block]), claim.pop_all()))
-                if len(started) == n_ahead:
+        try:
+            for wait, n_ahead in ((False, trainer.n_ahead), (True, 1)):
+                done = directory.done_blocks(self.path)
+                for block in wanted:
+                    if block in done:
+                        continue
+                    with ExitStack() as claim:
+                        if claim.enter_context(claimed(lock, block, wait=wait)) and not self.is_done(block):
+                            started.append((block, self._start(trainer, self.spec.blocks[block]), claim.pop_all()))
+                    if len(started) == n_ahead:
+                        yield finish_first()
+                while started:
                     yield finish_first()
-            while started:
-                yield finish_first()
+        finally:
+            for *_, claim in started:
+                claim.close()
 
     def _start(self, trainer: Trainer, rows: Sequence[int]) -> Callable[[], Block]:
         masks = subset_masks(self.spec, rows, trainer.dataset.n_train)

@@ -198,6 +198,24 @@ def test_failing_blocks_are_named_on_record_and_hold_no_others_up(folder, capsys
     run.require_complete()
 
 
+def test_a_worker_has_its_next_block_early_and_when_it_dies_only_the_block_that_killed_it_is_given_up(folder):
+    run, other = make_run(folder, seconds=0.05), make_run(folder, "other", seconds=0.05)
+    ahead = []
+    with local_cluster(1) as workers:
+
+        def look(*_):
+            ahead.append(sum(len(each.processing) for each in workers.scheduler.workers.values()))
+
+        train_on_cluster(other, workers, n_threads=1, progress=look)
+        assert sum(n_blocks == 1 for n_blocks in ahead) >= 5, ahead
+        # the first block is never alone with its worker at first
+        cause_trouble(run, folder, {1: "dies"})
+        with pytest.raises(TrainingError, match=r"^rows 0 to 3 of"):
+            train_on_cluster(run, workers, n_threads=1)
+    assert list(run.failures()) == [0]
+    assert run.n_rows_done == run.spec.n_rows - 4
+
+
 @pytest.fixture
 def scheduler(tmp_path):
     """A scheduler in a process of its own, and its address."""

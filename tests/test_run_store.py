@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dmpipeline.masks import draw_mask
 from dmpipeline.outputs import correct_class_margins
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import ARRAYS, Run
+from dmpipeline.train import GradientTrainer, Way
 
 TINY = {"name": "perceptron", "hidden": 6, "epochs": 1}
 
@@ -315,6 +317,74 @@ def test_two_trainers_of_one_run_share_its_blocks_and_train_none_twice(tmp_path,
     assert len(sessions) == 2
     whole = Run.create(tmp_path / "whole", spec)
     whole.train()
+    assert same(contents(run), contents(whole))
+
+
+def test_a_block_is_begun_before_the_one_before_it_is_stored_and_claimed_until_it_is(tmp_path, letters, monkeypatch):
+    told = []
+    start, write = GradientTrainer.start, Run._write
+
+    def started(self, masks, indices, rows):
+        told.append(("started", rows.start // 4))
+        return start(self, masks, indices, rows)
+
+    def written(self, name, rows, data):
+        if name == "block_digests":
+            program = f"import fcntl; file = open({str(self.path / 'lock')!r}, 'a+b')\n"
+            program += "def free(n):\n"
+            program += "    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, n)\n"
+            program += "    except OSError: return False\n"
+            program += "    return True\n"
+            program += "print([n for n in range(5) if not free(n)])"
+            said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            told.append(("stored", rows.start, json.loads(said)))
+        write(self, name, rows, data)
+
+    monkeypatch.setattr(GradientTrainer, "start", started)
+    monkeypatch.setattr(Run, "_write", written)
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    run.train(way=Way("products", 2))
+    expected = [("started", 0)]
+    for block in range(4):
+        expected += [("started", block + 1), ("stored", block, [block, block + 1])]
+    assert told == [*expected, ("stored", 4, [4])]
+    told.clear()
+    # one thread alone trains a block when it is waited for, so none is begun early
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dropping.py").write_text(
+        "from torch import nn\ndef network():\n    return nn.Sequential(nn.Linear(8, 3), nn.Dropout(0.5))\n"
+    )
+    recipe = {"name": "module", "network": "dropping:network", "epochs": 1}
+    Run.create(tmp_path / "alone", tiny_spec(dataset=letters, recipe=recipe)).train(way=Way("loop", 1))
+    assert told == [event for block in range(5) for event in (("started", block), ("stored", block, [block]))]
+
+
+def test_a_block_that_fails_leaves_those_before_it_and_none_after_it_claimed_or_stored(tmp_path, letters, monkeypatch):
+    whole = Run.create(tmp_path / "whole", tiny_spec(dataset=letters))
+    whole.train(way=Way("products", 2))
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+    started = GradientTrainer.start
+
+    def fails_at_last(self, masks, indices, rows):
+        finish = started(self, masks, indices, rows)
+
+        def finish_or_fail():
+            if rows.start == 4:
+                raise ArithmeticError("not this one")
+            return finish()
+
+        return finish_or_fail
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientTrainer, "start", fails_at_last)
+        n_threads = threading.active_count()
+        with pytest.raises(ArithmeticError, match="not this one"):
+            run.train(way=Way("products", 2))
+        assert threading.active_count() == n_threads
+    assert (run.n_rows_done, list(run.failures())) == (4, [1])
+    with trainer(run) as other:
+        begin(other)
+        other.communicate(timeout=60)
     assert same(contents(run), contents(whole))
 
 
