@@ -418,7 +418,7 @@ class Run:
             Whatever went wrong in training; its traceback is on record.
         """
         with trainer.workers():
-            self._finish(block, self._start(trainer, self.spec.blocks[block]))
+            self._finish(block, self._start_block(trainer, block))
 
     def failures(self) -> dict[int, str]:
         """Read what went wrong with blocks that are not done, a traceback each, by block."""
@@ -495,7 +495,7 @@ class Run:
                         continue
                     with ExitStack() as claim:
                         if claim.enter_context(claimed(lock, block, wait=wait)) and not self.is_done(block):
-                            started.append((block, self._start(trainer, self.spec.blocks[block]), claim.pop_all()))
+                            started.append((block, self._start_block(trainer, block), claim.pop_all()))
                     if len(started) == n_ahead:
                         yield finish_first()
                 while started:
@@ -509,14 +509,23 @@ class Run:
         trained = trainer.start(masks, self.spec.model_indices(rows), rows)
         return lambda: self._outputs(trainer.dataset, masks, trained())
 
-    def _finish(self, block: int, trained: Callable[[], Block]) -> None:
-        """Wait for a block and store it, or put on record why it cannot be trained."""
-        rows = self.spec.blocks[block]
+    def _start_block(self, trainer: Trainer, block: int) -> Callable[[], Block]:
+        with self._failure_on_record(block):
+            return self._start(trainer, self.spec.blocks[block])
+
+    @contextmanager
+    def _failure_on_record(self, block: int) -> Iterator[None]:
         try:
-            data = trained()
+            yield
         except Exception as error:
-            directory.record_failure(self.path, block, rows, error)
+            directory.record_failure(self.path, block, self.spec.blocks[block], error)
             raise
+
+    def _finish(self, block: int, trained: Callable[[], Block]) -> None:
+        """Wait for a block and store it."""
+        rows = self.spec.blocks[block]
+        with self._failure_on_record(block):
+            data = trained()
         # compressed side by side: one thread would keep many cores waiting
         with ThreadPoolExecutor(len(data)) as pool:
             digest = pool.submit(block_digest, data)

@@ -388,6 +388,18 @@ def test_a_block_that_fails_leaves_those_before_it_and_none_after_it_claimed_or_
     assert same(contents(run), contents(whole))
 
 
+def test_a_block_that_cannot_even_be_started_is_on_record(tmp_path, letters, monkeypatch):
+    run = Run.create(tmp_path / "run", tiny_spec(dataset=letters))
+
+    def too_large(*_):
+        raise MemoryError("outputs of a block")
+
+    monkeypatch.setattr(GradientTrainer, "start", too_large)
+    with pytest.raises(MemoryError):
+        run.train(way=Way("products", 2))
+    assert "MemoryError: outputs of a block" in run.failures()[0]
+
+
 def test_a_diverging_model_fails_with_its_row_and_leaves_no_block(tmp_path):
     run = Run.create(tmp_path / "run", tiny_spec(recipe=TINY | {"lr": 1e30}))
     with pytest.raises(TrainingError) as caught:
