@@ -230,8 +230,17 @@ def quiet() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    loops = logging.getLogger("asyncio")
+    loops.addFilter(_is_no_wait_that_ended)
     try:
         yield
     finally:
+        loops.removeFilter(_is_no_wait_that_ended)
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def _is_no_wait_that_ended(record: logging.LogRecord) -> bool:
+    """Tell what is worth a word of what asyncio logs: Dask stops waiting for what a dead worker had by an error."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "AllExit"

@@ -11,6 +11,9 @@ draws, so both write the same bytes; each chunk is a file that is written beside
 writes a block's digest has written all of its data before.
 
 A block whose workers die is handed out once more to a worker that has no other, for it may have died of that one.
+
+Dask hands on what a worker had that died, but not a task that is bound to a worker if there was no other at that
+moment, nor does it ever say so. Such a block is handed out anew.
 """
 
 import contextlib
@@ -41,11 +44,13 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 @dataclass(slots=True)
 class _Task:
-    """One handing out of a block; `worker` has it, as far as is known."""
+    """One handing out of a block; `worker` has it, as far as is known; if it `is_bound`, Dask was told so."""
 
     block: int
     worker: str
+    is_bound: bool
     is_overdue: bool = False
+    nobody_has_it_since: float | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +81,7 @@ class Handing:
     _left: set[int] = field(default_factory=set)
     _out: dict[Any, _Task] = field(default_factory=dict)
     _suspects: set[int] = field(default_factory=set)
+    _unbound: set[int] = field(default_factory=set)
     _claimed_since: dict[int, float] = field(default_factory=dict)
     _looked_at: dict[int, float] = field(default_factory=dict)
     _busy_since: dict[str, float] = field(default_factory=dict)
@@ -108,8 +114,9 @@ class Handing:
     def _hand_out(self) -> None:
         workers = set(self.client.nthreads())
         self._require_workers(workers)
-        if any(task.worker not in workers for task in self._out.values()):
+        if any(task.worker not in workers or future.status == "lost" for future, task in self._out.items()):
             self._see_who_has_what()
+            self._take_back_what_nobody_has()
         self._late_workers &= workers
         good = sorted(workers - self._late_workers)
         self._fill_up(good, 1)
@@ -146,19 +153,34 @@ class Handing:
         if not self._has(address):
             self._busy_since[address] = time.monotonic()
         order = self.order | {"block": block, "heeds_claims": heeds_claims}
-        # Dask forgets a task that is bound to a worker when that dies and there is no other
-        where = {"workers": [address], "allow_other_workers": True} if len(self.client.nthreads()) > 1 else {}
+        # left to Dask, it counts how many workers the block has killed
+        is_bound = block not in self._unbound and len(self.client.nthreads()) > 1
+        where = {"workers": [address], "allow_other_workers": True} if is_bound else {}
         future = self.client.submit(worker.train, order, pure=False, **where)
-        self._out[future] = _Task(block, address)
+        self._out[future] = _Task(block, address, is_bound)
 
     def _see_who_has_what(self) -> None:
         """Ask the scheduler, which moves tasks away from workers that died, or to some that are idle."""
-        tasks = {future.key: task for future, task in self._out.items()}
-        for address, keys in self.client.processing().items():
-            for task in filter(None, map(tasks.get, keys)):
-                if task.worker != address:
-                    task.worker = address
-                    self._busy_since[address] = time.monotonic()
+        now, having = time.monotonic(), {key: who for who, keys in self.client.processing().items() for key in keys}
+        for future, task in self._out.items():
+            address = having.get(future.key)
+            if address is None:
+                task.nobody_has_it_since = task.nobody_has_it_since or now
+                continue
+            task.nobody_has_it_since = None
+            if task.worker != address:
+                task.worker = address
+                self._busy_since[address] = now
+
+    def _take_back_what_nobody_has(self) -> None:
+        for future, task in list(self._out.items()):
+            since = task.nobody_has_it_since
+            # what has just ended is nobody's for a moment, too, and what is overdue is somebody else's
+            is_lost = since is not None and time.monotonic() - since > _LOOK_AGAIN_SECONDS and not future.done()
+            if is_lost and task.is_bound and not task.is_overdue:
+                del self._out[future]
+                self._unbound.add(task.block)
+                self._waiting.appendleft(task.block)
 
     def _see_who_is_late(self) -> None:
         self._see_who_has_what()
@@ -188,29 +210,42 @@ class Handing:
         with contextlib.suppress(TimeoutError):
             dask_distributed().wait(list(self._out), timeout=_LOOK_AGAIN_SECONDS, return_when="FIRST_COMPLETED")
         for future in [future for future in self._out if future.done()]:
-            task = self._out.pop(future, None)
-            if task is not None and task.block in self._left and self._has_done(future, task):
-                self._left.discard(task.block)
+            outcome = self._outcome(future) if future in self._out else None
+            if outcome is None:
+                continue
+            block = self._out.pop(future).block
+            if block in self._left and self._has_done(block, outcome):
+                self._left.discard(block)
                 # whoever else has it is not waited for
-                for other in [other for other, its in self._out.items() if its.block == task.block]:
+                for other in [other for other, its in self._out.items() if its.block == block]:
                     del self._out[other]
-                yield task.block
+                yield block
 
-    def _has_done(self, future: Any, task: _Task) -> bool:
+    def _outcome(self, future: Any) -> dict[str, Any] | None:
+        """Fetch what a worker said; None if it has died since and what it said with it."""
         try:
-            outcome = future.result()
+            outcome: dict[str, Any] = future.result(timeout=_LOOK_AGAIN_SECONDS)
         except dask_distributed().scheduler.KilledWorker:
-            self._see_whose_fault(task.block)
+            return {"state": "killed"}
+        except TimeoutError:
+            if future.status == "error":  # a worker's own
+                raise
+            return None
+        return outcome
+
+    def _has_done(self, block: int, outcome: dict[str, Any]) -> bool:
+        if outcome["state"] == "killed":
+            self._see_whose_fault(block)
             return False
         # its next block, if it has one, is what it is busy with from now on
         self._busy_since[outcome["worker"]] = time.monotonic()
         self._late_workers.discard(outcome["worker"])
         match outcome["state"]:
             case "claimed":
-                self._claimed_since.setdefault(task.block, time.monotonic())
+                self._claimed_since.setdefault(block, time.monotonic())
                 return False
             case "failed":
-                self._give_up(task.block)
+                self._give_up(block)
                 return False
         if session := outcome["session"]:
             self._seconds.append(session["seconds"])

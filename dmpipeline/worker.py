@@ -10,7 +10,7 @@ import platform
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +36,7 @@ class _Opened:
 
     key: tuple[str, ...]
     run: Run
+    presence: Shared[Any]
     trainer: Trainer | None
 
 
@@ -74,12 +75,12 @@ def train(order: Order) -> dict[str, Any]:
     """
     _require_same_code(order)
     n_cores = _n_cores(order)
-    run, trainer = _alone.submit(_trainer, order, n_cores).result()
+    opened, trainer = _alone.submit(_trainer, order, n_cores).result()
     if trainer.n_ahead > 1:
         torch.set_num_threads(n_cores)
-        outcome = _train(order, run, trainer)
+        outcome = _train(order, opened, trainer)
     else:
-        outcome = _alone.submit(_train, order, run, trainer).result()
+        outcome = _alone.submit(_train, order, opened, trainer).result()
     return outcome | {"worker": str(dask_distributed().get_worker().address)}
 
 
@@ -96,15 +97,17 @@ def code_versions() -> dict[str, str]:
 
 def _settle(order: Order, n_cores: int) -> dict[str, Any]:
     torch.set_num_threads(n_cores)
-    run, method, n_models = _open(order).run, order["method"], order["n_models"]
+    opened, method, n_models = _open(order), order["method"], order["n_models"]
+    run = opened.run
     way = run.find_way(order["device"], method, n_models) if method or n_models else None
-    with _presence(order["path"], order["spec"])() as lock:
+    with opened.presence() as lock:
         return asdict(run.trainer(order["device"], way, lock=lock).way)
 
 
-def _train(order: Order, run: Run, trainer: Trainer) -> dict[str, Any]:
-    began, clock, block = directory.now(), time.monotonic(), order["block"]
-    with _presence(order["path"], order["spec"])() as lock, claimed(lock, block, wait=False) as is_ours:
+def _train(order: Order, opened: _Opened, trainer: Trainer) -> dict[str, Any]:
+    run, block = opened.run, order["block"]
+    began, clock = directory.now(), time.monotonic()
+    with opened.presence() as lock, claimed(lock, block, wait=False) as is_ours:
         if run.is_done(block):
             return {"state": "done", "session": None}
         if not is_ours and order["heeds_claims"]:
@@ -128,13 +131,13 @@ def _seconds_since(clock: float) -> float:
     return seconds
 
 
-def _trainer(order: Order, n_cores: int) -> tuple[Run, Trainer]:
+def _trainer(order: Order, n_cores: int) -> tuple[_Opened, Trainer]:
     global _opened
     torch.set_num_threads(n_cores)
     opened = _open(order)
     trainer = opened.trainer or opened.run.trainer(order["device"], Way(**order["way"]))
-    _opened = _Opened(opened.key, opened.run, trainer)
-    return opened.run, trainer
+    _opened = replace(opened, trainer=trainer)
+    return opened, trainer
 
 
 def _open(order: Order) -> _Opened:
@@ -148,7 +151,8 @@ def _open(order: Order) -> _Opened:
                 path=order["path"],
                 host=platform.node(),
             )
-        _opened = _Opened(key, Run.open(order["path"]), None)
+        run = Run.open(order["path"])
+        _opened = _Opened(key, run, _presence(order["path"], order["spec"]), None)
     return _opened
 
 

@@ -84,6 +84,21 @@ def test_workers_that_are_killed_lose_no_row(folder):
     require_same(run, whole)
 
 
+def test_workers_that_all_die_at_once_before_what_they_said_is_heard_lose_no_row(folder):
+    run, whole = make_run(folder, seconds=0.05), make_run(folder, "whole", seconds=0.05)
+    with local_cluster(2) as workers:
+
+        def kill_all(n_done, _):
+            if n_done == 8:
+                wait_until(lambda: run.n_rows_done >= 20)  # whatever they have is done, and half of it not looked at
+                for nanny in workers.workers.values():
+                    os.kill(nanny.pid, signal.SIGKILL)
+
+        train_on_cluster(run, workers, n_threads=1, progress=kill_all)
+    whole.train()
+    require_same(run, whole)
+
+
 def test_a_command_that_is_killed_takes_its_workers_along_and_the_next_goes_on(folder):
     run, whole = make_run(folder, seconds=0.05), make_run(folder, "whole", seconds=0.05)
     with started(*COMMAND, "run", str(run.path), "--workers", "2") as process:
