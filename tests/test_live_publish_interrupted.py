@@ -134,10 +134,9 @@ def total_bytes(run):
     return sum(run.array(name).nbytes + 128 for name in ARRAYS)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_publication_killed_again_and_again_ends_with_the_very_bytes_and_sends_no_part_twice(run, bucket, seed):
-    moments = np.random.default_rng(seed)
-    for _ in range(2):
+def test_a_publication_killed_again_and_again_ends_with_the_very_bytes_and_sends_no_part_twice(run, bucket):
+    moments = np.random.default_rng(0)
+    for _ in range(3):
         child = start(run, bucket.url)
         for _ in range(moments.integers(5, 31)):
             child.stdout.readline()
@@ -243,9 +242,9 @@ def test_two_alphas_in_one_bucket_are_read_through_one_catalog(run, bucket, tmp_
 
 
 def test_memory_does_not_grow_with_the_run(bucket, tmp_path, figures):
-    run = filled_run(tmp_path / "large", 7600)
+    run = filled_run(tmp_path / "large", 4800)
     said = end(start(run, bucket.url))
-    assert said["sent"] == total_bytes(run) > 300e6
+    assert said["sent"] == total_bytes(run) > 190e6
     figures.append(f"publishing {said['sent'] / 1e6:.0f} MB: memory grew by {said['grown_bytes'] / 1e6:.0f} MB")
     # a part of each of five files and four that are sent, as much that the allocator keeps, and a block of 2 MB
     assert said["grown_bytes"] < 2 * 9 * PART + 25e6

@@ -30,8 +30,8 @@ def test_the_way_from_nothing_to_scored_datamodels_survives_a_killed_worker(tmp_
     shown = re.findall(r"^    dmpipeline (\w+) myrun", README, re.M)
     assert shown[: len(STEPS)] == STEPS
     folder = tmp_path / "myrun"
-    said_by("init", folder, "--dataset", "digits", "--alpha", 0.5, "--models", 1200, "--held-out", 30)
-    assert said_by("plan", folder)["train"][str(folder)]["models"] == 1500
+    said_by("init", folder, "--dataset", "digits", "--alpha", 0.5, "--models", 700, "--held-out", 20)
+    assert said_by("plan", folder)["train"][str(folder)]["models"] == 900
     run = Run.open(folder)
     with started(*COMMAND, "run", str(folder), "--workers", "2") as process:
         wait_until(lambda: run.n_rows_done > 0, seconds=120)
@@ -39,12 +39,12 @@ def test_the_way_from_nothing_to_scored_datamodels_survives_a_killed_worker(tmp_
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
         wait_until(lambda: not processes_of(process.pid), seconds=10)
-    assert said_by("status", folder)["n_rows_done"] == 1500
+    assert said_by("status", folder)["n_rows_done"] == 900
     assert said_by("verify", folder)["passed"]
     said_by("fit", folder)
     scores = said_by("evaluate", folder)
     whole = Run.create(tmp_path / "whole", run.spec)
     whole.train(way=Way(**run.provenance["ways"]["cpu"]))
     require_same(run, whole)
-    figures.append(f"the README's way with a killed worker, 1,500 perceptrons on digits: LDS {scores['lds']:.3f}")
-    assert 0.6 < scores["lds"] < scores["lds_ceiling"]
+    figures.append(f"the README's way with a killed worker, 900 perceptrons on digits: LDS {scores['lds']:.3f}")
+    assert 0.55 < scores["lds"] < scores["lds_ceiling"]
