@@ -84,7 +84,8 @@ def test_workers_that_are_killed_lose_no_row(folder):
     require_same(run, whole)
 
 
-def test_workers_that_all_die_at_once_before_what_they_said_is_heard_lose_no_row(folder):
+def test_workers_that_all_die_at_once_before_what_they_said_is_heard_lose_no_row(folder, monkeypatch):
+    monkeypatch.setattr(handing, "LEAST_PATIENCE_SECONDS", 1e6)  # nobody is late: what is lost is known to be
     run, whole = make_run(folder, seconds=0.05), make_run(folder, "whole", seconds=0)
     with local_cluster(2) as workers:
 
