@@ -413,13 +413,17 @@ def _new_store(bucket: str, address: Address, etag: str | None) -> Any:
     return S3Store(
         bucket,
         region=region,
-        endpoint=endpoint,
-        virtual_hosted_style_request=False if endpoint else None,
+        **_endpoint_options(endpoint),
         request_payer=address.requester_pays,
         credential_provider=Boto3CredentialProvider(session) if credentials else None,
         skip_signature=credentials is None,
         **_transport(etag, allow_http=bool(endpoint and endpoint.startswith("http://"))),
     )
+
+
+def _endpoint_options(endpoint: str | None) -> dict[str, Any]:
+    # obstore takes no None where it expects text: without an endpoint of one's own both are left out
+    return {"endpoint": endpoint, "virtual_hosted_style_request": False} if endpoint else {}
 
 
 def _transport(etag: str | None, *, allow_http: bool) -> dict[str, Any]:
@@ -510,8 +514,7 @@ def writable_store(url: str) -> Any:
             bucket,
             prefix=prefix.rstrip("/"),
             region=region,
-            endpoint=endpoint,
-            virtual_hosted_style_request=False if endpoint else None,
+            **_endpoint_options(endpoint),
             credential_provider=Boto3CredentialProvider(session),
             client_options={"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "600s"},
         )
