@@ -28,17 +28,24 @@ class Address:
         Of the bucket; None asks the bucket.
     listed : bool
         Whether a catalog lists the object: tells a missing key from missing rights where both answer 403.
+    version : str or None
+        Of an object in a bucket that keeps versions; None for the newest.
     """
 
     url: str
     requester_pays: bool = False
     region: str | None = None
     listed: bool = False
+    version: str | None = None
 
     def __str__(self) -> str:
         """Write the address as it may be shown and stored: a user, password or query may hold a secret."""
         if self.is_local:
             return self.url
+        if self.is_s3:  # a key is no URL: it may hold any character
+            bucket, slash, key = self.url.removeprefix("s3://").partition("/")
+            version = f"?versionId={self.version}" if self.version else ""
+            return f"s3://{bucket.rpartition('@')[2]}{slash}{key}{version}"
         parts = urlsplit(self.url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -51,6 +58,27 @@ class Address:
     def is_local(self) -> bool:
         """Whether it is a file of this machine."""
         return "://" not in self.url or self.url.startswith("file://")
+
+
+def split_version(url: str) -> tuple[str, str | None]:
+    """Split ``?versionId=ID`` off an S3 address; a question mark before anything else belongs to the key.
+
+    Raises
+    ------
+    SourceError
+        If a version is named together with something else, which would be dropped.
+    """
+    key, mark, query = url.rpartition("?")
+    if not mark or "versionId=" not in query:
+        return url, None
+    name, _, version = query.partition("=")
+    if name != "versionId" or not version or "&" in version:
+        raise SourceError(
+            f"{url} names a version and something else; write it like s3://bucket/key?versionId=ID",
+            url=url,
+            transient=False,
+        )
+    return key, version
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,16 +96,22 @@ class BudgetError(DmdataError):
 class AccessError(DmdataError, PermissionError):
     """The source refused.
 
-    `cause` is one of no_credentials, requester_pays, not_in_release, bad_credentials, denied, read_only.
+    `cause` is one of no_credentials, bad_credentials, configuration, requester_pays, not_in_release, denied, account,
+    clock, read_only.
     """
 
     exit_code = 4
 
 
 class SourceError(DmdataError, OSError):
-    """The transport failed although it was tried again; `url`, `transient` and `n_tries`."""
+    """The transport failed; `url`, `cause`, `n_tries`, and `transient`: whether trying again may help by itself."""
 
     exit_code = 5
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        if facts.get("transient") is False:
+            self.exit_code = 1
 
 
 class ObjectMissingError(SourceError, FileNotFoundError):

@@ -390,6 +390,8 @@ def _patience(
     may_be_billed = tally.break_off(error, meter.object_bytes)
     if not (isinstance(error, SourceError) and error.facts.get("transient")) or stopping.is_set():
         raise error
+    if error.facts.get("silent") and not meter.received_bytes:
+        raise error  # a server that never answered is waited for once
     if fruitless >= _TRIES_WITHOUT_PROGRESS or n_tries >= _MOST_TRIES:
         what = f"{fruitless} tries in a row without a byte" if fruitless > 1 else f"{n_tries} tries"
         raise SourceError(

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 import zarr.errors
 
-from dmdata.address import Address
+from dmdata.address import Address, split_version
 from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
 from dmdata.catalog import Artifact, Catalog, bundled, load_file
 from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
@@ -462,8 +462,11 @@ def address_of(artifact: Artifact) -> Address:
 
 
 def _address_of_url(url: str) -> Address:
-    # whoever reads from S3 by address pays: as its requester, or as its owner
-    return Address(url if "://" in url else os.path.abspath(os.path.expanduser(url)), url.startswith("s3://"))
+    if url.startswith("s3://"):
+        url, version = split_version(url)
+        # whoever reads from S3 by address pays: as its requester, or as its owner
+        return Address(url, requester_pays=True, version=version)
+    return Address(url if "://" in url else os.path.abspath(os.path.expanduser(url)))
 
 
 def _is_address(name: str) -> bool:
