@@ -76,9 +76,7 @@ class Identity:
             error = {"error": "invalid_grant", "error_description": "Invalid refresh token provided"}
             return _json(400, error, "InvalidGrantException")
         access, refresh = self.sign_in()
-        return _json(
-            200, {"accessToken": access, "tokenType": "Bearer", "expiresIn": 28800, "refreshToken": refresh}
-        )
+        return _json(200, {"accessToken": access, "tokenType": "Bearer", "expiresIn": 28800, "refreshToken": refresh})
 
     def _sts(self, call: Call, region: str) -> Answer:
         asked = dict(part.split("=", 1) for part in call.body.decode().split("&") if "=" in part)
