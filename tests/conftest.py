@@ -1,7 +1,8 @@
 """What every test gets: a home of its own, no credentials but those it asks for, and the S3 servers.
 
-`s3` is the small loopback server, fresh for each test. `aws` is AWS itself, played on loopback. `live_s3` is the real one that enforces requester pays, where
-it has been started; tests that use it carry the mark `live` and are skipped elsewhere. The gate must not pass by not
+`s3` is the small loopback server, fresh for each test. `aws` is AWS itself, played on loopback. `live_s3` is the real
+one that enforces requester pays, where it has been started; tests that use it carry the mark `live` and are skipped
+elsewhere. The gate must not pass by not
 looking: with ``DMDATA_TESTS_REQUIRE=live,browser`` a test so marked fails where it would be skipped.
 """
 

@@ -129,7 +129,8 @@ class Keys:
             raise Refusal(
                 400,
                 "AuthorizationHeaderMalformed",
-                f"The authorization header is malformed; the region '{signature.region}' is wrong; expecting '{region}'",
+                f"The authorization header is malformed; the region '{signature.region}' is wrong; expecting "
+                f"'{region}'",
                 headers={"x-amz-bucket-region": region},
                 Region=region,
             )
