@@ -37,7 +37,7 @@ PUBLISHER, READER = "111111111111", "222222222222"
 """Accounts: who owns the release, and the stranger who reads it and pays."""
 
 _HOSTS = re.compile(
-    rf"(?:.+\.)?s3(?:\.dualstack)?(?:\.(?:{'|'.join(REGIONS)}))?\.amazonaws\.com|sts\.amazonaws\.com|"
+    rf"(?:.+\.)?s3(?:-fips|-accelerate)?(?:\.dualstack)?(?:\.(?:{'|'.join(REGIONS)}))?\.amazonaws\.com|sts\.amazonaws\.com|"
     rf"(?:portal\.sso|oidc|sts)\.(?:{'|'.join(REGIONS)})\.amazonaws\.com"
 )
 _USUAL_CODES = {400: "InvalidRequest", 403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}

@@ -109,6 +109,13 @@ class Keys:
             else:
                 self._keys[key.key_id] = replace(key, expires_at=0.0)
 
+    def expire_sessions(self) -> None:
+        """End all sessions now."""
+        with self._lock:
+            sessions = [key for key in self._keys.values() if key.expires_at is not None]
+        for key in sessions:
+            self.expire(key)
+
     def signer(self, call: Call, *, region: str, service: str = "s3") -> Key | None:
         """Tell who signed a request; None where nobody did.
 

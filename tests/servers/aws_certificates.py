@@ -78,5 +78,7 @@ def _with(extensions: tuple[str, ...]) -> list[str]:
 
 def _names(host: str) -> tuple[str, ...]:
     """Names on the certificate of the server that answers for a host: the first names the certificate."""
-    found = re.search(r"(?:^|\.)(s3(?:\.dualstack)?(?:\.[a-z]{2}-[a-z-]+-\d)?\.amazonaws\.com)$", host)
+    found = re.search(
+        r"(?:^|\.)(s3(?:-fips|-accelerate)?(?:\.dualstack)?(?:\.[a-z]{2}-[a-z-]+-\d)?\.amazonaws\.com)$", host
+    )
     return (found[1], f"*.{found[1]}") if found else (host,)

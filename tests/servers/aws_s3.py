@@ -20,7 +20,9 @@ from xml.sax.saxutils import escape
 from servers.aws_calls import Answer, Call, Key, Keys, Refusal
 
 GLOBAL_REGION = "us-east-1"
-_HOST = re.compile(r"(?:(?P<bucket>.+)\.)?s3(?:\.dualstack)?(?:\.(?P<region>[a-z]{2}-[a-z]+-\d))?\.amazonaws\.com")
+_HOST = re.compile(
+    r"(?:(?P<bucket>.+)\.)?s3(?:-fips|-accelerate)?(?:\.dualstack)?(?:\.(?P<region>[a-z]{2}-[a-z]+-\d))?\.amazonaws\.com"
+)
 _LEAST_PART_BYTES = 5 << 20
 
 
