@@ -1,7 +1,8 @@
-"""What every test gets: a home of its own, no credentials but those it asks for, and the two S3 servers.
+"""What every test gets: a home of its own, no credentials but those it asks for, and the S3 servers.
 
-`s3` is the small loopback server, fresh for each test. `live_s3` is the real one that enforces requester pays, where
-it has been started; tests that use it carry the mark `live` and are skipped elsewhere. The gate must not pass by not
+`s3` is the small loopback server, fresh for each test. `aws` is AWS itself, played on loopback. `live_s3` is the real
+one that enforces requester pays, where it has been started; tests that use it carry the mark `live` and are skipped
+elsewhere. The gate must not pass by not
 looking: with ``DMDATA_TESTS_REQUIRE=live,browser`` a test so marked fails where it would be skipped.
 """
 
@@ -17,6 +18,8 @@ import boto3
 import pytest
 from botocore.config import Config
 from hypothesis import settings
+from servers.aws import PlayedAws
+from servers.aws_certificates import Authority
 from servers.loopback import LoopbackS3
 
 if TYPE_CHECKING:
@@ -110,6 +113,23 @@ def s3(monkeypatch: pytest.MonkeyPatch, dmdata_home: Path) -> Iterator[LoopbackS
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Make the certificates by which AWS is played."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def aws(authority: Authority, monkeypatch: pytest.MonkeyPatch, dmdata_home: Path) -> Iterator[PlayedAws]:
+    """Play AWS itself: no endpoint and no region is set, and the keys are those of a stranger who may pay."""
+    with PlayedAws(authority) as played:
+        for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in played.env.items():
+            monkeypatch.setenv(name, value)
+        yield played
 
 
 @dataclass(frozen=True, slots=True)
