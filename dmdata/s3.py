@@ -381,18 +381,26 @@ def _store(bucket: str, address: Address, etag: str | None) -> Any:
 
     def make() -> Any:
         terms = terms_of(bucket, address)
-        signing = {"credential_provider": terms.for_obstore} if terms.credentials else {"skip_signature": True}
         return S3Store(
             bucket,
-            region=terms.region,
-            endpoint=terms.endpoint,
-            virtual_hosted_style_request=not terms.by_path,
+            **_where(terms),
             request_payer=address.requester_pays and terms.credentials is not None,
-            **signing,
             **transport_options(terms.endpoint, etag),
         )
 
     return client_once((bucket, address.requester_pays, address.region, etag, "obstore"), make)
+
+
+def _where(terms: Terms) -> dict[str, Any]:
+    """Give obstore what boto3 found out, whatever obstore itself would take from the environment."""
+    return {
+        "region": terms.region,
+        "endpoint": terms.endpoint,
+        "aws_endpoint_url_s3": terms.endpoint,  # comes before `endpoint`, and from the environment if it is not given
+        "virtual_hosted_style_request": not terms.by_path,
+        "skip_signature": terms.credentials is None,
+        "credential_provider": terms.for_obstore if terms.credentials else None,
+    }
 
 
 def writable_store(url: str) -> Any:
@@ -416,16 +424,13 @@ def writable_store(url: str) -> Any:
 
     def make() -> Any:
         terms = terms_to_write(bucket, url)
-        endpoint = terms.endpoint
-        options: Any = {"allow_http": endpoint.startswith("http://"), "timeout": "600s"} | connection_options(endpoint)
+        options: Any = {"allow_http": terms.endpoint.startswith("http://"), "timeout": "600s"}
+        options |= connection_options(terms.endpoint)
         # nobody counts these requests, so obstore's own retries may stay
         return S3Store(
             bucket,
             prefix=prefix.rstrip("/"),
-            region=terms.region,
-            endpoint=endpoint,
-            virtual_hosted_style_request=not terms.by_path,
-            credential_provider=terms.for_obstore,  # type: ignore[arg-type] # a plain dict
+            **_where(terms),
             client_options=options,
         )
 
