@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from botocore.credentials import SSOProvider
+from botocore.tokens import SSOTokenProvider
 from servers.aws import READER, PlayedAws
 from servers.aws_calls import Key
 
@@ -38,6 +40,9 @@ def configure_sso(aws: PlayedAws, patch: pytest.MonkeyPatch, home: Path, *, lega
     """Write a profile of single sign-on, and sign in."""
     forget_keys(patch)
     patch.setenv("HOME", str(home))
+    cache = str(home / ".aws" / "sso" / "cache")
+    for reader in (SSOProvider, SSOTokenProvider):  # which have looked where the home is when they were imported
+        patch.setattr(reader, "_SSO_TOKEN_CACHE_DIR", cache)
     account = f"sso_account_id = {READER}\nsso_role_name = reader\nregion = us-east-1\n"
     where = f"sso_start_url = {START_URL}\nsso_region = us-east-1\n"
     if legacy:
