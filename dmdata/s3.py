@@ -1,4 +1,4 @@
-"""Objects in S3 and on the web: ranges through obstore, credentials and region by boto3, and every refusal in words.
+"""Objects in S3: ranges through obstore, credentials and region by boto3, and every refusal in words.
 
 The first bytes of an object in S3 are read by boto3, which shows whether the reader is charged; obstore, which reads
 the rest, shows no headers. Clients are made once a process. A process forked from one that used obstore reads all by
@@ -51,14 +51,6 @@ def s3_source(address: Address) -> Source:
     if not _runtime_was_lost():
         return _S3Source(address, bucket, key)
     return _ForkedS3Source(address, bucket, key)
-
-
-def web_source(address: Address) -> Source | None:
-    """Make the reader of an object on the web, or None where obstore cannot: for a query, or in a forked process."""
-    parts = urlsplit(address.url)
-    if _runtime_was_lost() or parts.query:
-        return None
-    return _WebSource(address, f"{parts.scheme}://{parts.netloc}", parts.path.lstrip("/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,23 +208,6 @@ class _StoreSource:
             yield
         except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
             raise store_error(self.address, error) from None
-
-
-class _WebSource(_StoreSource):
-    """An object on the web."""
-
-    def __init__(self, address: Address, base: str, key: str) -> None:
-        super().__init__(address, key, lambda etag: _web_store(base, etag))
-
-    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
-        try:
-            result = self.get(0, n_bytes, etag=None)
-        except SourceError as error:
-            if error.facts.get("past_end"):
-                return b"", ObjectState(0, None)
-            raise
-        with self._in_words():
-            return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
 
 
 class _S3Source(_StoreSource):
@@ -396,13 +371,6 @@ def _boto_config(*, signed: bool, by_path: bool = False) -> "Config":
         read_timeout=_SILENCE_SECONDS,
         signature_version=None if signed else UNSIGNED,
     )
-
-
-def _web_store(base: str, etag: str | None) -> Any:
-    from obstore.store import HTTPStore
-
-    options = _transport(etag, allow_http=base.startswith("http://"))
-    return _client_once((base, etag, "obstore"), lambda: HTTPStore.from_url(base, **options))
 
 
 def _new_store(bucket: str, address: Address, etag: str | None) -> Any:
