@@ -13,6 +13,7 @@ import re
 import ssl
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -160,6 +161,20 @@ def _proxy_words(host: str, proxy: str, said: str) -> str:
             f"the proxy {proxy} does not let {host} through ({found[1]}); name the host in NO_PROXY, or ask who runs it"
         )
     return f"the proxy {proxy} cannot be reached; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
+
+
+def root_certificate() -> dict[str, str]:
+    """Write for obstore, which trusts whom this machine trusts, whom the bundles in the environment name."""
+    texts: list[str] = []
+    for path in filter(None, (os.environ.get(name) for name in _BUNDLES)):
+        with contextlib.suppress(OSError):  # a folder, or nothing: said where a certificate is refused
+            texts.append(Path(path).read_text(errors="replace"))
+    return {"root_certificate": "\n".join(texts)} if texts else {}
+
+
+def has_proxies() -> bool:
+    """Tell whether a proxy is named for anything."""
+    return bool(getproxies().keys() - {"no"})
 
 
 def _proxy_for(url: str) -> str | None:

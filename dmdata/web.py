@@ -18,15 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import numpy as np
+import obstore
+import obstore.exceptions
 
 from dmdata.address import Address, Buffer, ByPieces, ObjectState, Put, Source, changed, ended_short
-from dmdata.connections import CONNECT_SECONDS, SILENCE_SECONDS, broken, finish, send
+from dmdata.connections import CONNECT_SECONDS, SILENCE_SECONDS, broken, finish, has_proxies, root_certificate, send
 from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
+from dmdata.s3 import _client_once as client_once
+from dmdata.s3 import _runtime_was_lost as runtime_was_lost
 
 if TYPE_CHECKING:
     import urllib3
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 _MOST_REDIRECTS = 10
 _CHUNK_BYTES = 512 << 10
 _PIECES_AT_ONCE = 8
+_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "dmdata"}
 _TARGET_SECONDS = 60.0
 # a server heard of so lately is worth another try; a silent one is given up
 _KNOWN_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
@@ -106,12 +112,13 @@ def whole_object(address: Address) -> Iterator[WholeObject]:
 class _WebSource(ByPieces):
     """An object on the web. Many threads may read by it."""
 
-    __slots__ = ("_authorization", "_heard_at", "_url", "address")
+    __slots__ = ("_authorization", "_heard_at", "_is_for_obstore", "_url", "address")
 
     def __init__(self, address: Address) -> None:
         self.address = address
         self._url, self._authorization = _url_to_ask(address)
         self._heard_at: float | None = None
+        self._is_for_obstore = True
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         try:
@@ -139,7 +146,17 @@ class _WebSource(ByPieces):
             raise ended_short(self.address, start, transient=False)
 
     def pieces(self, starts: Sequence[int], stops: Sequence[int], *, etag: str | None) -> Sequence[Buffer]:
-        """Read short ranges, several at a time: most of the time of each is the way to the server and back."""
+        """Read short ranges, several at a time: most of the time of each is the way to the server and back.
+
+        Where obstore asks just as we do, it asks: five times as many a second. It cannot say in full what
+        it fails with, so each range is then read alone.
+        """
+        if (store := self._store(etag)) is not None:
+            try:
+                return obstore.get_ranges(store, "", starts=starts, ends=stops, coalesce=0)  # type: ignore[return-value]
+            except (obstore.exceptions.BaseError, OSError, ValueError):
+                self._is_for_obstore = False
+                raise self._error("could not be read in several ranges at once", transient=True) from None
         found: list[Buffer] = [b""] * len(starts)
         turns = itertools.count()
         errors: list[BaseException] = []
@@ -161,6 +178,35 @@ class _WebSource(ByPieces):
             raise errors[0]
         return found
 
+    def _store(self, etag: str | None) -> Any:
+        """Find obstore's client for this object; None where it would ask otherwise, or hang."""
+        from obstore.store import HTTPStore
+
+        url, _ = self._target()
+        # it compares no weak tag, and has rules of its own for proxies
+        if (
+            not self._is_for_obstore
+            or (etag or "").startswith("W/")
+            or "/." in url
+            or runtime_was_lost()
+            or has_proxies()
+        ):
+            return None
+        headers = _HEADERS | _conditions(etag)
+        if self._authorization is not None and _may_have_password(self._url, url):
+            headers["Authorization"] = self._authorization
+        options: dict[str, Any] = {
+            "allow_http": url.startswith("http:"),
+            "connect_timeout": f"{CONNECT_SECONDS:.0f}s",
+            "read_timeout": f"{SILENCE_SECONDS:.0f}s",
+            "timeout": "600s",
+            "default_headers": headers,
+        } | root_certificate()
+        retries: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=600)}
+        terms = (url, *sorted(headers.items()), options.get("root_certificate"), "obstore")
+        store = client_once(terms, lambda: HTTPStore.from_url(url, client_options=options, retry_config=retries))  # type: ignore[arg-type]
+        return store if store.url == url else None
+
     @contextlib.contextmanager
     def answer(self, span: tuple[int, int] | None, etag: str | None) -> Iterator[_Answer]:
         """Ask for a range, or for all, and look at whether it is sent; its connection is kept if it is read to the end.
@@ -171,7 +217,7 @@ class _WebSource(ByPieces):
             If the server says that the object is not the one that has this etag.
         ObjectMissingError, AccessError, SourceError
         """
-        headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "dmdata"} | _conditions(etag)
+        headers = _HEADERS | _conditions(etag)
         if span is not None:
             headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         answer = self._follow(headers)
@@ -215,11 +261,14 @@ class _WebSource(ByPieces):
         self._heard_at = time.monotonic()
         return chunk
 
+    def _target(self) -> tuple[str, bool]:
+        """Find where to ask, and whether that is remembered from a redirect."""
+        url, until = _TARGETS.get(self._url, (self._url, 0.0))
+        return (url, True) if time.monotonic() < until else (self._url, False)
+
     def _follow(self, headers: dict[str, str]) -> _Answer:
         """Ask, and ask where the answer points to, until one points nowhere."""
-        remembered = _TARGETS.get(self._url)
-        url = remembered[0] if remembered and time.monotonic() < remembered[1] else self._url
-        is_remembered = url != self._url
+        url, is_remembered = self._target()
         asked: list[str] = []
         while True:
             asked.append(url)

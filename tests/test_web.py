@@ -110,13 +110,16 @@ def test_a_signed_link_is_read_by_get_alone_and_travels_to_workers(web: WebServe
 
 def test_a_forked_process_reads_too(web: WebServer) -> None:
     web.pages["/x.npy"] = Page(content=FILE)
-    array = dmdata.open(f"{web.url}/x.npy")
-    np.testing.assert_array_equal(array[5], VALUES[5])
     program = (
-        "import os, sys, dmdata; array = dmdata.open(sys.argv[1]); array[:, 3]; pid = os.fork();"
-        "ok = float(array[5, 0]) == 500.0; os._exit(not ok) if not pid else sys.exit(os.waitpid(pid, 0)[1])"
+        "import os, sys, dmdata; from dmdata.source import connect; from dmdata.address import Address\n"
+        "array, source = dmdata.open(sys.argv[1]), connect(Address(sys.argv[1]))\n"
+        "read = lambda: [bytes(one) for one in source.pieces([0, 900], [6, 906], etag='\"abc\"')]\n"
+        "before = read(), float(array[5, 0]); pid = os.fork()\n"
+        "if not pid: os._exit(before != (read(), 500.0))\n"
+        "sys.exit(os.waitpid(pid, 0)[1])"
     )
-    assert subprocess.run([sys.executable, "-c", program, array.url], timeout=30, check=False).returncode == 0
+    command = [sys.executable, "-c", program, f"{web.url}/x.npy"]
+    assert subprocess.run(command, timeout=30, check=False).returncode == 0
 
 
 def test_an_expired_link_asks_for_a_new_one(web: WebServer) -> None:
@@ -361,6 +364,59 @@ def test_an_empty_file_is_empty_and_a_range_behind_the_end_is_an_error(web: WebS
     for start in (2, 9):
         with pytest.raises(SourceError, match="ended"):
             connect(Address(f"{web.url}/y.bin")).piece(start, start + 9, etag=None)
+
+
+def assert_pieces(url: str) -> None:
+    source = connect(Address(url))
+    etag = source.start(128)[1].etag
+    starts = list(range(0, 100_000, 1000))
+    pieces = source.pieces(starts, [start + 7 for start in starts], etag=etag)
+    assert [bytes(piece) for piece in pieces] == [FILE[start : start + 7] for start in starts]
+
+
+@pytest.mark.parametrize(
+    ("target", "page", "is_by_obstore"),
+    [
+        ("/x%20%2F.npy?X-Amz-Signature=5ec2e7%2F&a=1+1", Page(content=FILE), True),
+        ("/x.npy", Page(content=FILE, etag=None, modified="Sun, 06 Nov 1994 08:49:37 GMT"), True),
+        ("//d/x.npy", Page(content=FILE, etag=None), True),
+        ("/a/../x.npy", Page(content=FILE), False),
+        ("/x.npy", Page(content=FILE, etag='W/"abc"'), False),
+    ],
+)
+def test_many_short_ranges_are_read_together(web: WebServer, target: str, page: Page, is_by_obstore: bool) -> None:
+    web.pages[target] = page
+    assert_pieces(web.url + target)
+    assert {(one.method, one.target) for one in web.asked} == {("GET", target)}
+    # hyper writes names in small letters
+    assert ["range" in one.headers.keys() for one in web.asked[1:]] == [is_by_obstore] * 100  # noqa: SIM118
+    assert {one.headers["Accept-Encoding"] for one in web.asked} == {"identity"}
+
+
+def test_many_short_ranges_are_read_together_where_a_redirect_leads_by_https_and_with_a_password(
+    web: WebServer, secure: WebServer
+) -> None:
+    web.pages["/x.npy"] = Page(status=302, headers={"Location": f"{secure.url}/y.npy?5ec2e7"})
+    secure.pages["/y.npy?5ec2e7"] = Page(content=FILE)
+    assert_pieces(f"{web.url}/x.npy")
+    assert len(web.asked) == 1
+    secure.pages["/z.npy"] = Page(content=FILE, password="Basic dTpw")
+    assert_pieces(secure.url.replace("://", "://u:p@") + "/z.npy")
+    for server in (web, secure):
+        assert not [one for one in server.asked if one.headers["Referer"]]
+
+
+@pytest.mark.parametrize("etag", ['"abc"', 'W/"abc"'])
+def test_a_change_is_noticed_among_many_short_ranges(web: WebServer, etag: str) -> None:
+    web.pages["/x.npy"] = Page(content=FILE, etag=etag)
+    source = connect(Address(f"{web.url}/x.npy"))
+    web.pages["/x.npy"] = Page(content=FILE, etag=etag.replace("c", "d"))
+    with pytest.raises((IntegrityError, SourceError)) as caught:
+        source.pieces([0, 500], [9, 509], etag=etag)
+    # read alone next, as fetch does, it is said what happened
+    assert isinstance(caught.value, IntegrityError) or caught.value.facts["transient"]
+    with pytest.raises(IntegrityError):
+        source.pieces([0, 500], [9, 509], etag=etag)
 
 
 # No answer.

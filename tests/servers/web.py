@@ -173,6 +173,8 @@ class Authority:
         _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", key)
         _openssl("req", "-x509", "-key", key, "-out", self.bundle, "-subj", "/CN=throw-away")
         signing = ("-CA", self.bundle, "-CAkey", key, "-addext", "subjectAltName=IP:127.0.0.1")
+        # rustls takes no authority for a server
+        signing += ("-addext", "basicConstraints=critical,CA:FALSE")
         _openssl("req", "-x509", "-key", key, "-out", leaf, "-subj", "/CN=127.0.0.1", *signing)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(leaf, key)
