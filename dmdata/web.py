@@ -182,10 +182,11 @@ class _WebSource(ByPieces):
         """Find obstore's client for this object; None where it would ask otherwise, or hang."""
         from obstore.store import HTTPStore
 
-        url, _ = self._target()
-        # it compares no weak tag, and has rules of its own for proxies
+        url, is_remembered = self._target()
+        # it compares no weak tag, has rules of its own for proxies, and names us as the referrer where it is redirected
         if (
             not self._is_for_obstore
+            or (self._url in _TARGETS and not is_remembered)
             or (etag or "").startswith("W/")
             or "/." in url
             or runtime_was_lost()
