@@ -3,10 +3,13 @@
 An `Address` travels between processes and holds no credentials; written out it shows no user, password or query.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +49,9 @@ class Address:
             bucket, slash, key = self.url.removeprefix("s3://").partition("/")
             version = f"?versionId={self.version}" if self.version else ""
             return f"s3://{bucket.rpartition('@')[2]}{slash}{key}{version}"
-        parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        # not by urlsplit: a chain of URLs ("zip://x.npy::https://...") has several users and hosts
+        url = self.url if self.url.startswith("github:") else re.sub(r"://[^/?#]*@", "://", self.url)
+        return re.sub(r"(?s)[?#].*", "", url)
 
     @property
     def is_s3(self) -> bool:
@@ -57,7 +61,32 @@ class Address:
     @property
     def is_local(self) -> bool:
         """Whether it is a file of this machine."""
-        return "://" not in self.url or self.url.startswith("file://")
+        return "://" not in self.url or self.url[:7].lower() == "file://"
+
+    @property
+    def is_web(self) -> bool:
+        """Whether it is an http or https URL."""
+        return self.url[:8].lower().startswith(("http://", "https://"))
+
+    @property
+    def local_path(self) -> Path:
+        """The file of this machine: a path as it is, a ``file://`` URL decoded (RFC 8089).
+
+        Raises
+        ------
+        SourceError
+            If the URL names another machine, or no absolute path.
+        """
+        if self.url[:7].lower() != "file://":
+            return Path(self.url)
+        host, slash, path = self.url[7:].partition("/")
+        if host.lower() not in ("", "localhost", "127.0.0.1", "[::1]") or not slash:
+            raise SourceError(
+                f"{self.url} names a file of the host {host!r}, not of this machine; write file:///PATH, or the path",
+                url=self.url,
+                transient=False,
+            )
+        return Path(os.fsdecode(unquote_to_bytes(f"/{path}")))
 
 
 def split_version(url: str) -> tuple[str, str | None]:

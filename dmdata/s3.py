@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
@@ -38,14 +37,6 @@ def s3_source(address: Address) -> Source:
     if runtime_was_lost() or bucket.startswith("arn:") or not _is_plain(key):
         return _BotoSource(address, bucket, key)
     return _S3Source(address, bucket, key)
-
-
-def web_source(address: Address) -> Source | None:
-    """Make the reader of an object on the web, or None where obstore cannot: for a query, or in a forked process."""
-    parts = urlsplit(address.url)
-    if runtime_was_lost() or parts.query:
-        return None
-    return _WebSource(address, f"{parts.scheme}://{parts.netloc}", parts.path.lstrip("/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,23 +201,6 @@ class _StoreSource:
         return refusal
 
 
-class _WebSource(_StoreSource):
-    """An object on the web."""
-
-    def __init__(self, address: Address, base: str, key: str) -> None:
-        super().__init__(address, key, lambda etag: _web_store(base, etag))
-
-    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
-        try:
-            result = self.get(0, n_bytes, etag=None)
-        except SourceError as error:
-            if error.facts.get("past_end"):
-                return b"", ObjectState(0, None)
-            raise
-        with self._in_words():
-            return bytes(result.bytes()), ObjectState(result.meta["size"], result.meta["e_tag"])
-
-
 class _S3Source(_StoreSource):
     """An object in S3."""
 
@@ -367,12 +341,6 @@ def _size_said(content_range: str) -> int | None:
 def _is_plain(key: str) -> bool:
     """Tell whether obstore asks for just this key: it takes no empty, dotted or unprintable parts."""
     return key.isprintable() and not {"", ".", ".."}.intersection(key.split("/"))
-
-
-def _web_store(base: str, etag: str | None) -> Any:
-    from obstore.store import HTTPStore
-
-    return client_once((base, etag, "obstore"), lambda: HTTPStore.from_url(base, **transport_options(base, etag)))
 
 
 def _store(bucket: str, address: Address, etag: str | None) -> Any:

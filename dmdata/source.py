@@ -4,19 +4,20 @@ Errors of the libraries below are translated once, and say what to do; no key or
 knows of money: that is `fetch`'s.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 
 from dmdata.address import Address, ByPieces, ObjectState, Put, Source, changed, ended_short
-from dmdata.errors import AccessError, ObjectMissingError, SourceError
-from dmdata.s3 import s3_source, web_source
+from dmdata.errors import AccessError, DmdataError, ObjectMissingError, SourceError
+from dmdata.s3 import s3_source
 from dmdata.settings import settings
+from dmdata.web import web_source
 
 _LOCAL_CHUNK_BYTES = 512 << 10
 
@@ -41,8 +42,7 @@ def connect(address: Address) -> Source:
         )
     if address.is_s3:
         return s3_source(address)
-    web = web_source(address) if address.url.startswith(("http://", "https://")) else None
-    return web or _FsspecSource(address)
+    return web_source(address) if address.is_web else _FsspecSource(address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _LocalSource(ByPieces):
     address: Address
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
-        path = _local_path(self.address.url)
+        path = self.address.local_path
         try:
             with path.open("rb") as file:
                 return file.read(n_bytes), _state_of_file(file.fileno())
@@ -61,7 +61,7 @@ class _LocalSource(ByPieces):
         # small enough to stay in the processor's cache between the two copies
         buffer = np.empty(min(stop - start, _LOCAL_CHUNK_BYTES), np.uint8)
         try:
-            with _local_path(self.address.url).open("rb", buffering=0) as file:
+            with self.address.local_path.open("rb", buffering=0) as file:
                 if etag is not None and _state_of_file(file.fileno()).etag != etag:
                     raise changed(self.address)
                 file.seek(start)
@@ -75,10 +75,6 @@ class _LocalSource(ByPieces):
             if isinstance(error, SourceError):
                 raise
             raise _os_error(self.address, error) from error
-
-
-def _local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://"))
 
 
 def _state_of_file(descriptor: int) -> ObjectState:
@@ -107,37 +103,78 @@ class _FsspecSource(ByPieces):
             raise ended_short(self.address, start + len(data), transient=True)
 
     def _state(self) -> ObjectState:
-        filesystem, path = self._open()
-        try:
+        with self._in_words():
+            filesystem, path = self._open()
             facts = filesystem.info(path)
-        except (OSError, ValueError) as error:
-            raise _os_error(self.address, error) from error
         identity = [facts.get(name) for name in ("ETag", "etag", "checksum", "mtime", "LastModified", "created")]
         identity = [str(value) for value in identity if value is not None]
         return ObjectState(int(facts["size"] or 0), identity[0] if identity else None)
 
     def _cat(self, start: int, stop: int) -> bytes:
-        filesystem, path = self._open()
-        try:
+        with self._in_words():
+            filesystem, path = self._open()
             return bytes(filesystem.cat_file(path, start=start, end=stop)) if stop > start else b""
-        except (OSError, ValueError) as error:
-            raise _os_error(self.address, error) from error
 
     def _open(self) -> tuple[Any, str]:
         try:
             filesystem, path = fsspec.url_to_fs(self.address.url)
-        except (ValueError, TypeError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise _not_installed(self.address, error) from None
+        except (ValueError, TypeError, KeyError) as error:
+            # their texts may quote the whole URL
+            words = f": {error}" if str(error).startswith("Protocol not known") else ""
             raise SourceError(
-                f"no reader for {self.address}: {error}", url=str(self.address), transient=False
-            ) from error
+                f"no reader for {self.address}{words}; check what the address begins with",
+                url=str(self.address),
+                transient=False,
+            ) from None
         return filesystem, path
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except DmdataError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each of fsspec's stores has errors of its own, of any kind
+            raise _os_error(self.address, error) from None
+
+
+def _not_installed(address: Address, error: ImportError) -> SourceError:
+    """Say what to install for a store: fsspec's error names it in prose, its cause by the module."""
+    protocol = address.url.partition("://")[0]
+    cause = error if error.name else error.__cause__ or error.__context__
+    module = (getattr(cause, "name", None) or "").partition(".")[0]
+    package = _PACKAGES.get(module, module.replace("_", "-"))
+    if protocol in ("s3a", "s3n"):
+        remedy = "write s3:// instead"
+    else:
+        remedy = f"pip install {package}" if package else f"fsspec says: {error}"
+    return SourceError(
+        f"{address} is read by a package that is not installed here; {remedy}", url=str(address), transient=False
+    )
+
+
+# where the package is not called as its module is, or one alone is not enough
+_PACKAGES = {"libarchive": "libarchive-c", "aiohttp": "requests aiohttp", "requests": "requests aiohttp"}
 
 
 def _os_error(address: Address, error: Exception) -> SourceError | AccessError:
-    if isinstance(error, FileNotFoundError):
+    answer = getattr(error, "response", None)
+    statuses = [getattr(error, "status", None), getattr(error, "code", None), getattr(answer, "status_code", None)]
+    status = next((int(str(one)) for one in statuses if str(one).isdigit()), None)
+    if isinstance(error, FileNotFoundError) or status == 404:
         return ObjectMissingError(f"nothing is at {address}; check the name", url=str(address), transient=False)
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or status in (401, 403):
         return AccessError(f"{address} may not be read by this user", url=str(address), cause="denied")
-    transient = isinstance(error, ConnectionError | TimeoutError)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    kind = type(error).__name__
+    if "Credential" in kind or kind.endswith("AuthError"):
+        return AccessError(
+            f"{address} could not be asked for: no credentials for it were found ({kind}); log in as its store's own "
+            "tools do",
+            url=str(address),
+            cause="no_credentials",
+        )
+    transient = isinstance(error, ConnectionError | TimeoutError) or status == 429 or (status or 0) >= 500
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else kind
     return SourceError(f"{address} could not be read: {reason}", url=str(address), transient=transient)

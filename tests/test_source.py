@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -100,6 +101,66 @@ def test_an_address_without_a_key_or_of_an_unknown_kind_is_refused(s3: LoopbackS
     with pytest.raises(SourceError, match="no reader for nosuch://x/y"):
         connect(Address("nosuch://x/y")).start(4)
     assert s3.n_requests == 0
+
+
+@pytest.mark.parametrize("host", ["", "localhost", "LOCALHOST"])
+def test_a_file_url_is_decoded_and_a_path_is_not(tmp_path: Path, host: str) -> None:
+    (tmp_path / "a b\u00fc.bin").write_bytes(b"decoded")
+    (tmp_path / "a%20b%C3%BC.bin").write_bytes(b"as it is")
+    for scheme in ("file", "FILE"):
+        assert connect(Address(f"{scheme}://{host}{tmp_path}/a%20b%C3%BC.bin")).start(99)[0] == b"decoded"
+    assert connect(Address(f"{tmp_path}/a%20b%C3%BC.bin")).start(99)[0] == b"as it is"
+    np.save(tmp_path / "x y.npy", np.arange(3))
+    assert dmdata.open(f"file://{host}{tmp_path}/x%20y.npy")[2] == 2
+
+
+@pytest.mark.parametrize("url", ["file://another-host/x.npy", "file://x.npy"])
+def test_a_file_of_another_machine_is_refused(url: str) -> None:
+    with pytest.raises(SourceError, match="write file:///PATH"):
+        connect(Address(url)).start(4)
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("gs://bucket/x.npy", "pip install gcsfs"),
+        ("hf://datasets/a/b/x.npy", "pip install huggingface-hub"),
+        ("az://container/x.npy", "pip install adlfs"),
+        ("sftp://host/x.npy", "pip install paramiko"),
+        ("zip://x.npy::https://u:secret@host/a.zip?sig=secret", "pip install requests aiohttp"),
+        ("s3a://bucket/x.npy", "write s3://"),
+    ],
+)
+def test_a_store_whose_package_is_missing_says_which(url: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("gcsfs", "huggingface_hub", "adlfs", "paramiko", "aiohttp", "s3fs"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in [
+        name for name in sys.modules if name.startswith(("fsspec.implementations.http", "fsspec.implementations.sftp"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SourceError) as caught:
+        connect(Address(url)).start(4)
+    assert remedy in str(caught.value)
+    assert not caught.value.transient
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_archive_is_read_through(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.bin", CONTENT)
+    source = connect(Address(f"zip://x.bin::{tmp_path}/a.zip"))
+    assert source.start(9)[0] == CONTENT[:9]
+    assert read(source, 100, 4000) == CONTENT[100:4000]
+
+
+def test_no_secret_of_a_chain_of_urls_is_shown() -> None:
+    for url, shown in (
+        ("zip://x.npy::https://u:secret@h/a.zip?sig=secret", "zip://x.npy::https://h/a.zip"),
+        ("https://u:secret@[::1]:80/x.npy?sig=a::secret", "https://[::1]:80/x.npy"),
+        ("https://[broken?secret", "https://[broken"),
+        ("github://org:repo@main/x.npy", "github://org:repo@main/x.npy"),
+    ):
+        assert str(Address(url)) == shown
 
 
 def test_offline_only_what_is_local_is_read(s3: LoopbackS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
