@@ -3,7 +3,6 @@
 An array is opened by one and read by the other.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,8 +337,7 @@ def test_a_public_bucket_is_read_whatever_keys_lie_about(
             key = Key(key.key_id, "another secret", READER)
         else:
             aws.keys.expire(key)
-        os.environ.update(key.env)  # undone by the fixture, which has set the same names
-        if key.token:
-            monkeypatch.setenv("AWS_SESSION_TOKEN", key.token)
+        for name, value in key.env.items():
+            monkeypatch.setenv(name, value)
     np.testing.assert_array_equal(dmdata.open(public)[...], VALUES)
     assert signed_by(aws) == {None}

@@ -25,8 +25,8 @@ KEYS = (
     "e\u0301.npy",  # not the same key as with the one character
     "x//y.npy",
     "a=b&c=d.npy",
-    "it's (one), [two] {three} ~*!$@:.npy",
-    'say "a\\b|c^d`e<f>".npy',
+    "it's (one), [two] {three} ~*!$@.npy",
+    'say "a|c^d`e<f>".npy',
 )
 
 
@@ -112,7 +112,8 @@ def test_an_object_that_is_replaced_is_noticed(aws: PlayedAws) -> None:
 @pytest.mark.parametrize("key", ["x.npy", "a b#c.npy"])
 def test_a_presigned_address_is_read_by_ranges(aws: PlayedAws, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     aws.own.put(key, npy(values(0)))
-    client = boto3.client("s3", region_name="us-east-1", config=Config(signature_version="s3v4"))
+    session = boto3.session.Session()  # the default one would keep these keys for the tests that follow
+    client = session.client("s3", region_name="us-east-1", config=Config(signature_version="s3v4"))
     url = client.generate_presigned_url("get_object", Params={"Bucket": aws.own.name, "Key": key}, ExpiresIn=60)
     for name in aws.reader.env:
         monkeypatch.delenv(name)
