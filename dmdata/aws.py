@@ -10,8 +10,6 @@ import io
 import logging
 import math
 import os
-import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +20,14 @@ from urllib.parse import urlsplit
 from dmdata.address import Address
 from dmdata.clients import CONNECT_SECONDS, SILENCE_SECONDS, ca_bundle, client_once, configuration, forget
 from dmdata.errors import AccessError, DmdataError, SettingsError, SourceError
-from dmdata.refusals import botocore_error, credentials_error, no_credentials, no_such_bucket, role_refused
+from dmdata.refusals import (
+    bad_bucket_name,
+    botocore_error,
+    credentials_error,
+    no_credentials,
+    no_such_bucket,
+    role_refused,
+)
 
 if TYPE_CHECKING:
     import boto3
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 # at DEBUG these write out requests and what is signed of them, a session's token among it
 _LOGGERS_OF_HEADERS = tuple(f"botocore.{name}" for name in ("auth", "awsrequest", "endpoint", "hooks", "httpsession"))
+# these warn with a traceback of what is said in words
+_LOGGERS_OF_TRACEBACKS = ("botocore.credentials", "botocore.tokens")
 _AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws", ".api.amazonwebservices.com.cn")
 # how long a copy of credentials is used without looking whether botocore has newer ones
 _COPY_SECONDS = 600
@@ -41,7 +48,6 @@ _UNSIGNED: dict[tuple[object, ...], DmdataError] = {}
 _RENEWED: dict[str, float] = {}
 _RENEWAL_SECONDS = 5.0
 _REGIONS: dict[str, str] = {}
-_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +115,22 @@ def terms_of(bucket: str, address: Address) -> Terms:
     SourceError
         If the bucket cannot be asked for its region.
     """
-    terms: Terms = client_once(
-        (bucket, address.requester_pays, address.region, "terms"), lambda: _find(bucket, address)
-    )
-    terms.current_credentials()
+    known = (bucket, address.requester_pays, address.listed, address.region, "terms")
+    try:
+        terms: Terms = client_once(known, lambda: _find(bucket, address))
+        terms.current_credentials()
+    except AccessError as error:
+        # what everybody may read is read, whatever keys lie about
+        if error.facts.get("cause") != "bad_credentials" or not _may_be_public(address) or _here(bucket) in _UNSIGNED:
+            raise
+        _UNSIGNED[_here(bucket)] = error
+        forget(bucket)
+        terms = client_once(known, lambda: _find(bucket, address))
     return terms
+
+
+def _may_be_public(address: Address) -> bool:
+    return not (address.listed and address.requester_pays)
 
 
 def terms_to_write(bucket: str, url: str) -> Terms:
@@ -168,9 +185,8 @@ def another_way(bucket: str, address: Address, used: Terms, refusal: DmdataError
     if has_changed:
         _RENEWED[bucket] = time.monotonic()
         return _again(refusal, "the credentials were renewed")
-    if not (address.listed and address.requester_pays):
-        with _LOCK:
-            _UNSIGNED[known] = refusal
+    if _may_be_public(address):
+        _UNSIGNED[known] = refusal
         forget(bucket)
         return _again(refusal, "it may be readable without a signature")
     return refusal
@@ -185,19 +201,17 @@ def bucket_and_key(address: Address) -> tuple[str, str]:
         If it names no object.
     """
     bucket, key = split_s3(address.url)
+    if bucket.startswith("arn:"):
+        raise bad_bucket_name(address)
     if not bucket or not key:
         raise SourceError(f"{address} names no object; write it like s3://bucket/key", transient=False)
     return bucket, key
 
 
 def split_s3(url: str) -> tuple[str, str]:
-    """Split ``s3://bucket/key``, where the bucket may be an access point's ARN."""
-    rest = url.removeprefix("s3://").rpartition("@")[2] if "@" in url.split("/", 3)[2] else url.removeprefix("s3://")
-    found = re.match(r"(arn:[^/]+[:/]accesspoint[:/][^/]+)(?:/(.*))?$", rest, re.DOTALL)
-    if found:
-        return found[1], found[2] or ""
-    bucket, _, key = rest.partition("/")
-    return bucket, key
+    """Split ``s3://bucket/key``."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket.rpartition("@")[2], key
 
 
 @contextlib.contextmanager
@@ -224,17 +238,17 @@ def _find(bucket: str, address: Address) -> Terms:
     from botocore import UNSIGNED
 
     session = _session()
-    with credentials_in_words(session.profile_name):
-        credentials = session.get_credentials()
-    if credentials is None and address.requester_pays and address.listed:
+    credentials = None
+    if _here(bucket) not in _UNSIGNED:
+        with credentials_in_words(session.profile_name):
+            credentials = session.get_credentials()
+    if credentials is None and not _may_be_public(address):
         raise no_credentials(
             str(address), f"no AWS credentials were found, and {address} is requester pays: somebody must be charged"
         )
-    if credentials is None and address.requester_pays:
+    if credentials is None and address.requester_pays and _here(bucket) not in _UNSIGNED:
         refusal = no_credentials(str(address), f"no AWS credentials were found, and {address} may not be read without")
-        _UNSIGNED.setdefault(_here(bucket), refusal)
-    if _here(bucket) in _UNSIGNED:
-        credentials = None
+        _UNSIGNED[_here(bucket)] = refusal
     with _configured(address):
         asking = session.client(
             "s3", region_name=session.region_name or "us-east-1", config=_config(signature_version=UNSIGNED)
@@ -269,6 +283,8 @@ def _session() -> "boto3.Session":
 
     for name in _LOGGERS_OF_HEADERS:
         logging.getLogger(name).addFilter(_is_no_debug)
+    for name in _LOGGERS_OF_TRACEBACKS:
+        logging.getLogger(name).addFilter(_is_no_traceback)
     try:
         # boto3 itself reads AWS_DEFAULT_REGION alone
         session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
@@ -286,6 +302,10 @@ def _session() -> "boto3.Session":
 
 def _is_no_debug(record: logging.LogRecord) -> bool:
     return record.levelno > logging.DEBUG
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
 
 
 def _config(**more: Any) -> "Config":

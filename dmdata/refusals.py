@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore.exceptions
 
@@ -64,15 +65,19 @@ _CONNECTIONS: dict[str, tuple[str, bool, bool]] = {
 }
 
 
-def connection_error(address: Address | str, kind: str) -> SourceError:
+def connection_error(address: Address | str, kind: str, host: str = "") -> SourceError:
     """Say that a server was not reached, or how its connection failed.
 
     Parameters
     ----------
     address : Address or str
+    host : str
+        Of the server, where it is known.
     kind : {"dns", "refused", "certificate", "tls", "proxy", "proxy_password", "unreachable", "silent", "broken"}
     """
     words, transient, unsent = _CONNECTIONS[kind]
+    if host:
+        words = words.replace("its server", f"its server {host}", 1)
     return SourceError(
         f"{address} could not be read: {words}",
         url=str(address),
@@ -105,7 +110,8 @@ def store_error(address: Address, error: Exception) -> DmdataError:
     elif status is None and (isinstance(error, ValueError) or "non-partial response" in text):
         return not_by_range(address)
     if status is None:
-        return connection_error(address, _kind_of_text(text))
+        found = re.search(r"Error performing \w+ \w+://(?:[^/@\s]*@)?([^/\s]+)", text)
+        return connection_error(address, _kind_of_text(text), found[1] if found else "")
     return s3_refusal(address, status, code, region=region)
 
 
@@ -140,12 +146,6 @@ def botocore_error(address: Address, error: Exception) -> DmdataError:
 
     if isinstance(error, by.ParamValidationError | by.InvalidDNSNameError | by.InvalidHostLabelError):
         return bad_bucket_name(address)
-    if isinstance(error, by.UnsupportedS3ArnError | by.UnsupportedS3AccesspointConfigurationError):
-        return SourceError(
-            f"{address} could not be read: AWS's client does not read through this ARN; name the bucket itself, or an "
-            "access point as s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/KEY",
-            url=str(address), cause="arn", transient=False, unsent=True,
-        )  # fmt: skip
     if isinstance(error, by.EndpointProviderError | by.InvalidRegionError | by.InvalidEndpointConfigurationError) or (
         isinstance(error, ValueError) and not isinstance(error, by.BotoCoreError)
     ):
@@ -158,7 +158,8 @@ def botocore_error(address: Address, error: Exception) -> DmdataError:
         return not_s3(address)
     if isinstance(error, _of_credentials()):
         return credentials_error("", error)
-    return connection_error(address, _kind_of_chain(error))
+    asked = getattr(error, "kwargs", {}).get("endpoint_url") or ""
+    return connection_error(address, _kind_of_chain(error), urlsplit(str(asked)).netloc.rpartition("@")[2])
 
 
 def _kind_of_chain(error: BaseException) -> str:
@@ -267,8 +268,9 @@ def credentials_error(profile: str, error: Exception) -> DmdataError:
     elif isinstance(error, by.MissingDependencyException):
         cause, words = "configuration", f"the credentials{of} need AWS's own runtime; pip install 'botocore[crt]'"
     elif isinstance(error, by.PartialCredentialsError | by.NoCredentialsError):
+        missing = getattr(error, "kwargs", {}).get("cred_var", "a part")
         words = (
-            f"only a part of the credentials{of} is there; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            f"{missing} of the credentials{of} is missing; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "run aws configure"
         )
     elif isinstance(error, by.CredentialRetrievalError | OSError | ValueError | KeyError):
@@ -287,8 +289,12 @@ def credentials_error(profile: str, error: Exception) -> DmdataError:
 def role_refused(profile: str, operation: str, code: str) -> AccessError:
     """Say that AWS refused to hand out credentials."""
     of = f" of profile {profile}" if profile else ""
-    if "Expired" in code:
-        words = f"the keys{of} that ask for its role have expired ({code}); renew them: aws sso login, or aws configure"
+    if code in _BAD_CREDENTIALS:
+        how = "have expired" if code in _EXPIRED else "are not valid"
+        words = (
+            f"the keys{of} that ask for its role {how} ({code}); renew them (aws sso login, aws configure), or choose "
+            "others with AWS_PROFILE"
+        )
     elif operation == "GetRoleCredentials" or "Unauthorized" in code:
         words = (
             f"the single sign-on session{of} is not accepted any more ({code}); run aws sso login --profile {profile}"
@@ -345,7 +351,7 @@ def s3_refusal(
             url=str(address), transient=False, refused=True,
         )  # fmt: skip
     if status == 404:
-        hint = "" if code else ", and that its server is an S3 endpoint"
+        hint = "" if code or not address.is_s3 else ", and that an S3 endpoint answers: see AWS_ENDPOINT_URL"
         return ObjectMissingError(
             f"nothing is at {address} ({said}); check the name{hint}", url=str(address), transient=False, refused=True
         )
@@ -372,7 +378,7 @@ def s3_refusal(
             "redirects to",
             cause="redirect",
         )
-    if status in (401, 403):
+    if status in (401, 403) and (code or not address.is_s3):
         return _refused(address, code)
     if code is None and address.is_s3:
         return not_s3(address, said)
@@ -417,6 +423,15 @@ def no_such_bucket(address: Address | str) -> ObjectMissingError:
 
 def bad_bucket_name(address: Address) -> SourceError:
     """Say that no bucket can have this name."""
+    if address.url.startswith("s3://arn:"):
+        return SourceError(
+            f"{address} names an access point by its ARN, which is not read; write the access point's alias, as "
+            "NAME-s3alias, or the bucket's own name, as s3://bucket/key",
+            url=str(address),
+            cause="bucket_name",
+            transient=False,
+            unsent=True,
+        )
     return SourceError(
         f"{address} names a bucket that cannot exist: names have 3 to 63 small letters, digits, dots and hyphens; "
         "check its spelling, as s3://bucket/key",
@@ -477,8 +492,8 @@ def _refused(address: Address, code: str | None) -> AccessError:
         )  # fmt: skip
     elif code in _ACCOUNT:
         cause, words = "account", (
-            f"AWS does not serve this account or bucket at present ({code}); see the account's billing page, or ask "
-            "AWS's support, or the bucket's owner"
+            f"AWS has disabled or does not serve this account or bucket ({code}); see the account's billing page, or "
+            "ask AWS's support, or the bucket's owner"
         )  # fmt: skip
     elif code and code.startswith("KMS."):
         cause, words = "denied", (

@@ -34,7 +34,7 @@ def s3_source(address: Address) -> Source:
     """Make the reader of an object in S3; see `dmdata.source.connect`."""
     bucket, key = bucket_and_key(address)
     terms_of(bucket, address)  # what is wrong with them is said before anything is sent
-    if runtime_was_lost() or bucket.startswith("arn:") or not _is_plain(key):
+    if runtime_was_lost() or not _is_plain(key):
         return _BotoSource(address, bucket, key)
     return _S3Source(address, bucket, key)
 
