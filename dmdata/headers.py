@@ -46,6 +46,10 @@ class Header:
     names: tuple[str, ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)
 
+    def has(self, name: str) -> bool:
+        """Tell whether the layout of an array is here; in a ``.npz`` it may be asked for with its suffix."""
+        return name in self.layouts or (name not in self.names and name.removesuffix(".npy") in self.layouts)
+
 
 def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -> Header:
     """Learn the layouts of an object, from memory or by reading its header.
@@ -66,7 +70,8 @@ def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -
     """
     url = str(transport.address)
     known = _recall(transport.address)
-    if known is not None and (wanted in known.layouts or wanted not in known.names):
+    is_there = known is not None and {wanted, wanted.removesuffix(".npy")} & set(known.names)
+    if known is not None and (known.has(wanted) or not is_there):
         if known.names == (NPY,):
             warn_of_trailing_bytes(known.layouts[NPY], object_bytes=known.state.n_bytes, url=url)
         return known

@@ -41,7 +41,7 @@ def npz_arrays(read_at: ReadAt, *, object_bytes: int, url: str, wanted: str | No
     url : str
         Names the object in errors.
     wanted : str, optional
-        The only array to look at; by default all of them.
+        The only array to look at, with or without ".npy"; by default all of them.
 
     Raises
     ------
@@ -58,7 +58,8 @@ def npz_arrays(read_at: ReadAt, *, object_bytes: int, url: str, wanted: str | No
                 f"{url} is a zip archive that holds no .npy, not a .npz saved by NumPy ({listed(archive.members)})",
                 url=url,
             )
-        names = [*members] if wanted is None else [wanted] if wanted in members else []
+        asked = members if wanted is None else [wanted if wanted in members else wanted.removesuffix(".npy")]
+        names = [name for name in asked if name in members]
         layouts = {name: _placed(members[name], read_at, f"{url}/{name}", url) for name in names}
         return Npz(tuple(members), layouts)
     except FormatError:
