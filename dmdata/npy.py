@@ -25,7 +25,7 @@ MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 65_536
 _DEEPEST_RECORD = 16
 _LARGEST_ELEMENT = 1 << 30
-_PLAIN = re.compile(r"[<>=|]?(\?|b1|[biufc]\d{1,2}|[Mm]8(\[\d{0,9}[A-Za-z\u03bc]{1,2}\])?|[SUVa]\d{1,9})")
+_PLAIN = re.compile(r"[<>=|]?(\?|b1|[biufc]\d{1,2}|[Mm]8(\[\d{0,9}[A-Za-z\u03bc]{1,2}\])?|[SUV]\d{1,9})")
 _OBJECTS = re.compile(r"[<>=|]?O\d{0,2}")
 # a length as Python 2 wrote it, outside of quoted text
 _LONG_NUMBER = re.compile(r"""('[^'\n]*'|"[^"\n]*")|(?<=\d)L(?=[\s,)\]])""")

@@ -389,7 +389,7 @@ def test_the_arrays_of_a_npz_are_read_in_place(tmp_path: Path, s3: LoopbackS3) -
         for where in (tmp_path / "x.npz", "s3://madrylab-datamodels/x.npz", "s3://madrylab-datamodels/x.npz"):
             for asked in (name, f"{name}.npy"):
                 np.testing.assert_array_equal(dmdata.open(f"{where}/{asked}")[1:], values[1:])
-    with pytest.raises(FormatError, match="holds no array 'bias'; it holds weight"):
+    with pytest.raises(FormatError, match="holds no array 'bias'; it holds days, weight"):
         dmdata.open(tmp_path / "x.npz" / "bias")
     with pytest.raises(CatalogError, match="holds several arrays"):
         dmdata.open(tmp_path / "x.npz")
