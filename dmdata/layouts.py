@@ -141,7 +141,7 @@ def _complex32(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _by_table(name: str) -> Callable[[npt.NDArray[Any]], npt.NDArray[Any]]:
-    return lambda stored: np.take(_values_of_8_bits(name), stored)
+    return lambda stored: np.asarray(np.take(_values_of_8_bits(name), stored))
 
 
 @functools.cache

@@ -126,13 +126,13 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     return _open_artifact(artifact, destination, prefer)
 
 
-def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
-    """Open an object of a catalog as the bytes it is, header included. Reads its header, once.
+def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
+    """Open an object as the bytes it is, header included. Reads its header, once.
 
     Parameters
     ----------
-    name : str
-        Of a ``.npy``, or of a whole ``.pt``, ``.npz`` or ``.safetensors``.
+    name : str or path
+        Of a ``.npy``, or of a whole ``.pt``, ``.npz`` or ``.safetensors``; in the catalog, or an address.
     catalog, to
         As in `open`.
 
@@ -147,15 +147,26 @@ def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None
     FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
         As in `open`.
     """
+    is_path, name = isinstance(name, os.PathLike), os.fspath(name)
+    if is_path or is_address(name):
+        url, member = url_and_member(name)
+        if member:
+            raise CatalogError(f"{name} is a part of the object {_address_of_url(url)}; open that", name=name)
+        address = _address_of_url(url)
+        transport = Transport(address, str(address), destination_of(to))
+        return _octets(transport, read_header(transport, kind=kind_by_suffix(path_of(url))))
     artifact = load_catalog(catalog).find(name)
     if artifact.stored.format == "zarr":
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
         raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
     transport = Transport(address_of(artifact), artifact.name, destination_of(to))
-    state = read_header(transport, kind=artifact.stored.format).state
-    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
-    return LazyArray(artifact.name, ("byte",), layout, InObject(transport, state.etag))
+    return _octets(transport, read_header(transport, kind=artifact.stored.format))
+
+
+def _octets(transport: Transport, header: Header) -> LazyArray:
+    layout = Layout((header.state.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return LazyArray(transport.artifact, ("byte",), layout, InObject(transport, header.state.etag))
 
 
 def estimate(

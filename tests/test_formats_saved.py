@@ -21,6 +21,7 @@ import dmdata
 from dmdata.errors import CatalogError, DmdataError, FormatError
 from dmdata.formats import TrailingBytesWarning, pt_layouts
 from dmdata.ledger import home
+from dmdata.release import open_object
 
 torch = pytest.importorskip("torch")
 
@@ -133,6 +134,8 @@ def test_every_float_of_8_bits_is_read_as_the_same_float32(tmp_path: Path, name:
     assert lazy.dtype == np.float32
     theirs = tensor.to(torch.float32).numpy()
     np.testing.assert_array_equal(lazy[...], theirs)
+    scalar = dmdata.open(saved(tensor[3], tmp_path / "scalar.pt"))
+    assert (scalar.shape, scalar[()], scalar[...].shape) == ((), theirs[3], ())
     numbers = ~np.isnan(theirs)
     np.testing.assert_array_equal(np.signbit(lazy[...])[numbers], np.signbit(theirs)[numbers])
 
@@ -549,6 +552,14 @@ def test_a_suffix_in_capitals_a_path_object_and_first_bytes_are_enough(
     (tmp_path / "sub" / "text").write_text("not an array, but a note")
     with pytest.raises(FormatError, match="none of npy, npz, pt, safetensors"):
         dmdata.open(Path("sub/text"))
+
+
+def test_the_bytes_of_an_object_are_opened_by_its_address(tmp_path: Path) -> None:
+    path = saved({"a": torch.arange(3)}, tmp_path / "x.pt")
+    octets = open_object(path)
+    assert bytes(octets[:]) == path.read_bytes()
+    with pytest.raises(CatalogError, match="is a part of the object"):
+        open_object(path / "a")
 
 
 def test_a_folder_that_is_named_like_a_file_is_a_folder(tmp_path: Path) -> None:
