@@ -34,7 +34,7 @@ from dmdata.headers import NPY, Header, read_header
 from dmdata.layouts import listed
 from dmdata.ledger import Ledger, home
 from dmdata.locate import is_address, path_of, url_and_member
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads, require_zarr_dtype
 from dmdata.mirror import mirror as mirror_array
 from dmdata.place import Place
 from dmdata.prices import ANY_MONTH, Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
@@ -340,6 +340,7 @@ def mirror(
     work = []
     for artifact in artifacts:
         array = _open_artifact(artifact, destination_of(to))
+        require_zarr_dtype(array.name, array.dtype)  # of all, before any is paid for
         selection = _parsed(key if key is not None else (rows, columns)[: array.ndim], array.shape)
         work.append((array, target if alone else target / artifact.name, selection))
     _require_budget(work, memory_bytes)
