@@ -5,6 +5,7 @@ store (a run of dmpipeline, a mirror) are the same type and cost nothing. A `Laz
 address, never with credentials, and its repr touches nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,8 +165,8 @@ class LazyArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of an element."""
-        return self.layout.dtype
+        """Type of an element as it is read; numbers that NumPy does not have, as bfloat16, are read as float32."""
+        return self.layout.read_dtype
 
     @property
     def ndim(self) -> int:
@@ -175,12 +176,12 @@ class LazyArray:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.nbytes // self.dtype.itemsize
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return self.layout.n_bytes
+        """Bytes of all elements as they are read; `layout.n_bytes` are those stored."""
+        return self.size * self.dtype.itemsize
 
     @property
     def url(self) -> str:
@@ -224,7 +225,9 @@ class LazyArray:
 
     def __repr__(self) -> str:
         dims = ", ".join(f"{dim}: {size:,}" for dim, size in zip(self.dims, self.shape, strict=True))
-        return f"<LazyArray {self.name} ({dims}) {self.dtype}, {readable_bytes(self.nbytes)} at {self.url}>"
+        stored = f" from {self.layout.encoding}" if self.layout.encoding else ""
+        n_bytes = readable_bytes(self.layout.n_bytes)
+        return f"<LazyArray {self.name} ({dims}) {self.dtype}{stored}, {n_bytes} at {self.url}>"
 
     @property
     def oindex(self) -> "OrthogonalIndex":
@@ -359,10 +362,10 @@ class LazyArray:
 
         Returns
         -------
-        slabs : LazyArray of uint8, shape (self.nbytes // n_bytes, n_bytes)
+        slabs : LazyArray of uint8, shape (self.layout.n_bytes // n_bytes, n_bytes)
             Read from the same object under the same budget.
         """
-        layout = Layout((self.nbytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
+        layout = Layout((self.layout.n_bytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
         return replace(self, dims=("slab", "byte"), layout=layout)
 
     def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:

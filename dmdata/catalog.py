@@ -21,11 +21,11 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmdata.errors import CatalogError
+from dmdata.layouts import stored_as
 
 
 class Basis(StrEnum):
@@ -50,18 +50,28 @@ def _safe_name(name: str) -> str:
     return name
 
 
+def _safe_member(path: str) -> str:
+    """Check the name of an array inside an object: a path, as "model/fc.weight"."""
+    if any(not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part) for part in path.split("/")):
+        raise ValueError(
+            f"name {path!r} must be of letters, digits, '_', '-' and '.', each part not starting with '-' or '.'"
+        )
+    return path
+
+
 def _plain_dtype(dtype: str) -> str:
     try:
-        kind = np.dtype(dtype).kind
+        stored, _ = stored_as(dtype)
     except TypeError as error:
         raise ValueError(f"dtype {dtype!r} is not one NumPy knows; write it like 'float16'") from error
-    if kind not in "biufc":
-        raise ValueError(f"dtype {dtype!r} is not a plain number; write it like 'float16'")
+    if stored.kind not in "biufcmMSU" or not stored.itemsize:
+        raise ValueError(f"dtype {dtype!r} is not of plain numbers, dates or text; write it like 'float16'")
     return dtype
 
 
 Key = Annotated[str, AfterValidator(_safe_key)]
 Name = Annotated[str, AfterValidator(_safe_name)]
+MemberName = Annotated[str, AfterValidator(_safe_member)]
 Count = Annotated[int, Field(ge=0, lt=2**50)]  # a petabyte: more would be an error, and could not be planned
 DType = Annotated[str, AfterValidator(_plain_dtype)]
 
@@ -91,7 +101,7 @@ class _Facts(_Record):
 
 
 class ArraySchema(_Record):
-    """Shape, dtype and dimension names of one array inside a ``.pt``."""
+    """Shape, dtype and dimension names of one array, as inside a ``.pt``; the dtype may be "bfloat16"."""
 
     shape: tuple[Count, ...]
     dtype: DType
@@ -106,29 +116,30 @@ class ArraySchema(_Record):
     @property
     def array_bytes(self) -> int:
         """Bytes of the array's elements, without any header."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * stored_as(self.dtype)[0].itemsize
 
 
 class StoredArray(_Facts):
-    """One object of the release: a ``.npy``, a ``.pt`` with several arrays, or an array in a Zarr store.
+    """One object of the release: a ``.npy``, an object with several arrays, or an array in a Zarr store.
 
-    ``n_bytes`` is the whole object, headers included; ``members`` are the arrays of a ``.pt``.
+    ``n_bytes`` is the whole object, headers included; ``members`` are the arrays of a ``.pt``, ``.npz`` or
+    ``.safetensors``.
     """
 
     key: Key
-    format: Literal["npy", "pt", "zarr"]
+    format: Literal["npy", "npz", "pt", "safetensors", "zarr"]
     shape: tuple[Count, ...] | None = None
     dtype: DType | None = None
     dims: tuple[str, ...] | None = None
     n_bytes: Count
     sha256: str | None = None
-    members: dict[Name, ArraySchema] = {}
+    members: dict[MemberName, ArraySchema] = {}
 
     @model_validator(mode="after")
     def _schema_agrees_with_bytes(self) -> Self:
-        if self.format == "pt":
+        if self.format in ("npz", "pt", "safetensors"):
             if not self.members or self.shape is not None:
-                raise ValueError("a .pt lists its arrays under 'members' and has no shape of its own")
+                raise ValueError(f"a .{self.format} lists its arrays under 'members' and has no shape of its own")
             needed = sum(member.array_bytes for member in self.members.values())
         else:
             if self.shape is None or self.dtype is None or self.dims is None or self.members:

@@ -11,20 +11,21 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
-from dmdata.formats import NPY_PREFIX_BYTES, Layout, npy_layout, pt_layouts
+from dmdata.formats import NPY_PREFIX_BYTES, Kind, Layout, contents_of, npy_layout
 from dmdata.locks import only_process_at
+from dmdata.npy import no_warnings
 from dmdata.plan import ReadPlan, plan_read
 from dmdata.selection import select
 from dmdata.spool import take_room
 
-START_BYTES = {"npy": NPY_PREFIX_BYTES, "pt": 1}
+START_BYTES: dict[Kind, int] = {"npy": NPY_PREFIX_BYTES, "npz": 1, "pt": 1, "safetensors": 1}
 """What is read first, beside the object itself: its header, if that is short and in one place."""
 
 _RANGES_AT_ONCE = 8
@@ -35,7 +36,7 @@ def download(
     transport: Transport,
     path: Path,
     *,
-    kind: Literal["npy", "pt"],
+    kind: Kind,
     sha256: str | None,
     progress: Callable[[int, int], object] | None,
 ) -> None:
@@ -46,7 +47,7 @@ def download(
     transport : Transport
     path : Path
         Final name; nothing is there before the download is complete and checked.
-    kind : {"npy", "pt"}
+    kind : {"npy", "npz", "pt", "safetensors"}
         What its header must be.
     sha256 : str or None
         What its digest must be.
@@ -78,12 +79,13 @@ def download(
         raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
 
 
-def _look_at_start(transport: Transport, kind: Literal["npy", "pt"]) -> ObjectState:
+def _look_at_start(transport: Transport, kind: Kind) -> ObjectState:
     """Learn an object's size and etag; refuse a ``.npy`` whose header does not fit its size before it is paid for."""
     head, state = transport.start(START_BYTES[kind])
 
     def read_at(start: int, stop: int) -> bytes:
-        return head[start:stop] if stop <= len(head) else transport.read(start, stop, etag=state.etag)
+        missing = max(start, len(head))
+        return head[start:stop] + (transport.read(missing, stop, etag=state.etag) if stop > missing else b"")
 
     if kind == "npy":
         npy_layout(read_at, object_bytes=state.n_bytes, url=str(transport.address))
@@ -200,7 +202,7 @@ def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:
     )
 
 
-def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None) -> None:
+def _check(path: Path, url: str, kind: Kind, sha256: str | None) -> None:
     with path.open("rb") as file:
         if sha256 and (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
             raise IntegrityError(
@@ -213,5 +215,6 @@ def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None)
             file.seek(start)
             return file.read(stop - start)
 
-        layouts = pt_layouts if kind == "pt" else npy_layout
-        layouts(read_at, object_bytes=path.stat().st_size, url=url)
+        with no_warnings():  # what there is to warn of was said before the download
+            # of a .npz the directory alone: compressed arrays cannot be read in place, but can be had whole
+            contents_of(kind, read_at, object_bytes=path.stat().st_size, url=url, wanted="")

@@ -10,32 +10,57 @@ import hashlib
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from dmdata.address import Address, ObjectState
 from dmdata.errors import FormatError
 from dmdata.fetch import Transport
-from dmdata.formats import NPY_PREFIX_BYTES, PT_HEAD_BYTES, Layout, npy_layout, pt_layouts
+from dmdata.formats import HEAD_BYTES, NPY, Kind, Layout, contents_of, kind_by_bytes, warn_of_trailing_bytes
 from dmdata.ledger import home
+from dmdata.npy import dtype_of_text, dtype_text
 
-NPY = ""
-"""Name of the one array of a ``.npy`` among the layouts of its header."""
+__all__ = ["NPY", "Header", "forget_header", "read_header"]
+
+# enough to tell any format, and the whole header of a ``.npz`` of few arrays
+_UNKNOWN_HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """State of an object when its header was read, and the layouts of its arrays by name."""
+    """State of an object when its header was read, and the layouts of its arrays by name.
+
+    Attributes
+    ----------
+    state : ObjectState
+    layouts : dict of str to Layout
+    names : tuple of str
+        Of all arrays in the object; the layouts of those in a ``.npz`` are read as they are asked for.
+    unreadable : dict of str to str
+        Arrays that are not read, and why, as the end of a sentence.
+    """
 
     state: ObjectState
     layouts: dict[str, Layout]
+    names: tuple[str, ...] = ()
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Tell whether the layout of an array is here; in a ``.npz`` it may be asked for with its suffix."""
+        return name in self.layouts or (name not in self.names and name.removesuffix(".npy") in self.layouts)
 
 
-def read_header(transport: Transport, *, kind: Literal["npy", "pt"]) -> Header:
+def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -> Header:
     """Learn the layouts of an object, from memory or by reading its header.
+
+    Parameters
+    ----------
+    transport : Transport
+    kind : {"npy", "npz", "pt", "safetensors"} or None
+        None tells it by the first bytes.
+    wanted : str
+        The array that will be read.
 
     Raises
     ------
@@ -43,24 +68,29 @@ def read_header(transport: Transport, *, kind: Literal["npy", "pt"]) -> Header:
         If the object is damaged or lies about itself; then nothing is remembered.
     BudgetError, AccessError, ObjectMissingError, SourceError
     """
-    known = _recall(transport.address)
-    if known is not None:
-        return known
     url = str(transport.address)
-    head, state = transport.start(NPY_PREFIX_BYTES if kind == "npy" else PT_HEAD_BYTES)
+    known = _recall(transport.address)
+    is_there = known is not None and {wanted, wanted.removesuffix(".npy")} & set(known.names)
+    if known is not None and (known.has(wanted) or not is_there):
+        if known.names == (NPY,):
+            warn_of_trailing_bytes(known.layouts[NPY], object_bytes=known.state.n_bytes, url=url)
+        return known
+    head, state = transport.start(HEAD_BYTES[kind] if kind else _UNKNOWN_HEAD_BYTES)
 
     def read_at(start: int, stop: int) -> bytes:
+        stop = min(stop, state.n_bytes)
         if stop <= len(head):
             return head[start:stop]
-        return transport.read(start, min(stop, state.n_bytes), etag=state.etag)
+        missing = max(start, len(head))
+        return head[start:missing] + transport.read(missing, stop, etag=state.etag)
 
     if state.n_bytes == 0:
-        raise FormatError(f"{url} is empty; expected a .{kind} object", url=url)
-    if kind == "npy":
-        layouts = {NPY: npy_layout(read_at, object_bytes=state.n_bytes, url=url)}
-    else:
-        layouts = pt_layouts(read_at, object_bytes=state.n_bytes, url=url)
-    header = Header(state, layouts)
+        raise FormatError(f"{url} is empty; expected {f'a .{kind} object' if kind else 'an array'}", url=url)
+    kind = kind or kind_by_bytes(head, object_bytes=state.n_bytes, url=url)
+    contents = contents_of(kind, read_at, object_bytes=state.n_bytes, url=url, wanted=wanted)
+    header = Header(state, contents.layouts, contents.names, contents.unreadable)
+    if known is not None and known.state == state:
+        header = replace(header, layouts=known.layouts | header.layouts)
     _remember(transport.address, header)
     return header
 
@@ -84,11 +114,12 @@ def _recall(address: Address) -> Header | None:
         if memory["sha256"] != _digest(facts) or facts["url"] != str(address):
             return None
         layouts = {
-            name: Layout(tuple(shape), np.dtype(dtype), offset, tuple(strides))
-            for name, (shape, dtype, offset, strides) in facts["layouts"].items()
+            name: Layout(tuple(shape), dtype_of_text(dtype), offset, tuple(strides), encoding)
+            for name, (shape, dtype, offset, strides, encoding) in facts["layouts"].items()
         }
-        return Header(ObjectState(facts["n_bytes"], facts["etag"], facts.get("charged")), layouts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        state = ObjectState(facts["n_bytes"], facts["etag"], facts.get("charged"))
+        return Header(state, layouts, tuple(facts["names"]), facts["unreadable"])
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or damaged: the object's own header is read
 
 
@@ -96,11 +127,12 @@ def _remember(address: Address, header: Header) -> None:
     if address.is_local or header.state.etag is None:
         return  # reading it again is free, or a change could not be noticed
     layouts = {
-        name: (layout.shape, layout.dtype.str, layout.offset, layout.strides) for name, layout in header.layouts.items()
+        name: (layout.shape, dtype_text(layout.dtype), layout.offset, layout.strides, layout.encoding)
+        for name, layout in header.layouts.items()
     }
     state = header.state
     facts = {"url": str(address), "n_bytes": state.n_bytes, "etag": state.etag, "charged": state.charged}
-    facts["layouts"] = layouts
+    facts |= {"layouts": layouts, "names": header.names, "unreadable": header.unreadable}
     path = _path(address)
     beside = path.with_suffix(f".{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):  # a convenience: where nothing can be written, the header is read each time

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import zarr
 
 from dmdata.cluster import Carried, carried_along, run_on_cluster
-from dmdata.errors import DmdataError
+from dmdata.errors import DmdataError, FormatError
 from dmdata.fetch import Spool
 from dmdata.journal import JOURNAL, Block, Blocks, BlockWriter, Journal, Original, has_mirror, open_copy
 from dmdata.ledger import Ledger, home
@@ -135,6 +135,8 @@ def mirror(
     ------
     BudgetError
         If a budget would not let it end; before any data.
+    FormatError
+        If Zarr has no data type for its elements; before any data.
     IntegrityError
         If the destination holds the copy of an object that has changed since.
     DmdataError
@@ -142,6 +144,7 @@ def mirror(
     AccessError, SourceError
         From the source; what has landed by then stays.
     """
+    require_zarr_dtype(source.name, source.dtype)
     place = Place.of(destination)
     selection = replace(selection, kept=tuple(range(len(selection.axes))))
     with place.explain_errors(), place.claimed() as hold_on:
@@ -167,6 +170,22 @@ def mirror(
             _copy_here(source, journal, report=report, received=received)
         shutil.rmtree(place.spool_directory(), ignore_errors=True)
         return open_copy(place, "r+")
+
+
+def require_zarr_dtype(name: str, dtype: np.dtype[Any], **facts: Any) -> None:
+    """Refuse an array whose elements Zarr cannot store, before anything of it is read.
+
+    Raises
+    ------
+    FormatError
+        If Zarr v3 has no such data type, as for dates, text and records.
+    """
+    if dtype.kind not in "biufc" or dtype.itemsize > (16 if dtype.kind == "c" else 8):
+        raise FormatError(
+            f"{name} has dtype {str(dtype)[:200]}, for which Zarr v3 has no data type; index the array itself, or "
+            "download its object by dmdata get",
+            **facts,
+        )
 
 
 def missing_reads(

@@ -236,13 +236,13 @@ def product_array(plan: ReadPlan, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[
 
     Returns
     -------
-    answer : array of the layout's dtype, shape ``plan.selection.shape``
-        A view of the buffer, unless indices repeat or come out of order.
+    answer : array of the layout's `read_dtype`, shape ``plan.selection.shape``
+        A view of the buffer, unless indices repeat or come out of order, or the elements had to be decoded.
     """
     by_stride = plan.layout.storage_order
     sizes = [len(indices) for indices in plan.selection.distinct]
     stored = buffer.view(plan.layout.dtype).reshape([sizes[axis] for axis in by_stride])
-    return plan.selection.answer(stored.transpose(np.argsort(by_stride)))
+    return plan.selection.answer(plan.layout.decode(stored.transpose(np.argsort(by_stride))))
 
 
 def land(

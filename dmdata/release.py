@@ -6,14 +6,12 @@ what the authors released are opened by the same call.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
-from urllib.parse import urlsplit
 
 import numpy as np
 import zarr
@@ -25,10 +23,18 @@ from dmdata.catalog import Artifact, Catalog, bundled, load_file
 from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import Transport
-from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
+from dmdata.formats import (
+    NPY_PREFIX_BYTES,
+    Layout,
+    contiguous_strides,
+    kind_by_suffix,
+    stored_as,
+)
 from dmdata.headers import NPY, Header, read_header
+from dmdata.layouts import listed
 from dmdata.ledger import Ledger, home
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
+from dmdata.locate import is_address, path_of, url_and_member
+from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads, require_zarr_dtype
 from dmdata.mirror import mirror as mirror_array
 from dmdata.place import Place
 from dmdata.prices import ANY_MONTH, Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
@@ -84,7 +90,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     ----------
     name : str or path
         ``dataset/alpha/array`` of a catalog, as "cifar/50pct/test_margins"; or a path or URL of a ``.npy``, of an
-        array inside a ``.pt`` ("x.pt/weight"), or of a Zarr array.
+        array inside a ``.pt``, ``.pth``, ``.npz`` or ``.safetensors`` ("x.pt/model/fc.weight"), or of a Zarr array. A
+        `pathlib.Path` is always an address.
     catalog : Catalog, path or URL, optional
         See `load_catalog`.
     to : {"internet", "same-region", "cross-region"}, optional
@@ -101,26 +108,31 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     BudgetError, AccessError, ObjectMissingError, SourceError
         If the header cannot be read.
     """
-    name = os.fspath(name)
+    is_path, name = isinstance(name, os.PathLike), os.fspath(name)
     destination = destination_of(to)
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
-    if _is_address(name):
+    if is_path or is_address(name):
         return _open_address(name, destination, prefer)
-    artifact = load_catalog(catalog).find(name)
+    try:
+        artifact = load_catalog(catalog).find(name)
+    except CatalogError:
+        if os.path.exists(name):  # a name of the catalog comes first
+            return _open_address(name, destination, prefer)
+        raise
     if artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
     return _open_artifact(artifact, destination, prefer)
 
 
-def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
-    """Open an object of a catalog as the bytes it is, header included. Reads its header, once.
+def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
+    """Open an object as the bytes it is, header included. Reads its header, once.
 
     Parameters
     ----------
-    name : str
-        Of a ``.npy`` or a whole ``.pt``.
+    name : str or path
+        Of a ``.npy``, or of a whole ``.pt``, ``.npz`` or ``.safetensors``; in the catalog, or an address.
     catalog, to
         As in `open`.
 
@@ -135,15 +147,26 @@ def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None
     FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
         As in `open`.
     """
+    is_path, name = isinstance(name, os.PathLike), os.fspath(name)
+    if is_path or is_address(name):
+        url, member = url_and_member(name)
+        if member:
+            raise CatalogError(f"{name} is a part of the object {_address_of_url(url)}; open that", name=name)
+        address = _address_of_url(url)
+        transport = Transport(address, str(address), destination_of(to))
+        return _octets(transport, read_header(transport, kind=kind_by_suffix(path_of(url))))
     artifact = load_catalog(catalog).find(name)
     if artifact.stored.format == "zarr":
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
         raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
     transport = Transport(address_of(artifact), artifact.name, destination_of(to))
-    state = read_header(transport, kind=artifact.stored.format).state
-    layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
-    return LazyArray(artifact.name, ("byte",), layout, InObject(transport, state.etag))
+    return _octets(transport, read_header(transport, kind=artifact.stored.format))
+
+
+def _octets(transport: Transport, header: Header) -> LazyArray:
+    layout = Layout((header.state.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return LazyArray(transport.artifact, ("byte",), layout, InObject(transport, header.state.etag))
 
 
 def estimate(
@@ -223,7 +246,7 @@ def price_mirror(
             target if alone else target / artifact.name,
             _parsed(key, layout.shape),
             name=artifact.name,
-            itemsize=layout.dtype.itemsize,
+            itemsize=layout.read_dtype.itemsize,
             axis=max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0),
             memory_bytes=memory_bytes,
         )
@@ -235,7 +258,7 @@ def price_mirror(
 def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
     """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    n_bytes = n_missing + START_BYTES["pt" if artifact.stored.format == "pt" else "npy"]
+    n_bytes = n_missing + (START_BYTES[artifact.stored.format] if artifact.stored.format != "zarr" else 0)
     return [(artifact, _same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
 
 
@@ -263,7 +286,7 @@ def total_of(
 
 def reader_pays(name: str, catalog: Catalog) -> bool:
     """Tell whether whoever reads an artifact, or an array at an address, pays for it; asks nothing of it."""
-    return _address_of_url(name).requester_pays if _is_address(name) else catalog.find(name).source.requester_pays
+    return _address_of_url(name).requester_pays if is_address(name) else catalog.find(name).source.requester_pays
 
 
 def mirror(
@@ -317,6 +340,7 @@ def mirror(
     work = []
     for artifact in artifacts:
         array = _open_artifact(artifact, destination_of(to))
+        require_zarr_dtype(array.name, array.dtype)  # of all, before any is paid for
         selection = _parsed(key if key is not None else (rows, columns)[: array.ndim], array.shape)
         work.append((array, target if alone else target / artifact.name, selection))
     _require_budget(work, memory_bytes)
@@ -448,11 +472,11 @@ def _claimed_layout(artifact: Artifact) -> Layout:
     """Lay an artifact out as its catalog claims it to be."""
     if artifact.schema is None:
         return Layout((artifact.n_bytes,), np.dtype(np.uint8), 0, (1,))
-    return _as_npy(artifact.schema.shape, np.dtype(artifact.schema.dtype))
+    return _as_npy(artifact.schema.shape, *stored_as(artifact.schema.dtype))
 
 
-def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Layout:
-    return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize))
+def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any], encoding: str = "") -> Layout:
+    return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize), encoding)
 
 
 def address_of(artifact: Artifact) -> Address:
@@ -469,20 +493,17 @@ def _address_of_url(url: str) -> Address:
     return Address(url if "://" in url else os.path.abspath(os.path.expanduser(url)))
 
 
-def _is_address(name: str) -> bool:
-    return "://" in name or name.startswith(("/", "./", "../", "~")) or bool(re.search(r"\.(npy|zarr|pt)(/|$)", name))
-
-
 def _open_address(name: str, destination: Destination, prefer: Preference) -> LazyArray:
-    inside_pt = re.fullmatch(r"(.*\.pt)/([^/]+)", name)
-    url, member = inside_pt.groups() if inside_pt else (name, NPY)
+    url, member = url_and_member(name)
     address = _address_of_url(url)
-    if address.is_local and not address.url.endswith((".npy", ".pt")):
+    path = path_of(url)
+    kind = kind_by_suffix(path)
+    if kind is None and address.is_local and not os.path.isfile(address.url.removeprefix("file://")):
         return _open_zarr(name, address.url, dims=None)
     shown = f"{address}/{member}" if member else str(address)
     transport = Transport(address, shown, destination)
-    header = read_header(transport, kind="pt" if urlsplit(url).path.endswith(".pt") else "npy")
-    layout = _layout_named(header.layouts, member, str(address))
+    header = read_header(transport, kind=kind, wanted=member)
+    layout = _layout_named(header, member, str(address))
     return LazyArray(shown, _numbered_dims(len(layout.shape)), layout, _in_object(transport, header, prefer))
 
 
@@ -498,15 +519,15 @@ def _open_artifact(artifact: Artifact, destination: Destination, prefer: Prefere
         array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
         transport = Transport(address_of(artifact), artifact.name, destination)
-        header = read_header(transport, kind=artifact.stored.format)
-        layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
+        header = read_header(transport, kind=artifact.stored.format, wanted=artifact.member or NPY)
+        layout = _layout_named(header, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known
         dims = schema.dims if len(schema.dims) == len(layout.shape) else _numbered_dims(len(layout.shape))
         array = LazyArray(artifact.name, dims, layout, _in_object(transport, header, prefer))
-    if array.shape != schema.shape or array.dtype != np.dtype(schema.dtype):
+    if array.shape != schema.shape or not _is_of_dtype(array, schema.dtype):
         warnings.warn(
             f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "
-            f"{artifact.url} has shape {array.shape} and dtype {array.dtype}, and is believed",
+            f"{artifact.url} has shape {array.shape} and dtype {array.layout.encoding or array.dtype}, and is believed",
             CatalogMismatchWarning,
             stacklevel=3,
         )
@@ -527,10 +548,19 @@ def _numbered_dims(n: int) -> tuple[str, ...]:
     return tuple(f"dim_{axis}" for axis in range(n))
 
 
-def _layout_named(layouts: dict[str, Layout], member: str, url: str) -> Layout:
-    if member in layouts:
-        return layouts[member]
-    names = ", ".join(layouts)
+def _is_of_dtype(array: LazyArray, claimed: str) -> bool:
+    stored, encoding = stored_as(claimed)
+    return array.layout.encoding == encoding and (bool(encoding) or array.dtype == stored)
+
+
+def _layout_named(header: Header, member: str, url: str) -> Layout:
+    names = header.names or tuple(header.layouts)
+    for name in (member, member.removesuffix(".npy")):
+        if name in header.layouts:
+            return header.layouts[name]
+    if member in header.unreadable:
+        raise FormatError(f"{url}/{member} {header.unreadable[member]}", url=url)
     if member:
-        raise FormatError(f"{url} holds no array {member!r}; it holds {names}", url=url)
-    raise CatalogError(f"{url} holds several arrays; open one of {names}, as {url}/{next(iter(layouts))}", url=url)
+        raise FormatError(f"{url} holds no array {member!r}; it holds {listed(names, near=member) or 'one'}", url=url)
+    several = "several arrays" if len(names) > 1 else "an array by name"
+    raise CatalogError(f"{url} holds {several}; open one of {listed(names)}, as {url}/{next(iter(names))}", url=url)

@@ -26,7 +26,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
 from dmdata.errors import DmdataError, FormatError, ObjectMissingError, SourceError
 from dmdata.formats import Layout
-from dmdata.mirror import Readable
+from dmdata.mirror import Readable, require_zarr_dtype
 from dmdata.selection import select
 
 Form: TypeAlias = Literal["blocks", "rows"]
@@ -175,9 +175,11 @@ class ArrayValues:
             raise DmdataError(f"form {form!r} is unknown; use 'blocks' (fewest requests) or 'rows' (fewest bytes)")
         if block_rows is not None and block_rows < 1:
             raise DmdataError(f"a block of {block_rows} rows holds nothing; use 1 or more")
-        if array.dtype.kind not in "biufc" or array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        require_zarr_dtype(array.name, array.dtype, url=array.url)
+        if array.layout.encoding:
             raise FormatError(
-                f"{array.name} has dtype {array.dtype}, for which Zarr v3 has no data type; index the array itself",
+                f"{array.name} is stored as {array.layout.encoding}, for which Zarr v3 has no data type; index the "
+                "array itself, or mirror it, which stores float32",
                 url=array.url,
             )
         self.array = array

@@ -94,7 +94,6 @@ def test_a_header_and_a_catalog_that_disagree_are_both_named(s3: LoopbackS3, cat
         b"short",
         npy(VALUES)[:-1],
         npy(VALUES)[:100],
-        npy(VALUES) + b"\0",
         npy(VALUES).replace(b"(12, 5)", b"(12, 6)"),
         npy(VALUES).replace(b"<f2", b"|O8"),
         b"<html>" * 100,
