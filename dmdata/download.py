@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dmdata import digests
 from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
@@ -24,8 +25,11 @@ from dmdata.plan import ReadPlan, plan_read
 from dmdata.selection import select
 from dmdata.spool import take_room
 
-START_BYTES = {"npy": NPY_PREFIX_BYTES, "pt": 1}
+START_BYTES = {"npy": NPY_PREFIX_BYTES, "pt": 1, "bytes": 1}
 """What is read first, beside the object itself: its header, if that is short and in one place."""
+
+Kind: TypeAlias = Literal["npy", "pt", "bytes"]
+"""How what was downloaded is checked."""
 
 _RANGES_AT_ONCE = 8
 _BLOCK_BYTES = _RANGES_AT_ONCE * MAX_RANGE_BYTES
@@ -35,7 +39,7 @@ def download(
     transport: Transport,
     path: Path,
     *,
-    kind: Literal["npy", "pt"],
+    kind: Kind,
     sha256: str | None,
     progress: Callable[[int, int], object] | None,
 ) -> None:
@@ -46,8 +50,8 @@ def download(
     transport : Transport
     path : Path
         Final name; nothing is there before the download is complete and checked.
-    kind : {"npy", "pt"}
-        What its header must be.
+    kind : {"npy", "pt", "bytes"}
+        What its header must be; "bytes" have none.
     sha256 : str or None
         What its digest must be.
     progress : callable or None
@@ -66,9 +70,13 @@ def download(
         with only_process_at(path):
             state = _look_at_start(transport, kind)
             _append_missing(transport, state, part, part.begin(state), progress)
-            _check(part.path, str(transport.address), kind, sha256)
+            known = digests.recall(transport.address, state)
+            is_remote = not transport.address.is_local
+            digest = _check(part.path, str(transport.address), kind, sha256 or known, digested=is_remote)
             part.path.replace(path)
             part.about.unlink(missing_ok=True)
+            if digest is not None:
+                digests.record(transport.address, state, digest)
     except (FormatError, IntegrityError):
         part.discard()
         raise
@@ -78,7 +86,7 @@ def download(
         raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
 
 
-def _look_at_start(transport: Transport, kind: Literal["npy", "pt"]) -> ObjectState:
+def _look_at_start(transport: Transport, kind: Kind) -> ObjectState:
     """Learn an object's size and etag; refuse a ``.npy`` whose header does not fit its size before it is paid for."""
     head, state = transport.start(START_BYTES[kind])
 
@@ -200,14 +208,17 @@ def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:
     )
 
 
-def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None) -> None:
+def _check(path: Path, url: str, kind: Kind, sha256: str | None, *, digested: bool) -> str | None:
     with path.open("rb") as file:
-        if sha256 and (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 or digested else None
+        if sha256 and digest != sha256:
             raise IntegrityError(
-                f"{url} has SHA-256 {digest}, its catalog says {sha256}; nothing was kept; ask its publisher which is "
-                "right",
+                f"{url} has SHA-256 {digest}; its catalog, or an earlier reading of the same ETag, says {sha256}; "
+                "nothing was kept; ask its publisher which is right",
                 url=url,
             )
+        if kind == "bytes":
+            return digest
 
         def read_at(start: int, stop: int) -> bytes:
             file.seek(start)
@@ -215,3 +226,4 @@ def _check(path: Path, url: str, kind: Literal["npy", "pt"], sha256: str | None)
 
         layouts = pt_layouts if kind == "pt" else npy_layout
         layouts(read_at, object_bytes=path.stat().st_size, url=url)
+        return digest

@@ -39,14 +39,19 @@ def doctor(
 ) -> None:
     """Explain whether NAME could be read and what would be in the way: credentials, region, prices, budget, disk.
 
-    Without NAME the first object of the catalog is looked at. Nothing is spent without --probe.
+    NAME is of the catalog, or an address. Without it the first object of the catalog is looked at. Nothing is spent
+    without --probe.
     """
-    known = release.load_catalog(catalog)
-    artifact = known.find(name) if name else next(known.artifacts())
-    address = release.address_of(artifact)
-    findings = examine(address, n_bytes=artifact.n_bytes, destination=Path(destination))
+    if name is not None and release.is_address(name):
+        address = release.address_named(name)
+        looked_at, n_bytes = str(address), None
+    else:
+        known = release.load_catalog(catalog)
+        artifact = known.find(name) if name else next(known.artifacts())
+        address, looked_at, n_bytes = release.address_of(artifact), artifact.name, artifact.n_bytes
+    findings = examine(address, n_bytes=n_bytes, destination=Path(destination))
     if probing:
-        findings.append(_probed(talk, address, artifact.name, agreed=yes))
+        findings.append(_probed(talk, address, looked_at, agreed=yes))
     table = Table("", "what", "how it is", "next", box=None, header_style="bold")
     for finding in findings:
         table.add_row(_MARKS[finding.state], finding.topic, finding.words, finding.remedy)
@@ -54,7 +59,7 @@ def doctor(
         {"topic": finding.topic, "state": finding.state, "words": finding.words, "next": finding.remedy}
         for finding in findings
     ]
-    talk.print_data({"artifact": artifact.name, "findings": facts}, table)
+    talk.print_data({"artifact": looked_at, "findings": facts}, table)
     context.exit(1 if any(finding.state == "fail" for finding in findings) else 0)
 
 

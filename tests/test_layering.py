@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
         errors settings catalog formats selection prices plan ledger address refusals s3 uploads source meter fetch
-        locks headers place spool journal cluster mirror download interop view array release verify filesystem
-        xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
+        locks headers digests place spool journal cluster mirror download interop view array pricing release copies
+        verify listing scan confirm filesystem xarray_engine console cache doctor completion copy_commands
+        money_commands catalog_commands upkeep_commands cli
     """,
     "dmpipeline": """
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
