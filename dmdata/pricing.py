@@ -39,8 +39,6 @@ def price_artifacts(
             arrays_of([artifact])  # says so where there are none
             member = next(iter(artifact.stored.members))
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/{member}")
-                f"{artifact.name} holds several arrays; select from {artifact.name}/{next(iter(artifact.stored.members))}"
-            )
         layout = _claimed_layout(artifact)
         selection = parsed_selection(key, layout.shape)
         data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
