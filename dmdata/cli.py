@@ -6,7 +6,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from dmdata import money_commands, pricing, release, upkeep_commands
+from dmdata import catalog_commands, money_commands, pricing, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
 from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import AMOUNT, Talk, run, talk_options
@@ -44,7 +44,7 @@ for _command in (
     money_commands.config,
     upkeep_commands.doctor,
     upkeep_commands.cache,
-    upkeep_commands.catalog,
+    catalog_commands.catalog,
     completion_command("dmdata"),
 ):
     commands.add_command(_command)

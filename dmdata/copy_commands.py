@@ -53,6 +53,11 @@ def option_to(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of those that can spend, and that read what a catalog lists."""
+    return options_paying(option_catalog(command))
+
+
+def options_paying(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of those that can spend."""
     for option in (
         click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
@@ -60,7 +65,7 @@ def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
     ):
         command = option(command)
-    return option_to(option_catalog(command))
+    return option_to(command)
 
 
 @dataclass(frozen=True, slots=True)

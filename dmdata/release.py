@@ -252,6 +252,11 @@ def is_address(name: str) -> bool:
     return _is_address(name)
 
 
+def address_at(url: str) -> Address:
+    """Say on what terms a path or URL is read that is not in a catalog."""
+    return _address_of_url(url)
+
+
 def address_named(name: str) -> Address:
     """Say where the object at an address is, without the member that it may name."""
     return _address_of_url(split_address(name)[0])
@@ -298,7 +303,7 @@ def describe(name: str, *, to: str | None = None) -> Artifact:
     FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
     """
     url, member = split_address(name)
-    address, kind = _address_of_url(url), _kind_of(url)
+    address, kind = _address_of_url(url), kind_of(url)
     if kind is None and address.is_local and Path(url.removeprefix("file://")).expanduser().is_dir():
         array = _open_zarr(name, address.url, dims=None)
         return _described(address, None, "zarr", ObjectState(array.layout.n_bytes, None), {NPY: array.layout})
@@ -318,7 +323,7 @@ def price_headers(patterns: Sequence[str], *, to: str | None = None) -> list[tup
     """Price the headers of the addresses among these that whoever reads pays for: what `look_up` would spend."""
     paid = [name for name in patterns if _is_address(name) and address_named(name).requester_pays]
     return [
-        (str(address_named(name)), price_header(_kind_of(split_address(name)[0]) or "npy", to=to))
+        (str(address_named(name)), price_header(kind_of(split_address(name)[0]) or "npy", to=to))
         for name in dict.fromkeys(paid)
     ]
 
@@ -332,7 +337,7 @@ def object_named(name: str, catalog: CatalogLike = None) -> Artifact:
     address = _address_of_url(url)
     if address.is_local and Path(address.url.removeprefix("file://")).is_dir():
         raise CatalogError(f"{name} is a folder, not one object; use dmdata mirror {name}", name=name)
-    return _described(address, None, _kind_of(url) or "bytes", ObjectState(0, None), {})
+    return _described(address, None, kind_of(url) or "bytes", ObjectState(0, None), {})
 
 
 def split_address(name: str) -> tuple[str, str | None]:
@@ -341,7 +346,8 @@ def split_address(name: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found else (name, None)
 
 
-def _kind_of(url: str) -> Any:
+def kind_of(url: str) -> Any:
+    """Tell how an object is read, by the end of its key; None where that says nothing."""
     path = urlsplit(url).path if "://" in url else url
     return _KINDS.get(path.rpartition(".")[2].lower())
 

@@ -96,6 +96,19 @@ def access_terms(address: Address) -> AccessTerms:
     return AccessTerms(credentials.method if credentials else None, session.profile_name, endpoint, region)
 
 
+def reading_client(bucket: str, address: Address) -> "S3Client":
+    """Make the boto3 client that speaks to a bucket on the terms of an address, once a process; it tries only once.
+
+    Raises
+    ------
+    AccessError
+        If credentials are needed and there are none, or the AWS configuration cannot be used.
+    SourceError
+        If the bucket cannot be asked for its region.
+    """
+    return _boto_client(bucket, address)
+
+
 def writing_client(url: str) -> "S3Client":
     """Make a boto3 client that writes to the bucket of an S3 address with the caller's own credentials; close it.
 

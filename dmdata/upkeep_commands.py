@@ -1,6 +1,5 @@
-"""Commands that keep the house: ``doctor``, ``cache``, ``catalog``."""
+"""Commands that keep the house: ``doctor``, ``cache``."""
 
-import json
 from pathlib import Path
 
 import click
@@ -9,11 +8,9 @@ from rich.table import Table
 from dmdata import cache as remembering
 from dmdata import release
 from dmdata.address import Address
-from dmdata.catalog import Catalog
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
-from dmdata.errors import CatalogError
 from dmdata.ledger import Ledger, home
 from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes
 
@@ -97,38 +94,3 @@ def clear(talk: Talk, older_than: float) -> None:
     table = Table(box=None, show_header=False)
     table.add_row("removed", f"{n_files:,} files", readable_bytes(n_bytes))
     talk.print_data({"files": n_files, "bytes": n_bytes}, table)
-
-
-@click.group("catalog")
-def catalog() -> None:
-    """Check a catalog, show the one in use, or print the schema they follow."""
-
-
-@catalog.command("check")
-@click.argument("file", type=click.Path())
-@talk_options
-def check(talk: Talk, file: str) -> None:
-    """Tell whether FILE is a valid catalog and, if not, which entry is wrong and why."""
-    known = release.load_catalog(file)
-    artifacts = list(known.artifacts())
-    if not artifacts:
-        raise CatalogError(f"{file} lists no artifacts; add some below datasets: NAME: alphas: NAME: arrays:")
-    n_bytes = sum(artifact.n_bytes for artifact in artifacts)
-    table = Table(box=None, show_header=False)
-    table.add_row(
-        "valid", known.title, f"{len(artifacts)} artifacts", readable_bytes(n_bytes), f"at {known.source.url}"
-    )
-    talk.print_data({"valid": True, "artifacts": len(artifacts), "bytes": n_bytes, "url": known.source.url}, table)
-
-
-@catalog.command("schema")
-def schema() -> None:
-    """Print the JSON Schema of a catalog, for editors that check YAML as it is written."""
-    click.echo(json.dumps(Catalog.model_json_schema(), indent=2))
-
-
-@catalog.command("show")
-@click.option("--catalog", "file", metavar="FILE", help="As of the other commands.")
-def show(file: str | None) -> None:
-    """Print the catalog in use as YAML: the start of one's own."""
-    click.echo(release.load_catalog(file).dump(), nl=False)
