@@ -95,8 +95,14 @@ def place_of(artifact: Artifact) -> str:
         return artifact.name
     address = artifact.name.removeprefix("file://").partition("://")
     parts = [part for part in (address[2] or address[0]).split("/") if part]
-    # a part of nothing but dots would lead out of the group, and Zarr keeps names that begin so for itself
-    return "/".join(part.replace(".", "_") if not part.strip(".") else part.removeprefix("__") for part in parts)
+    return "/".join(_safe_part(part) for part in parts)
+
+
+def _safe_part(part: str) -> str:
+    if not part.strip("."):
+        return part.replace(".", "_")  # nothing but dots would lead out of the group
+    part = part.removeprefix("__") or "_"  # names that begin so Zarr keeps for itself
+    return f"{part}_" if part in ("zarr.json", ".zarray", ".zgroup", ".zattrs") else part
 
 
 def arrays_of(artifacts: Sequence[Artifact]) -> list[Artifact]:

@@ -81,7 +81,7 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
         return load_file(where)
     url = where if where.endswith((".yaml", ".yml")) else f"{where.rstrip('/')}/catalog.yaml"
     if _address_of_url(url).is_local:
-        return _fetch_catalog(url).catalog
+        return load_file(unquote(url.removeprefix("file://")))
     # whatever leads to another object under the same URL: an endpoint, a profile, the home whose ledger is charged
     environment = sorted(
         (name, value)
