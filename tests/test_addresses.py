@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import fsspec
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from small_release import Pt, npy, pt, publish, write_locally
 import dmdata
 from dmdata import release
 from dmdata.cli import main
+from dmdata.completion import complete_artifacts
 from dmdata.errors import BudgetError, CatalogError, FormatError
 from dmdata.pricing import place_of
 
@@ -252,6 +254,18 @@ def test_the_query_of_an_address_is_never_shown(dm: Any, tmp_path: Path, bucket:
     assert dmdata.spend().n_requests == 0
     shown = release.address_named(f"{url}?X-Amz-Signature=secret")
     assert "secret" not in str(shown)
+
+
+def test_completion_offers_files_for_an_address_and_pays_for_no_catalog(
+    bucket: LoopbackS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, argument = click.Context(click.Command("info")), click.Argument(["name"])
+    [item] = complete_artifacts(context, argument, "./x")
+    assert (item.value, item.type) == ("./x", "file")
+    assert [item.value for item in complete_artifacts(context, argument, "cif")] == ["cifar"]
+    monkeypatch.setenv("DMDATA_CATALOG", f"s3://{BUCKET}/run")
+    assert complete_artifacts(context, argument, "to") == []
+    assert bucket.n_requests == 0
 
 
 # A catalog by URL
