@@ -9,10 +9,11 @@ import fsspec
 
 from dmdata.array import LazyArray
 from dmdata.catalog import Artifact, Catalog
+from dmdata.copies import get, mirror
 from dmdata.interop import torch_dataset
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
-from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, get, load_catalog, mirror, open  # noqa: A004
+from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, load_catalog, open  # noqa: A004
 from dmdata.verify import Comparison, verify
 
 __all__ = [

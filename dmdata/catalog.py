@@ -96,7 +96,8 @@ class _Facts(_Record):
         return self
 
     def _fact_names(self) -> set[str]:
-        records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released", "sha256"}
+        records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released"}
+        records |= {"sha256", "etag"}
         return {name for name in type(self).model_fields if name not in records and getattr(self, name) is not None}
 
 
@@ -123,7 +124,7 @@ class StoredArray(_Facts):
     """One object of the release: a ``.npy``, an object with several arrays, or an array in a Zarr store.
 
     ``n_bytes`` is the whole object, headers included; ``members`` are the arrays of a ``.pt``, ``.npz`` or
-    ``.safetensors``.
+    ``.safetensors``; ``etag`` is the store's own mark of the content, when it was looked at.
     """
 
     key: Key
@@ -133,6 +134,7 @@ class StoredArray(_Facts):
     dims: tuple[str, ...] | None = None
     n_bytes: Count
     sha256: str | None = None
+    etag: str | None = None
     members: dict[MemberName, ArraySchema] = {}
 
     @model_validator(mode="after")
@@ -162,10 +164,10 @@ class Rows(_Record):
 
 
 class Alpha(_Facts):
-    """Everything released at one subsampling fraction."""
+    """Everything released at one subsampling fraction; ``alpha`` and ``rows`` are left out where nobody knows them."""
 
-    alpha: Annotated[float, Field(gt=0, lt=1)]
-    rows: Rows
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    rows: Rows | None = None
     arrays: dict[Name, StoredArray]
 
 
@@ -187,10 +189,10 @@ class DatasetEntry(_Facts):
     """A dataset: its sizes, the order of its examples, and its arrays by alpha."""
 
     title: str
-    n_train: Count
-    n_test: Count
+    n_train: Count | None = None
+    n_test: Count | None = None
     n_classes: Count | None = None
-    example_order: str
+    example_order: str | None = None
     alphas: dict[Name, Alpha]
 
 
@@ -214,22 +216,27 @@ class Artifact:
         The object that holds it; several members of a ``.pt`` share one.
     schema : ArraySchema or None
         Claimed shape, dtype and dims; None for a whole ``.pt``.
-    alpha : float
-        Share of the training examples in a subset.
+    alpha : float or None
+        Share of the training examples in a subset; None where it is not known.
+    rows : Rows or None
+        What the models are for; None where it is not known.
     basis : dict of str to Basis
         How each fact is known.
+    at : str or None
+        Where the object lies, for one that no catalog lists: it was found by its address.
     """
 
     name: str
     dataset: str
     alpha_name: str
-    alpha: float
+    alpha: float | None
     member: str | None
     stored: StoredArray
     schema: ArraySchema | None
     source: SourceEntry
-    rows: Rows
+    rows: Rows | None
     basis: dict[str, Basis]
+    at: str | None = None
 
     @property
     def object_name(self) -> str:
@@ -244,7 +251,7 @@ class Artifact:
     @property
     def url(self) -> str:
         """Where the object lies."""
-        return join_url(self.source.url, self.stored.key)
+        return self.at or join_url(self.source.url, self.stored.key)
 
 
 class Catalog(_Record):
@@ -321,7 +328,7 @@ class Catalog(_Record):
             schema=schema,
             source=self.source,
             rows=alpha.rows,
-            basis=stored.basis | {"rows": alpha.basis["rows"]},
+            basis=stored.basis | ({"rows": alpha.basis["rows"]} if alpha.rows else {}),
         )
         yield whole
         if members:

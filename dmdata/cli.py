@@ -6,11 +6,22 @@ from typing import Any
 import click
 from rich.table import Table
 
-from dmdata import money_commands, release, upkeep_commands
+from dmdata import catalog_commands, money_commands, pricing, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
 from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import AMOUNT, Talk, run, talk_options
-from dmdata.copy_commands import Priced, compare, get, mirror, option_catalog, option_to, print_estimate
+from dmdata.copy_commands import (
+    Priced,
+    compare,
+    get,
+    looked_up,
+    mirror,
+    option_catalog,
+    options_spending,
+    print_estimate,
+)
+from dmdata.errors import CatalogError
+from dmdata.locate import is_address
 from dmdata.prices import GIB, Destination, readable_bytes, readable_usd, usage_of
 
 
@@ -34,7 +45,7 @@ for _command in (
     money_commands.config,
     upkeep_commands.doctor,
     upkeep_commands.cache,
-    upkeep_commands.catalog,
+    catalog_commands.catalog,
     completion_command("dmdata"),
 ):
     commands.add_command(_command)
@@ -49,8 +60,14 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
     Without PATTERNS everything is listed. '*' stands for any text within one part of a name, '**' for any parts.
     """
+    if addresses := [pattern for pattern in patterns if is_address(pattern)]:
+        raise CatalogError(
+            f"{addresses[0]} is an address, and ls lists what a catalog holds, for free; describe it with dmdata info, "
+            "or make a catalog of all that is there with dmdata catalog scan",
+            name=addresses[0],
+        )
     known = release.load_catalog(catalog)
-    priced = release.price_artifacts(known.match(patterns or ("**",)), to=Destination.INTERNET)
+    priced = pricing.price_artifacts(known.match(patterns or ("**",)), to=Destination.INTERNET)
     table = Table("artifact", "shape", "dtype", "size", "to the internet", box=None, header_style="bold")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -65,39 +82,53 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
 @commands.command("info")
 @click.argument("name", required=False, shell_complete=complete_artifacts)
-@option_catalog
+@options_spending
 @talk_options
-def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
-    """Show all that is known of NAME, an artifact or a dataset, and for each fact how it is known.
+def describe(talk: Talk, name: str | None, **spending: Any) -> None:
+    """Show all that is known of NAME, an artifact, a dataset or an address, and for each fact how it is known.
 
-    Without NAME the release itself: where it is, how large, how to cite it, and what was never released.
+    Without NAME the release itself: where it is, how large, how to cite it, and what was never released. Of an address
+    the header is read, for the price of a request or two where its reader pays.
     """
-    known = release.load_catalog(catalog)
+    if name is not None and is_address(name):
+        with looked_up(talk, [name], **spending) as found:
+            if found is not None:
+                _describe_artifact(talk, found[0])
+        return
+    known = release.load_catalog(spending["catalog"])
     if name is None:
         _describe_release(talk, known)
         return
     if name in known.datasets:
         _describe_dataset(talk, known, name)
         return
-    artifact = known.find(name)
+    _describe_artifact(talk, known.find(name))
+
+
+def _describe_artifact(talk: Talk, artifact: Artifact) -> None:
+    rows_of = artifact.rows
     data = _artifact_facts(artifact) | {
-        "url": artifact.url,
+        "url": str(release.address_of(artifact)),
+        "etag": artifact.stored.etag,
         "requester_pays": artifact.source.requester_pays,
-        "fit_rows": artifact.rows.fit,
-        "evaluation_rows": artifact.rows.evaluation,
+        "fit_rows": rows_of.fit if rows_of else None,
+        "evaluation_rows": rows_of.evaluation if rows_of else None,
         "basis": {fact: str(basis) for fact, basis in artifact.basis.items()},
         "note": artifact.stored.note,
     }
     table = Table("fact", "value", "basis", box=None, header_style="bold")
     shape, dtype = _shape_and_dtype(artifact)
     basis = artifact.basis
-    rows = {"key": artifact.url, "shape": shape, "dtype": dtype, "n_bytes": f"{artifact.n_bytes:,}"}
+    rows = {"key": data["url"], "shape": shape, "dtype": dtype, "n_bytes": f"{artifact.n_bytes:,}"}
     for fact, value in rows.items():
         table.add_row(fact, value, str(basis.get(fact, "")))
     if artifact.schema is not None:
         table.add_row("dims", ", ".join(artifact.schema.dims), str(basis.get("dims", "")))
-    table.add_row("fit rows", _rows(artifact.rows.fit), str(basis.get("rows", "")))
-    table.add_row("evaluation rows", _rows(artifact.rows.evaluation), str(basis.get("rows", "")))
+    if artifact.stored.etag:
+        table.add_row("etag", artifact.stored.etag, "")
+    if rows_of is not None:
+        table.add_row("fit rows", _rows(rows_of.fit), str(basis.get("rows", "")))
+        table.add_row("evaluation rows", _rows(rows_of.evaluation), str(basis.get("rows", "")))
     table.add_row("paid by", "the reader (requester pays)" if artifact.source.requester_pays else "nobody", "")
     if artifact.stored.note:
         table.add_row("note", artifact.stored.note, "")
@@ -110,8 +141,7 @@ def describe(talk: Talk, name: str | None, catalog: str | None) -> None:
 @click.option("--select", metavar="INDEX", help='What is read of each artifact, as "0:1000,42".')
 @click.option("--used-gib", type=AMOUNT, metavar="GB", help="Sent to the internet this month already.")
 @click.option("--free-tier/--no-free-tier", default=None, help="Whether the month's free GB are left but for these.")
-@option_to
-@option_catalog
+@options_spending
 @talk_options
 def estimate(
     talk: Talk,
@@ -120,16 +150,18 @@ def estimate(
     select: str | None,
     used_gib: float | None,
     free_tier: bool | None,
-    to: str,
-    catalog: str | None,
+    **spending: Any,
 ) -> None:
     """Price artifacts before a byte moves, by the catalog alone: no network, no credentials.
 
-    Both ends are shown: the cheapest way, which reads take, and the fastest by the assumed link.
+    Of an address the header is read, for the price of a request or two where its reader pays. Both ends are shown: the
+    cheapest way, which reads take, and the fastest by the assumed link.
     """
-    known, usage = release.load_catalog(catalog), usage_of(used_gib, free_tier)
-    priced = release.price_artifacts(known.match(patterns, exclude=exclude), key=select, to=to, usage=usage)
-    print_estimate(talk, Priced.all_of(priced), to=to, usage=usage)
+    usage, to = usage_of(used_gib, free_tier), spending["to"]
+    with looked_up(talk, patterns, exclude=exclude, **spending) as found:
+        if found is not None:
+            priced = pricing.price_artifacts(found, key=select, to=to, usage=usage)
+            print_estimate(talk, Priced.all_of(priced), to=to, usage=usage)
 
 
 def _describe_release(talk: Talk, known: Catalog) -> None:
@@ -186,6 +218,8 @@ def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
 
 
 def _shape_and_dtype(artifact: Artifact) -> tuple[str, str]:
+    if artifact.schema is None and not artifact.stored.members:
+        return "bytes", ""
     if artifact.schema is None:
         dtypes = {member.dtype for member in artifact.stored.members.values()}
         return " + ".join(artifact.stored.members), ", ".join(sorted(dtypes))

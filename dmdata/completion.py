@@ -5,14 +5,24 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from dmdata.console import complete_variable
 from dmdata.errors import DmdataError
-from dmdata.release import load_catalog
+from dmdata.locate import is_address
+from dmdata.release import address_at, load_catalog
+from dmdata.settings import settings
 
 
 def complete_artifacts(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Offer the names of the catalog in use that go on from what was typed, one part of a name at a time."""
+    """Offer the names of the catalog in use that go on from what was typed, one part of a name at a time.
+
+    Of an address, files are offered. A catalog that would have to be paid for is not fetched at the press of a key.
+    """
     del parameter
+    if is_address(incomplete):
+        return [CompletionItem(incomplete, type="file")]
     try:
-        catalog = load_catalog(context.params.get("catalog"))
+        chosen = context.params.get("catalog") or settings().catalog
+        if chosen and address_at(chosen).requester_pays:
+            return []
+        catalog = load_catalog(chosen)
     except DmdataError:
         return []  # what is wrong with it is said when the command runs
     depth = incomplete.count("/") + 1

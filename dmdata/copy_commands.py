@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from rich.progress import DownloadColumn, ProgressColumn, Task, TransferSpeedCol
 from rich.table import Table
 from rich.text import Text
 
-from dmdata import ledger, release
+from dmdata import copies, ledger, pricing, release
 from dmdata.catalog import Artifact
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.errors import IntegrityError
+from dmdata.locate import is_address, url_and_member
 from dmdata.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.prices import (
     ANY_MONTH,
@@ -53,6 +54,11 @@ def option_to(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of those that can spend, and that read what a catalog lists."""
+    return options_paying(option_catalog(command))
+
+
+def options_paying(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of those that can spend."""
     for option in (
         click.option("-y", "--yes", is_flag=True, help="Agree to the price without being asked."),
@@ -60,7 +66,7 @@ def options_spending(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dry-run", is_flag=True, help="Show what would be fetched and its price, then stop."),
     ):
         command = option(command)
-    return option_to(option_catalog(command))
+    return option_to(command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,47 @@ def paid_for(
         if max_cost is not None:
             stack.enter_context(ledger.budget(usd=max_cost))
         if paid:
-            price = release.total_of([part.estimate for part in paid], to=to)
-            read = paid[0].name if len(paid) == 1 else f"{len(paid)} artifacts"
-            ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=read)
-            ask_consent(talk, price, what=what, agreed=yes)
+            agree_to(talk, paid, what, to=to, yes=yes)
         yield True
+
+
+@contextlib.contextmanager
+def looked_up(
+    talk: Talk,
+    patterns: Sequence[str],
+    *,
+    exclude: Sequence[str] = (),
+    to: str,
+    catalog: str | None,
+    dry_run: bool,
+    max_cost: float | None,
+    yes: bool,
+) -> Iterator[list[Artifact] | None]:
+    """Find artifacts by names, globs and addresses, and hold the budget of the whole command while the block runs.
+
+    The header of an address may cost something: that is asked first. Yields None where it was not to be read, because
+    nothing is spent in a dry run that nobody agreed to.
+    """
+    headers = [Priced(name, price, is_paid=True) for name, price in release.price_headers(patterns, to=to)]
+    with contextlib.ExitStack() as stack:
+        if max_cost is not None:
+            stack.enter_context(ledger.budget(usd=max_cost))
+        if headers and dry_run and not yes:
+            print_estimate(talk, headers, to=to)
+            talk.remark("these are the headers alone: add -y to read them, and to see the price of all")
+            yield None
+            return
+        if headers:
+            what = f"the header of {headers[0].name}" if len(headers) == 1 else f"{len(headers)} headers"
+            agree_to(talk, headers, f"reading {what}", to=to, yes=yes)
+        yield release.look_up(patterns, exclude=exclude, to=to, catalog=catalog)
+
+
+def agree_to(talk: Talk, paid: list[Priced], what: str, *, to: str, yes: bool) -> None:
+    """Check that a price fits the budget, and ask whether it may be spent."""
+    price = pricing.total_of([part.estimate for part in paid], to=to)
+    ledger.Ledger(ledger.home()).check(usd=price.usd, artifact=paid[0].name if len(paid) == 1 else what)
+    ask_consent(talk, price, what=what, agreed=yes)
 
 
 def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = ANY_MONTH) -> None:
@@ -123,7 +165,7 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = 
     def both(price: Estimate) -> dict[str, Any]:
         return facts(price.cheapest) | {"fastest": facts(price.fastest)}
 
-    total = release.total_of([part.estimate for part in priced], to=to, usage=usage)
+    total = pricing.total_of([part.estimate for part in priced], to=to, usage=usage)
     data = both(total) | {
         "to": str(total.destination),
         "price_date": total.price_date,
@@ -158,20 +200,26 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = 
 @options_spending
 @talk_options
 def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
-    """Download the object of NAME as it is. Run again to resume."""
-    known = release.load_catalog(spending["catalog"])
-    artifact = known.find(known.find(name).object_name)
-    path = release.download_path(artifact, output)
-    priced = Priced.all_of(release.price_download(artifact, path, to=spending["to"]))
-    with paid_for(talk, priced, f"downloading {artifact.name}", **spending) as agreed:
-        if not agreed:
+    """Download the object of NAME, of a catalog or an address, as it is. Run again to resume."""
+    with contextlib.ExitStack() as stack:
+        if is_address(name):
+            # of a member the whole object is meant
+            wanted = [url_and_member(name)[0]]
+            found = stack.enter_context(looked_up(talk, wanted, **spending))
+            if found is None:
+                return
+            artifact = found[0]
+        else:
+            artifact = release.object_named(name, spending["catalog"])
+        path = pricing.download_path(artifact, output)
+        priced = Priced.all_of(pricing.price_download(artifact, path, to=spending["to"]))
+        if not stack.enter_context(paid_for(talk, priced, f"downloading {artifact.name}", **spending)):
             return
         with _bars(talk, priced) as bars:
-            path = release.get(
-                artifact.name,
+            path = copies.get_artifact(
+                artifact,
                 output,
                 to=spending["to"],
-                catalog=known,
                 progress=lambda done, in_all: bars.complete(artifact.name, done, in_all),
             )
     talk.print_data(
@@ -207,32 +255,25 @@ def mirror(
 ) -> None:
     """Copy artifacts into a chunked Zarr store at DESTINATION, a path or s3://bucket/prefix. Run again to resume.
 
-    One exact name makes DESTINATION that array; globs or several names make it a group.
+    One exact name or address makes DESTINATION that array; globs or several make it a group.
     """
-    known = release.load_catalog(spending["catalog"])
-    artifacts = release.arrays_of(known.match(patterns, exclude=exclude), known)
-    priced = Priced.all_of(
-        release.price_mirror(
-            artifacts,
-            destination,
-            key=select,
-            to=spending["to"],
-            memory_bytes=memory << 20,
-            alone=release.mirrored_alone(patterns, artifacts),
-        )
-    )
-    with paid_for(talk, priced, f"mirroring {', '.join(patterns)}", **spending) as agreed:
-        if not agreed:
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(looked_up(talk, patterns, exclude=exclude, **spending))
+        if found is None:
+            return
+        artifacts = pricing.arrays_of(found)
+        alone = copies.mirrored_alone(patterns, artifacts)
+        plan: dict[str, Any] = {"key": select, "to": spending["to"], "memory_bytes": memory << 20, "alone": alone}
+        priced = Priced.all_of(pricing.price_mirror(artifacts, destination, **plan))
+        # a query of an address may hold a secret
+        what = ", ".join(str(release.address_named(p)) if is_address(p) else p for p in patterns)
+        if not stack.enter_context(paid_for(talk, priced, f"mirroring {what}", **spending)):
             return
         with _bars(talk, priced) as bars:
-            release.mirror(
-                patterns[0] if len(patterns) == 1 else patterns,
+            copies.mirror_artifacts(
+                artifacts,
                 destination,
-                key=select,
-                exclude=exclude,
-                to=spending["to"],
-                catalog=known,
-                memory_bytes=memory << 20,
+                **plan,
                 scheduler=scheduler,
                 received=bars.received,
             )

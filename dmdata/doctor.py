@@ -59,15 +59,15 @@ class Finding:
     remedy: str = ""
 
 
-def examine(address: Address, *, n_bytes: int, destination: Path) -> list[Finding]:
+def examine(address: Address, *, n_bytes: int | None, destination: Path) -> list[Finding]:
     """Look at all that a read of an object needs, without spending anything.
 
     Parameters
     ----------
     address : Address
         Of the object that would be read.
-    n_bytes : int
-        Its size, for the disk that a copy would take.
+    n_bytes : int or None
+        Its size, for the disk that a copy would take; None where only reading it would tell.
     destination : Path
         Where a copy would go.
     """
@@ -132,9 +132,11 @@ def _home() -> Finding:
     )
 
 
-def _disk(destination: Path, n_bytes: int) -> Finding:
+def _disk(destination: Path, n_bytes: int | None) -> Finding:
     place = destination.absolute()
     free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
+    if n_bytes is None:
+        return Finding("disk", "ok", f"{readable_bytes(free)} free at {place}")
     words = f"{readable_bytes(free)} free at {place}; a copy as it is takes {readable_bytes(n_bytes)}"
     if free >= n_bytes:
         return Finding("disk", "ok", words)

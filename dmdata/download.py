@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dmdata import digests
 from dmdata.address import ObjectState
 from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
@@ -25,7 +26,10 @@ from dmdata.plan import ReadPlan, plan_read
 from dmdata.selection import select
 from dmdata.spool import take_room
 
-START_BYTES: dict[Kind, int] = {"npy": NPY_PREFIX_BYTES, "npz": 1, "pt": 1, "safetensors": 1}
+Checked: TypeAlias = Kind | Literal["bytes"]
+"""How what was downloaded is checked: by its header, or not where it has none."""
+
+START_BYTES: dict[Checked, int] = {"npy": NPY_PREFIX_BYTES, "npz": 1, "pt": 1, "safetensors": 1, "bytes": 1}
 """What is read first, beside the object itself: its header, if that is short and in one place."""
 
 _RANGES_AT_ONCE = 8
@@ -47,8 +51,8 @@ def download(
     transport : Transport
     path : Path
         Final name; nothing is there before the download is complete and checked.
-    kind : {"npy", "npz", "pt", "safetensors"}
-        What its header must be.
+    kind : {"npy", "npz", "pt", "safetensors", "bytes"}
+        What its header must be; "bytes" have none.
     sha256 : str or None
         What its digest must be.
     progress : callable or None
@@ -67,9 +71,13 @@ def download(
         with only_process_at(path):
             state = _look_at_start(transport, kind)
             _append_missing(transport, state, part, part.begin(state), progress)
-            _check(part.path, str(transport.address), kind, sha256)
+            known = digests.recall(transport.address, state)
+            is_remote = not transport.address.is_local
+            digest = _check(part.path, str(transport.address), kind, sha256 or known, digested=is_remote)
             part.path.replace(path)
             part.about.unlink(missing_ok=True)
+            if digest is not None:
+                digests.record(transport.address, state, digest)
     except (FormatError, IntegrityError):
         part.discard()
         raise
@@ -202,14 +210,17 @@ def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:
     )
 
 
-def _check(path: Path, url: str, kind: Kind, sha256: str | None) -> None:
+def _check(path: Path, url: str, kind: Checked, sha256: str | None, *, digested: bool) -> str | None:
     with path.open("rb") as file:
-        if sha256 and (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 or digested else None
+        if sha256 and digest != sha256:
             raise IntegrityError(
-                f"{url} has SHA-256 {digest}, its catalog says {sha256}; nothing was kept; ask its publisher which is "
-                "right",
+                f"{url} has SHA-256 {digest}; its catalog, or an earlier reading of the same ETag, says {sha256}; "
+                "nothing was kept; ask its publisher which is right",
                 url=url,
             )
+        if kind == "bytes":
+            return digest
 
         def read_at(start: int, stop: int) -> bytes:
             file.seek(start)
@@ -218,3 +229,4 @@ def _check(path: Path, url: str, kind: Kind, sha256: str | None) -> None:
         with no_warnings():  # what there is to warn of was said before the download
             # of a .npz the directory alone: compressed arrays cannot be read in place, but can be had whole
             contents_of(kind, read_at, object_bytes=path.stat().st_size, url=url, wanted="")
+        return digest

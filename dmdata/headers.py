@@ -46,12 +46,18 @@ class Header:
     names: tuple[str, ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)
 
-    def has(self, name: str) -> bool:
-        """Tell whether the layout of an array is here; in a ``.npz`` it may be asked for with its suffix."""
-        return name in self.layouts or (name not in self.names and name.removesuffix(".npy") in self.layouts)
+    def answers(self, wanted: str | None) -> bool:
+        """Tell whether nothing more need be read for an array, or for all of them.
+
+        In a ``.npz`` an array may be asked for with its suffix.
+        """
+        if wanted is None:
+            return {*self.layouts, *self.unreadable}.issuperset(self.names)
+        named = {wanted, wanted.removesuffix(".npy")} & set(self.names)
+        return not named or wanted in self.layouts or wanted.removesuffix(".npy") in self.layouts
 
 
-def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -> Header:
+def read_header(transport: Transport, *, kind: Kind | None, wanted: str | None = NPY) -> Header:
     """Learn the layouts of an object, from memory or by reading its header.
 
     Parameters
@@ -59,8 +65,8 @@ def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -
     transport : Transport
     kind : {"npy", "npz", "pt", "safetensors"} or None
         None tells it by the first bytes.
-    wanted : str
-        The array that will be read.
+    wanted : str or None
+        The array that will be read; None for all of them.
 
     Raises
     ------
@@ -70,8 +76,7 @@ def read_header(transport: Transport, *, kind: Kind | None, wanted: str = NPY) -
     """
     url = str(transport.address)
     known = _recall(transport.address)
-    is_there = known is not None and {wanted, wanted.removesuffix(".npy")} & set(known.names)
-    if known is not None and (known.has(wanted) or not is_there):
+    if known is not None and known.answers(wanted):
         if known.names == (NPY,):
             warn_of_trailing_bytes(known.layouts[NPY], object_bytes=known.state.n_bytes, url=url)
         return known
@@ -103,7 +108,7 @@ def forget_header(address: Address) -> None:
 def _path(address: Address) -> Path:
     # named by digest: whatever a catalog calls an object, the file stays in this folder
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    name = hashlib.sha256(f"{endpoint} {address.url}".encode()).hexdigest()
+    name = hashlib.sha256(f"{endpoint} {address.url} {address.version or ''}".encode()).hexdigest()
     return home() / "headers" / f"{name}.json"
 
 

@@ -16,6 +16,7 @@ from dmdata.settings import config_path, set_in_file, settings, settings_in_forc
 _WHAT = {
     "date": "day the prices were looked up",
     "usd_per_get": "a GET or HEAD request",
+    "usd_per_list": "a LIST request, of up to 1,000 objects",
     "free_gib": "GB to the internet that are free each month",
     "internet_tiers": "GB of the month up to which a price holds, and dollars a GB",
     "cross_region_usd_per_gib": "lowest and highest dollars a GB between US regions",

@@ -89,6 +89,8 @@ class PriceTable:
         Day the list prices were last reviewed, ISO.
     usd_per_get : float
         A GET or HEAD request.
+    usd_per_list : float
+        A LIST request.
     free_gib : float
         GB to the internet that are free each month, over all services of the account.
     internet_tiers : tuple of (float, float)
@@ -99,6 +101,7 @@ class PriceTable:
 
     date: str
     usd_per_get: float
+    usd_per_list: float
     free_gib: float
     internet_tiers: tuple[tuple[float, float], ...]
     cross_region_usd_per_gib: tuple[float, float]
@@ -131,6 +134,7 @@ class PriceTable:
 PRICES = PriceTable(
     date="2026-11-22",
     usd_per_get=0.0004 / 1000,
+    usd_per_list=0.005 / 1000,
     free_gib=100.0,
     # the first tier ends 10 TB, the next 50 TB, the next 150 TB into the month
     internet_tiers=((10_240.0, 0.09), (51_200.0, 0.085), (153_600.0, 0.07), (math.inf, 0.05)),

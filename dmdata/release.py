@@ -6,44 +6,47 @@ what the authors released are opened by the same call.
 """
 
 import os
+import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, get_args
+from urllib.parse import unquote
 
 import numpy as np
-import zarr
-import zarr.errors
 
-from dmdata.address import Address, split_version
-from dmdata.array import InObject, InZarr, LazyArray, Preference, estimate_read
-from dmdata.catalog import Artifact, Catalog, bundled, load_file
-from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
-from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
+from dmdata.address import Address, ObjectState, split_version
+from dmdata.array import InObject, InZarr, LazyArray, Preference
+from dmdata.catalog import ArraySchema, Artifact, Basis, Catalog, SourceEntry, StoredArray, bundled, load_file
+from dmdata.errors import CatalogError, FormatError, SelectionError
 from dmdata.fetch import Transport
-from dmdata.formats import (
-    NPY_PREFIX_BYTES,
-    Layout,
-    contiguous_strides,
-    kind_by_suffix,
-    stored_as,
-)
+from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
 from dmdata.headers import NPY, Header, read_header
 from dmdata.layouts import listed
-from dmdata.ledger import Ledger, home
 from dmdata.locate import is_address, path_of, url_and_member
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads, require_zarr_dtype
-from dmdata.mirror import mirror as mirror_array
-from dmdata.place import Place
-from dmdata.prices import ANY_MONTH, Destination, Estimate, Usage, destination_of, price_table, quote, usage_of
-from dmdata.selection import Selection, parse_selection, select
+from dmdata.prices import Destination, Estimate, destination_of, usage_of
+from dmdata.pricing import (
+    as_npy,
+    price_artifacts,
+    price_header,
+    total_of,
+)
 from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
 
 _LONGEST_CATALOG_BYTES = 4 << 20
+# a catalog on the web is fetched once a process; after so long the next use asks whether it is still the same
+_CATALOG_SECONDS = 900.0
+_CATALOGS: dict[tuple[object, ...], "_FetchedCatalog"] = {}
+_CATALOGS_LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_CATALOGS_LOCK.acquire,
+        after_in_parent=_CATALOGS_LOCK.release,
+        after_in_child=_CATALOGS_LOCK.release,
+    )
 
 
 class CatalogMismatchWarning(UserWarning):
@@ -57,6 +60,8 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     ----------
     catalog : Catalog, path or URL, optional
         By default ``DMDATA_CATALOG``, else the config file's, else the published release's, which is in the package.
+        One on the web is fetched once a process; after a quarter of an hour one byte of it is read, to learn whether
+        its ETag is still the same.
 
     Raises
     ------
@@ -71,10 +76,47 @@ def load_catalog(catalog: CatalogLike = None) -> Catalog:
     if "://" not in where:
         return load_file(where)
     url = where if where.endswith((".yaml", ".yml")) else f"{where.rstrip('/')}/catalog.yaml"
+    if _address_of_url(url).is_local:
+        return load_file(_address_of_url(url).local_path)
+    # whatever leads to another object under the same URL: an endpoint, a profile, the home whose ledger is charged
+    environment = sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("AWS_") or name in ("DMDATA_HOME", "DMDATA_OFFLINE")
+    )
+    known_as = (url, *environment)
+    # of several threads one fetches it, and the others wait for that
+    with _CATALOGS_LOCK:
+        fetched = _CATALOGS.get(known_as)
+        if fetched is None or not fetched.is_current(url):
+            fetched = _CATALOGS[known_as] = _fetch_catalog(url)
+    return fetched.catalog
+
+
+@dataclass(slots=True)
+class _FetchedCatalog:
+    """A catalog that was read by its URL: the ETag it had, and when it was last seen to have it."""
+
+    catalog: Catalog
+    etag: str | None
+    seen_at: float
+
+    def is_current(self, url: str) -> bool:
+        """Tell whether it is still what lies at the URL; asks at most once in a while."""
+        if time.monotonic() - self.seen_at < _CATALOG_SECONDS:
+            return True
+        if self.etag is None or Transport(_address_of_url(url), artifact=url).start(1)[1].etag != self.etag:
+            return False
+        self.seen_at = time.monotonic()
+        return True
+
+
+def _fetch_catalog(url: str) -> _FetchedCatalog:
     text, state = Transport(_address_of_url(url), artifact=url).start(_LONGEST_CATALOG_BYTES)
     if state.n_bytes > len(text):
         raise CatalogError(f"{url} has {state.n_bytes} bytes; a catalog has at most {_LONGEST_CATALOG_BYTES}")
-    return Catalog.parse(text.decode("utf-8", errors="replace"), origin=url)
+    catalog = Catalog.parse(text.decode("utf-8", errors="replace"), origin=url)
+    return _FetchedCatalog(catalog, state.etag, time.monotonic())
 
 
 def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
@@ -123,7 +165,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     if artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
-    return _open_artifact(artifact, destination, prefer)
+    return open_artifact(artifact, destination, prefer)
 
 
 def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
@@ -179,12 +221,12 @@ def estimate(
     used_gib: float | None = None,
     free_tier: bool | None = None,
 ) -> Estimate:
-    """Price artifacts by the catalog alone: no network, no credentials.
+    """Price artifacts by the catalog alone: no network, no credentials. Of an address the header is read.
 
     Parameters
     ----------
     patterns : str or sequence of str
-        Names or globs.
+        Names, globs or addresses.
     select : index or str, optional
         What is read of each; by default all of it. As text: "0:1000,42".
     exclude : sequence of str
@@ -200,88 +242,17 @@ def estimate(
     -------
     total : Estimate
         Of all together; the price of a gigabyte falls and the free tier is met only once.
+
+    Raises
+    ------
+    CatalogError, SelectionError
+    FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
+        If the header of an address cannot be read.
     """
     usage = usage_of(used_gib, free_tier)
-    priced = price_artifacts(load_catalog(catalog).match(patterns, exclude=exclude), key=select, to=to, usage=usage)
+    artifacts = look_up(patterns, exclude=exclude, to=to, catalog=catalog)
+    priced = price_artifacts(artifacts, key=select, to=to, usage=usage)
     return total_of([price for _, price in priced], to=to, usage=usage)
-
-
-def price_artifacts(
-    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage = ANY_MONTH
-) -> list[tuple[Artifact, Estimate]]:
-    """Price a selection of each artifact, or all of it, by what its catalog claims, header included.
-
-    By default as a budget will reckon, which knows nothing of the month.
-    """
-    priced = []
-    for artifact in artifacts:
-        if key is None:
-            n_requests = n_requests_of(artifact.n_bytes) + 1
-            priced.append((artifact, _same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
-            continue
-        if artifact.schema is None:
-            raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/weight")
-        layout = _claimed_layout(artifact)
-        selection = _parsed(key, layout.shape)
-        data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
-        total = _totalled([(data, 1)], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
-        priced.append((artifact, total))
-    return priced
-
-
-def price_mirror(
-    artifacts: Sequence[Artifact],
-    destination: str | os.PathLike[str],
-    *,
-    key: Any,
-    to: str | None,
-    memory_bytes: int,
-    alone: bool,
-) -> list[tuple[Artifact, Estimate]]:
-    """Price what a mirror still lacks, by what the catalog claims and what is complete at its destination."""
-    priced, target = [], Place.of(destination)
-    for artifact in artifacts:
-        layout = _claimed_layout(artifact)
-        reads = missing_reads(
-            target if alone else target / artifact.name,
-            _parsed(key, layout.shape),
-            name=artifact.name,
-            itemsize=layout.read_dtype.itemsize,
-            axis=max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0),
-            memory_bytes=memory_bytes,
-        )
-        data = [(estimate_read(layout, selection, to=destination_of(to)), count) for selection, count in reads]
-        priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
-    return priced
-
-
-def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
-    """Price what a download still lacks, by what the catalog claims and what is complete beside its final name."""
-    n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
-    n_bytes = n_missing + (START_BYTES[artifact.stored.format] if artifact.stored.format != "zarr" else 0)
-    return [(artifact, _same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
-
-
-def arrays_of(artifacts: Sequence[Artifact], catalog: Catalog) -> list[Artifact]:
-    """List the arrays among artifacts and inside them."""
-    return [
-        array
-        for artifact in artifacts
-        for array in (
-            [artifact]
-            if artifact.schema is not None
-            else [catalog.find(f"{artifact.name}/{member}") for member in artifact.stored.members]
-        )
-    ]
-
-
-def total_of(
-    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage = ANY_MONTH, with_headers: int = 0
-) -> Estimate:
-    """Price several reads together, and the headers of so many objects."""
-    parts = [(estimate, 1) for estimate in estimates]
-    extra_bytes = with_headers * NPY_PREFIX_BYTES
-    return _totalled(parts, to=to, usage=usage, extra_bytes=extra_bytes, extra_requests=with_headers)
 
 
 def reader_pays(name: str, catalog: Catalog) -> bool:
@@ -289,199 +260,148 @@ def reader_pays(name: str, catalog: Catalog) -> bool:
     return _address_of_url(name).requester_pays if is_address(name) else catalog.find(name).source.requester_pays
 
 
-def mirror(
-    patterns: str | Sequence[str],
-    destination: str | os.PathLike[str],
-    *,
-    rows: Any = slice(None),
-    columns: Any = slice(None),
-    key: Any = None,
-    exclude: Sequence[str] = (),
-    to: str | None = None,
-    catalog: CatalogLike = None,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    scheduler: str | None = None,
-    progress: Callable[[str, Progress], object] | None = None,
-    received: Callable[[str, int], object] | None = None,
-) -> zarr.Array[Any] | zarr.Group:
-    """Copy artifacts into a Zarr store; run again to resume.
+def address_at(url: str) -> Address:
+    """Say on what terms a path or URL is read that is not in a catalog."""
+    return _address_of_url(url)
+
+
+def address_named(name: str) -> Address:
+    """Say where the object at an address is, without the member that it may name."""
+    return _address_of_url(url_and_member(name)[0])
+
+
+def look_up(
+    patterns: str | Sequence[str], *, exclude: Sequence[str] = (), to: str | None = None, catalog: CatalogLike = None
+) -> list[Artifact]:
+    """Find artifacts by names and globs in the catalog, then describe what lies at addresses.
 
     Parameters
     ----------
     patterns : str or sequence of str
-        One exact name makes the destination that array; globs or several names make it a group in which each array
-        has its full name.
-    destination : path or ``s3://bucket/prefix``
-    rows, columns : slice, number or index array
-        Of the first two axes of each.
-    key : index or str, optional
-        Of all axes of each, in place of `rows` and `columns`; as text "0:1000,0:50".
-    exclude, to, catalog
-        As in `estimate`.
-    memory_bytes : int
-        Bound on the memory of the copy; on a cluster of each thread's.
-    scheduler : str, optional
-        Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``; see `dmdata.cluster`.
-    progress : callable, optional
-        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block.
-    received : callable, optional
-        Called with an artifact's name and the bytes that arrived since the last call, from any thread.
+    exclude : sequence of str
+        Names or globs to leave out of what the catalog gives.
+    to, catalog
+        As in `open`.
 
     Raises
     ------
-    CatalogError, SelectionError, BudgetError, IntegrityError, AccessError, SourceError
-        What is complete stays.
+    CatalogError
+        If a name or glob matches nothing.
+    FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
+        If the header of an address cannot be read.
     """
-    known = load_catalog(catalog)
-    names = [patterns] if isinstance(patterns, str) else list(patterns)
-    artifacts = arrays_of(known.match(names, exclude=exclude), known)
-    target = Place.of(destination)
-    alone = mirrored_alone(names, artifacts)
-    work = []
-    for artifact in artifacts:
-        array = _open_artifact(artifact, destination_of(to))
-        require_zarr_dtype(array.name, array.dtype)  # of all, before any is paid for
-        selection = _parsed(key if key is not None else (rows, columns)[: array.ndim], array.shape)
-        work.append((array, target if alone else target / artifact.name, selection))
-    _require_budget(work, memory_bytes)
-    if not alone:
-        with target.explain_errors():
-            group = zarr.open_group(target.store(), mode="a")
-            for array, *_ in work:
-                group.require_group(array.name.rpartition("/")[0])
-    for array, place, selection in work:
-        copy = mirror_array(
-            array,
-            place,
-            selection=selection,
-            memory_bytes=memory_bytes,
-            scheduler=scheduler,
-            progress=progress and partial(progress, array.name),
-            received=received and partial(received, array.name),
-        )
-    return copy if alone else group
+    wanted = list(dict.fromkeys([patterns] if isinstance(patterns, str) else patterns))
+    names = [pattern for pattern in wanted if not is_address(pattern)]
+    listed = load_catalog(catalog).match(names, exclude=exclude) if names else []
+    return listed + [describe(pattern, to=to) for pattern in wanted if is_address(pattern)]
 
 
-def mirrored_alone(patterns: Sequence[str], artifacts: Sequence[Artifact]) -> bool:
-    """Tell whether a mirror of these is one array, not a group: one artifact, named exactly."""
-    return len(artifacts) == 1 and list(patterns) == [artifacts[0].name]
-
-
-def download_path(artifact: Artifact, destination: str | os.PathLike[str] | None) -> Path:
-    """Say where `get` puts an object: a file, or its own name in a folder."""
-    own_name = artifact.stored.key.rpartition("/")[2]
-    path = Path(destination or own_name)
-    return path / own_name if path.is_dir() else path
-
-
-def get(
-    name: str,
-    destination: str | os.PathLike[str] | None = None,
-    *,
-    to: str | None = None,
-    catalog: CatalogLike = None,
-    progress: Callable[[int, int], object] | None = None,
-) -> Path:
-    """Download an object as it is; run again to resume.
-
-    Parameters
-    ----------
-    name : str
-        Of an artifact; for an array inside a ``.pt``, the whole ``.pt``.
-    destination : path, optional
-        File or existing folder; by default the object's own name in the working directory.
-    to, catalog
-        As in `open`.
-    progress : callable, optional
-        Called with bytes complete and bytes in all.
+def describe(name: str, *, to: str | None = None) -> Artifact:
+    """Describe what lies at an address as a catalog would, by its header, which is read.
 
     Returns
     -------
-    path : Path
-        The complete file, its size, digest (where catalogued) and header checked.
+    artifact : Artifact
+        Its format is "bytes" where the object is not of a kind whose arrays are read.
 
     Raises
     ------
-    FormatError, IntegrityError
-        If the object is damaged or changed meanwhile; nothing is left under the final name.
+    CatalogError
+        If the object has no such member.
+    FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
     """
-    artifact = load_catalog(catalog).find(name)
-    path = download_path(artifact, destination)
-    if artifact.stored.format == "zarr":
-        raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
-    if path.exists():
-        raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to))
-    download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
-    return path
+    url, member = url_and_member(name)
+    address, kind = _address_of_url(url), kind_by_suffix(path_of(url))
+    if kind is None and address.is_local and address.local_path.is_dir():
+        array = _open_zarr(name, str(address.local_path), dims=None)
+        return _described(address, None, "zarr", ObjectState(array.layout.n_bytes, None), {NPY: array.layout})
+    transport = Transport(address, str(address), destination_of(to))
+    if kind is None:
+        head, state = transport.start(HEAD_BYTES["npy"])
+        try:
+            kind = kind_by_bytes(head, object_bytes=state.n_bytes, url=str(address))
+        except FormatError:
+            return _described(address, None, "bytes", state, {})
+    header = read_header(transport, kind=kind, wanted=None)
+    if member:
+        _layout_named(header, member, str(address))
+    return _described(address, member, kind, header.state, header.layouts)
 
 
-def _parsed(key: Any, shape: tuple[int, ...]) -> Selection:
-    if isinstance(key, str):
-        return parse_selection(key, shape)
-    return select(... if key is None else key, shape, orthogonal=True)
+def price_headers(patterns: Sequence[str], *, to: str | None = None) -> list[tuple[str, Estimate]]:
+    """Price the headers of the addresses among these that whoever reads pays for: what `look_up` would spend."""
+    paid = [name for name in patterns if is_address(name) and address_named(name).requester_pays]
+    return [
+        (str(address_named(name)), price_header(kind_by_suffix(path_of(url_and_member(name)[0])) or "npy", to=to))
+        for name in dict.fromkeys(paid)
+    ]
 
 
-def _require_budget(work: Sequence[tuple[LazyArray, Place, Selection]], memory_bytes: int) -> None:
-    """Refuse copies of several arrays, before any data, if a budget would not let all of them end."""
-    usd = 0.0
-    for array, place, selection in work:
-        reads = missing_reads(
-            place,
-            selection,
-            name=array.name,
-            itemsize=array.dtype.itemsize,
-            axis=array.slowest_axis,
-            memory_bytes=memory_bytes,
-        )
-        for part, count in reads:
-            if plan := array.planned(part):
-                usd += array.price_usd(count * plan.n_bytes, count * plan.n_requests)
-    if usd:
-        Ledger(home()).check(usd=usd, artifact=", ".join(array.name for array, *_ in work))
+def object_named(name: str, catalog: CatalogLike = None) -> Artifact:
+    """Find the object behind a name or address; of an address nothing is read for that, and its size is not known."""
+    if not is_address(name):
+        known = load_catalog(catalog)
+        return known.find(known.find(name).object_name)
+    url, _ = url_and_member(name)
+    address = _address_of_url(url)
+    if address.is_local and address.local_path.is_dir():
+        raise CatalogError(f"{name} is a folder, not one object; use dmdata mirror {name}", name=name)
+    return _described(address, None, kind_by_suffix(path_of(url)) or "bytes", ObjectState(0, None), {})
 
 
-def _same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage = ANY_MONTH) -> Estimate:
-    way = quote(n_bytes, n_requests, destination_of(to), usage=usage)
-    return Estimate(way, way, destination_of(to), price_table().date)
+def _described(
+    address: Address, member: str | None, kind: str, state: ObjectState, layouts: dict[str, Layout]
+) -> Artifact:
+    schemas = {name: _schema_of(layout) for name, layout in layouts.items()}
+    # what lies at an address need not be fit for a catalog: nothing of it is checked
+    stored = StoredArray.model_construct(
+        key=_key_of(address),
+        format=kind,
+        n_bytes=state.n_bytes,
+        etag=state.etag,
+        members={name: schema for name, schema in schemas.items() if name},
+        basis=dict.fromkeys(("shape", "dtype", "n_bytes"), Basis.MEASURED),
+    )
+    requester_pays = address.requester_pays if state.charged is None else state.charged
+    return Artifact(
+        name=f"{address}/{member}" if member else str(address),
+        dataset="",
+        alpha_name="",
+        alpha=None,
+        member=member,
+        stored=stored,
+        schema=schemas.get(member or NPY),
+        source=SourceEntry.model_construct(url=str(address), requester_pays=requester_pays, region=None, basis={}),
+        rows=None,
+        basis=stored.basis,
+        at=address.url,
+    )
 
 
-def _totalled(
-    estimates: Sequence[tuple[Estimate, int]],
-    *,
-    to: str | None,
-    usage: Usage = ANY_MONTH,
-    extra_bytes: int = 0,
-    extra_requests: int = 0,
-) -> Estimate:
-    """Price several reads together, each as many times as is said."""
-
-    def together(way: str) -> Any:
-        quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
-        n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
-        n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
-        return quote(n_bytes, n_requests, destination_of(to), usage=usage)
-
-    ways = together("cheapest"), together("fastest")
-    # part by part the fastest splits ranges for connections that all parts together keep busy anyway
-    fastest = min(reversed(ways), key=lambda way: way.seconds)
-    return Estimate(ways[0], fastest, destination_of(to), price_table().date)
+def _key_of(address: Address) -> str:
+    """Name an object's key: a path as it is, and what comes behind the host of a URL."""
+    if address.is_local:
+        return str(address.local_path)
+    path = path_of(address.url).lstrip("/")
+    return path if address.is_s3 else unquote(path)
 
 
-def _claimed_layout(artifact: Artifact) -> Layout:
-    """Lay an artifact out as its catalog claims it to be."""
-    if artifact.schema is None:
-        return Layout((artifact.n_bytes,), np.dtype(np.uint8), 0, (1,))
-    return _as_npy(artifact.schema.shape, *stored_as(artifact.schema.dtype))
-
-
-def _as_npy(shape: tuple[int, ...], dtype: np.dtype[Any], encoding: str = "") -> Layout:
-    return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize), encoding)
+def _schema_of(layout: Layout) -> ArraySchema:
+    text = layout.encoding or str(layout.dtype)
+    if layout.encoding:
+        return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=_numbered_dims(len(layout.shape)))
+    try:
+        np.dtype(text)
+    except TypeError:
+        text = layout.dtype.str  # of a structured type: its size is right
+    return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=_numbered_dims(len(layout.shape)))
 
 
 def address_of(artifact: Artifact) -> Address:
     """Say where an artifact's object is, and on what terms."""
     source = artifact.source
+    if artifact.at is not None:
+        return _address_of_url(artifact.at)
     return Address(artifact.url, source.requester_pays, source.region, listed=True)
 
 
@@ -498,8 +418,8 @@ def _open_address(name: str, destination: Destination, prefer: Preference) -> La
     address = _address_of_url(url)
     path = path_of(url)
     kind = kind_by_suffix(path)
-    if kind is None and address.is_local and not os.path.isfile(address.url.removeprefix("file://")):
-        return _open_zarr(name, address.url, dims=None)
+    if kind is None and address.is_local and not address.local_path.is_file():
+        return _open_zarr(name, str(address.local_path), dims=None)
     shown = f"{address}/{member}" if member else str(address)
     transport = Transport(address, shown, destination)
     header = read_header(transport, kind=kind, wanted=member)
@@ -511,7 +431,8 @@ def _in_object(transport: Transport, header: Header, prefer: Preference) -> InOb
     return InObject(replace(transport, charged=header.state.charged), header.state.etag, prefer)
 
 
-def _open_artifact(artifact: Artifact, destination: Destination, prefer: Preference = "price") -> LazyArray:
+def open_artifact(artifact: Artifact, destination: Destination, prefer: Preference = "price") -> LazyArray:
+    """Open an array that was looked up; see `open`."""
     schema = artifact.schema
     if schema is None:
         raise CatalogError(f"{artifact.name} holds several arrays", name=artifact.name)
@@ -524,7 +445,7 @@ def _open_artifact(artifact: Artifact, destination: Destination, prefer: Prefere
         # a header with other dimensions than the catalog's is believed, but then their names are not known
         dims = schema.dims if len(schema.dims) == len(layout.shape) else _numbered_dims(len(layout.shape))
         array = LazyArray(artifact.name, dims, layout, _in_object(transport, header, prefer))
-    if array.shape != schema.shape or not _is_of_dtype(array, schema.dtype):
+    if artifact.at is None and (array.shape != schema.shape or not _is_of_dtype(array, schema.dtype)):
         warnings.warn(
             f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "
             f"{artifact.url} has shape {array.shape} and dtype {array.layout.encoding or array.dtype}, and is believed",
@@ -541,7 +462,7 @@ def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArra
     if dims is None or len(dims) != opened.ndim:
         numbered = _numbered_dims(opened.ndim)
         dims = tuple(given or number for given, number in zip(named or numbered, numbered, strict=True))
-    return LazyArray(name, dims, _as_npy(opened.shape, np.dtype(opened.dtype)), body)
+    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body)
 
 
 def _numbered_dims(n: int) -> tuple[str, ...]:

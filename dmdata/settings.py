@@ -59,6 +59,7 @@ class PriceOverrides(_Record):
 
     date: Day | None = Field(default=None, examples=["2027-01-31"])
     usd_per_get: Amount | None = Field(default=None, examples=["0.0000004"])
+    usd_per_list: Amount | None = Field(default=None, examples=["0.000005"])
     free_gib: Amount | None = Field(default=None, examples=["100"])
     internet_tiers: tuple[tuple[Limit, Amount], ...] | None = Field(
         default=None, min_length=1, examples=[_TIERS_EXAMPLE]

@@ -1,6 +1,5 @@
-"""Commands that keep the house: ``doctor``, ``cache``, ``catalog``."""
+"""Commands that keep the house: ``doctor``, ``cache``."""
 
-import json
 from pathlib import Path
 
 import click
@@ -9,12 +8,11 @@ from rich.table import Table
 from dmdata import cache as remembering
 from dmdata import release
 from dmdata.address import Address
-from dmdata.catalog import Catalog
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
-from dmdata.errors import CatalogError
 from dmdata.ledger import Ledger, home
+from dmdata.locate import is_address
 from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes
 
 _MARKS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
@@ -39,14 +37,19 @@ def doctor(
 ) -> None:
     """Explain whether NAME could be read and what would be in the way: credentials, region, prices, budget, disk.
 
-    Without NAME the first object of the catalog is looked at. Nothing is spent without --probe.
+    NAME is of the catalog, or an address. Without it the first object of the catalog is looked at. Nothing is spent
+    without --probe.
     """
-    known = release.load_catalog(catalog)
-    artifact = known.find(name) if name else next(known.artifacts())
-    address = release.address_of(artifact)
-    findings = examine(address, n_bytes=artifact.n_bytes, destination=Path(destination))
+    if name is not None and is_address(name):
+        address = release.address_named(name)
+        looked_at, n_bytes = str(address), None
+    else:
+        known = release.load_catalog(catalog)
+        artifact = known.find(name) if name else next(known.artifacts())
+        address, looked_at, n_bytes = release.address_of(artifact), artifact.name, artifact.n_bytes
+    findings = examine(address, n_bytes=n_bytes, destination=Path(destination))
     if probing:
-        findings.append(_probed(talk, address, artifact.name, agreed=yes))
+        findings.append(_probed(talk, address, looked_at, agreed=yes))
     table = Table("", "what", "how it is", "next", box=None, header_style="bold")
     for finding in findings:
         table.add_row(_MARKS[finding.state], finding.topic, finding.words, finding.remedy)
@@ -54,7 +57,7 @@ def doctor(
         {"topic": finding.topic, "state": finding.state, "words": finding.words, "next": finding.remedy}
         for finding in findings
     ]
-    talk.print_data({"artifact": artifact.name, "findings": facts}, table)
+    talk.print_data({"artifact": looked_at, "findings": facts}, table)
     context.exit(1 if any(finding.state == "fail" for finding in findings) else 0)
 
 
@@ -92,38 +95,3 @@ def clear(talk: Talk, older_than: float) -> None:
     table = Table(box=None, show_header=False)
     table.add_row("removed", f"{n_files:,} files", readable_bytes(n_bytes))
     talk.print_data({"files": n_files, "bytes": n_bytes}, table)
-
-
-@click.group("catalog")
-def catalog() -> None:
-    """Check a catalog, show the one in use, or print the schema they follow."""
-
-
-@catalog.command("check")
-@click.argument("file", type=click.Path())
-@talk_options
-def check(talk: Talk, file: str) -> None:
-    """Tell whether FILE is a valid catalog and, if not, which entry is wrong and why."""
-    known = release.load_catalog(file)
-    artifacts = list(known.artifacts())
-    if not artifacts:
-        raise CatalogError(f"{file} lists no artifacts; add some below datasets: NAME: alphas: NAME: arrays:")
-    n_bytes = sum(artifact.n_bytes for artifact in artifacts)
-    table = Table(box=None, show_header=False)
-    table.add_row(
-        "valid", known.title, f"{len(artifacts)} artifacts", readable_bytes(n_bytes), f"at {known.source.url}"
-    )
-    talk.print_data({"valid": True, "artifacts": len(artifacts), "bytes": n_bytes, "url": known.source.url}, table)
-
-
-@catalog.command("schema")
-def schema() -> None:
-    """Print the JSON Schema of a catalog, for editors that check YAML as it is written."""
-    click.echo(json.dumps(Catalog.model_json_schema(), indent=2))
-
-
-@catalog.command("show")
-@click.option("--catalog", "file", metavar="FILE", help="As of the other commands.")
-def show(file: str | None) -> None:
-    """Print the catalog in use as YAML: the start of one's own."""
-    click.echo(release.load_catalog(file).dump(), nl=False)

@@ -23,7 +23,8 @@ from dmdata.journal import JOURNAL, Journal, Original, open_copy, stored_digest
 from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.prices import Destination, Estimate, destination_of
-from dmdata.release import CatalogLike, CatalogMismatchWarning, load_catalog, reader_pays, total_of
+from dmdata.pricing import total_of
+from dmdata.release import CatalogLike, CatalogMismatchWarning, load_catalog, reader_pays
 from dmdata.release import open as open_array
 
 # a small array is not taken whole for a sample

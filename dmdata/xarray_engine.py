@@ -17,7 +17,8 @@ from dmdata.array import LazyArray
 from dmdata.catalog import Artifact, Catalog, Rows
 from dmdata.errors import CatalogError, FormatError
 from dmdata.interop import block_shape
-from dmdata.release import CatalogLike, arrays_of, load_catalog
+from dmdata.pricing import arrays_of
+from dmdata.release import CatalogLike, load_catalog
 from dmdata.release import open as open_array
 from dmdata.selection import select
 
@@ -76,8 +77,9 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
         }
         sizes = _common_sizes(opened)
         coordinates = {}
-        if _MODEL in sizes and "role" not in dropped:
-            lazy = indexing.LazilyIndexedArray(_Roles(artifacts[0].rows, sizes[_MODEL]))
+        rows = artifacts[0].rows
+        if _MODEL in sizes and rows is not None and "role" not in dropped:
+            lazy = indexing.LazilyIndexedArray(_Roles(rows, sizes[_MODEL]))
             coordinates["role"] = xarray.Variable((_MODEL,), lazy)
         dataset = xarray.Dataset(
             {variable: _as_variable(array) for variable, array in opened.items()},
@@ -133,7 +135,7 @@ def _artifacts_named(name: str, known: Catalog) -> list[Artifact]:
         alphas = " or ".join(f"{name}/{alpha}" for alpha in known.datasets[name].alphas)
         raise CatalogError(f"{name} has models of several alphas, which are no one dataset; open {alphas}", name=name)
     exact = {artifact.name for artifact in known.artifacts(members=True)}
-    return arrays_of(known.match(name if name in exact else f"{name}/*"), known)
+    return arrays_of(known.match(name if name in exact else f"{name}/*"))
 
 
 def _variable_name(artifact: Artifact) -> str:
@@ -163,6 +165,11 @@ def _as_variable(array: LazyArray) -> xarray.Variable:
 
 def _attributes(artifact: Artifact, known: Catalog) -> dict[str, Any]:
     alpha = known.datasets[artifact.dataset].alphas[artifact.alpha_name].alpha
-    facts = {"title": known.title, "dataset": artifact.dataset, "alpha": alpha, "citation": known.citation}
-    facts |= {"n_retrainings": artifact.rows.n_retrainings}
+    facts: dict[str, Any] = {
+        "title": known.title,
+        "dataset": artifact.dataset,
+        "alpha": alpha,
+        "citation": known.citation,
+    }
+    facts |= {"n_retrainings": artifact.rows and artifact.rows.n_retrainings}
     return {name: value for name, value in facts.items() if value is not None}

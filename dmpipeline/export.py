@@ -416,7 +416,7 @@ def _merged(listed: Catalog | None, ours: Catalog, dataset: str, alpha_name: str
     entry = ours.datasets[dataset]
     if there := others.datasets.get(dataset):
         alphas = {**there.alphas, **entry.alphas}
-        alphas = dict(sorted(alphas.items(), key=lambda item: item[1].alpha))
+        alphas = dict(sorted(alphas.items(), key=lambda item: item[1].alpha or 0.0))
         entry = there.model_copy(update={"alphas": alphas})
     datasets = {**others.datasets, dataset: entry}
     title = listed.title

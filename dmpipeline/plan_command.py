@@ -198,7 +198,7 @@ def _plan_of_release(
     fits = {
         artifact.name: _Shape(artifact.rows.fit[1] - artifact.rows.fit[0], *artifact.stored.members["weight"].shape)
         for artifact in artifacts
-        if "weight" in artifact.stored.members
+        if "weight" in artifact.stored.members and artifact.rows is not None
     }
     return Comparison(jobs, estimate(wanted), has_datamodels=bool(fits)), fits
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dmdata.catalog import Artifact
+from dmdata.errors import CatalogError
 from dmdata.prices import Estimate
 from dmpipeline.errors import SpecError
 
@@ -119,10 +120,22 @@ def release_models(artifacts: Sequence[Artifact]) -> dict[tuple[str, str], tuple
     Returns
     -------
     models : dict of (dataset, alpha name) to (number of models, alpha)
+
+    Raises
+    ------
+    CatalogError
+        If the catalog does not say how many models there are, as one made by a scan.
     """
-    return {
-        (artifact.dataset, artifact.alpha_name): (artifact.rows.evaluation[1], artifact.alpha) for artifact in artifacts
-    }
+    models = {}
+    for artifact in artifacts:
+        if artifact.rows is None or artifact.alpha is None:
+            raise CatalogError(
+                f"the catalog does not say which models {artifact.name} is of; add alpha and rows to "
+                f"{artifact.dataset}/{artifact.alpha_name} in it",
+                name=artifact.name,
+            )
+        models[artifact.dataset, artifact.alpha_name] = artifact.rows.evaluation[1], artifact.alpha
+    return models
 
 
 def release_seconds_per_model(dataset: str, alpha: float) -> float:

@@ -1,13 +1,15 @@
 """Making the models again is priced beside downloading them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 import dmdata
+from dmdata.errors import CatalogError
 from dmpipeline.cli import main
-from dmpipeline.regeneration import GPU_USD_PER_HOUR, Comparison, Regeneration
+from dmpipeline.regeneration import GPU_USD_PER_HOUR, Comparison, Regeneration, release_models
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -127,3 +129,9 @@ def test_the_download_of_a_run_goes_where_bytes_are_set_to_go(
     download = json.loads(out)["download"]
     assert (code, "to same-region" in err) == (0, True)
     assert download["usd"] == pytest.approx(download["requests"] * 0.0004 / 1000)
+
+
+def test_a_catalog_that_does_not_say_how_many_models_there_are_is_refused_with_the_remedy() -> None:
+    artifact = dataclasses.replace(dmdata.load_catalog().find("cifar/50pct/train_masks"), rows=None)
+    with pytest.raises(CatalogError, match="add alpha and rows"):
+        release_models([artifact])

@@ -347,6 +347,6 @@ def test_a_catalog_is_read_from_a_bucket(s3: LoopbackS3, catalog: str, monkeypat
     assert dmdata.open(NAME, catalog=f"s3://{BUCKET}/run").shape == (4, 3)
     monkeypatch.setenv("DMDATA_CATALOG", f"s3://{BUCKET}/run/catalog.yaml")
     assert dmdata.open(NAME).shape == (4, 3)
-    s3.put("run/catalog.yaml", b"x" * ((4 << 20) + 1))
+    s3.put("large/catalog.yaml", b"x" * ((4 << 20) + 1))
     with pytest.raises(CatalogError, match="at most"):
-        dmdata.load_catalog()
+        dmdata.load_catalog(f"s3://{BUCKET}/large")

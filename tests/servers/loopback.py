@@ -7,8 +7,9 @@ Tests compare what the ledger claims with what was served here. It promises that
   that does not exist, 403 `InvalidAccessKeyId`, 412 `PreconditionFailed`, 416 `InvalidRange`;
 - leaving its ``with`` block ends every connection and thread, however a client behaves.
 
-It checks key ids and not signatures, and speaks path-style addresses, GET, HEAD and PUT alone: what needs more is
-tested against the real server of ``requester-pays-s3``. Run as a program it serves a folder as a fake release::
+It checks key ids and not signatures, and speaks path-style addresses, GET, HEAD, PUT and ListObjectsV2 alone: what
+needs more is tested against the real server of ``requester-pays-s3``. Run as a program it serves a folder as a fake
+release::
 
     python tests/servers/loopback.py --folder DIR --port 9000
 """
@@ -34,7 +35,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 BUCKET = "madrylab-datamodels"
@@ -98,7 +99,8 @@ class LoopbackS3:
     folder : path or None
         Serve the files below it, each under its relative path.
     hide_missing : bool
-        Answer 403 for a missing key to all but the owner, as S3 does to who may not list; where false, 404.
+        Answer 403 for a missing key to all but the owner, as S3 does to who may not list; where false, 404. Lists are
+        refused likewise.
     region : str
         What HEAD on the bucket answers in ``x-amz-bucket-region``.
     strict_region : bool
@@ -396,7 +398,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(replace(request, status=200), {"x-amz-bucket-region": s3.region}, _Source(b""))
             return
         if not request.key:
-            raise _Refused(501, "NotImplemented", "this server does not list")
+            self._list(request, fault)
+            return
         stored = s3.find(request.key)
         owner = self._signer()[0] == OWNER_KEY_ID
         if stored is None:
@@ -419,6 +422,40 @@ class _Handler(BaseHTTPRequestHandler):
                 stop = min(stop, start + fault.shorten_to)
             answered = replace(request, status=status, charged=s3.requester_pays and not owner)
             self._send(answered, headers, source, (start, stop), fault)
+
+    def _list(self, request: Request, fault: Fault) -> None:
+        """Answer ListObjectsV2, without delimiter."""
+        s3, asked = self.server.s3, dict(parse_qsl(urlsplit(self.path).query, keep_blank_values=True))
+        if asked.get("list-type") != "2" or asked.get("delimiter"):
+            raise _Refused(501, "NotImplemented", "this server lists by ListObjectsV2 without delimiter alone")
+        owner = self._signer()[0] == OWNER_KEY_ID
+        if s3.hide_missing and not owner:
+            raise _Refused(403, "AccessDenied", "Access Denied")
+        most = min(int(asked.get("max-keys", 1000)), 1000)
+        # the token is the last key that was listed
+        after = asked.get("continuation-token") or asked.get("start-after") or ""
+        stored_keys = s3.keys()
+        keys = [key for key in stored_keys if key.startswith(asked.get("prefix", "")) and key > after]
+        written = quote if asked.get("encoding-type") == "url" else escape
+        entries = ""
+        for key in keys[:most]:
+            stored = s3.find(key)
+            assert stored is not None
+            with _opened(stored) as source:
+                entries += (
+                    f"<Contents><Key>{written(key)}</Key><ETag>{escape(source.etag)}</ETag><Size>{source.size}</Size>"
+                    "<StorageClass>STANDARD</StorageClass></Contents>"
+                )
+        more = len(keys) > most
+        token = f"<NextContinuationToken>{escape(keys[most - 1])}</NextContinuationToken>" if more else ""
+        encoding = "<EncodingType>url</EncodingType>" if written is quote else ""
+        document = (
+            '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<Name>{s3.bucket}</Name><KeyCount>{len(keys[:most])}</KeyCount><MaxKeys>{most}</MaxKeys>{encoding}"
+            f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{entries}</ListBucketResult>"
+        )
+        answered = replace(request, status=200, charged=s3.requester_pays and not owner)
+        self._send(answered, {"Content-Type": "application/xml"}, _Source(document.encode()), fault=fault)
 
     def _store(self, request: Request) -> None:
         s3 = self.server.s3

@@ -1,0 +1,194 @@
+"""Prices of reading, mirroring and downloading artifacts, by what is claimed of them: nothing is asked of a source."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmdata.array import estimate_read
+from dmdata.catalog import ArraySchema, Artifact
+from dmdata.download import START_BYTES, bytes_complete, n_requests_of
+from dmdata.errors import FormatError, SelectionError
+from dmdata.formats import NPY_PREFIX_BYTES, PT_HEAD_BYTES, Layout, contiguous_strides, stored_as
+from dmdata.mirror import missing_reads
+from dmdata.place import Place
+from dmdata.prices import ANY_MONTH, Estimate, Usage, destination_of, price_table, quote
+from dmdata.selection import Selection, parse_selection, select
+
+_LONGER_HEADER_BYTES = 1024
+_PT_DIRECTORY_BYTES = 128 << 10
+
+
+def price_artifacts(
+    artifacts: Sequence[Artifact], *, key: Any = None, to: str | None = None, usage: Usage = ANY_MONTH
+) -> list[tuple[Artifact, Estimate]]:
+    """Price a selection of each artifact, or all of it, by what its catalog claims, header included.
+
+    By default as a budget will reckon, which knows nothing of the month.
+    """
+    priced = []
+    for artifact in artifacts:
+        if key is None:
+            n_requests = n_requests_of(artifact.n_bytes) + 1
+            priced.append((artifact, same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
+            continue
+        if artifact.schema is None:
+            arrays_of([artifact])  # says so where there are none
+            member = next(iter(artifact.stored.members))
+            raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/{member}")
+        layout = _claimed_layout(artifact)
+        selection = parsed_selection(key, layout.shape)
+        data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
+        total = _totalled([(data, 1)], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
+        priced.append((artifact, total))
+    return priced
+
+
+def price_mirror(
+    artifacts: Sequence[Artifact],
+    destination: str | os.PathLike[str],
+    *,
+    key: Any,
+    to: str | None,
+    memory_bytes: int,
+    alone: bool,
+) -> list[tuple[Artifact, Estimate]]:
+    """Price what a mirror still lacks, by what the catalog claims and what is complete at its destination."""
+    priced, target = [], Place.of(destination)
+    for artifact in artifacts:
+        layout = _claimed_layout(artifact)
+        reads = missing_reads(
+            target if alone else target / place_of(artifact),
+            parsed_selection(key, layout.shape),
+            name=artifact.name,
+            itemsize=layout.read_dtype.itemsize,
+            axis=max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0),
+            memory_bytes=memory_bytes,
+        )
+        data = [(estimate_read(layout, selection, to=destination_of(to)), count) for selection, count in reads]
+        priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
+    return priced
+
+
+def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tuple[Artifact, Estimate]]:
+    """Price what a download still lacks, by what the catalog claims and what is complete next to its final name."""
+    n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
+    n_bytes = n_missing + START_BYTES[artifact.stored.format if artifact.stored.format != "zarr" else "bytes"]
+    return [(artifact, same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
+
+
+def price_header(kind: str, *, to: str | None) -> Estimate:
+    """Price the header of an object of unknown size, upper bound for what people save."""
+    if kind == "npy":
+        # a header of many dimensions or field names takes one more request
+        return same_both_ways(NPY_PREFIX_BYTES + _LONGER_HEADER_BYTES, 2, to=to)
+    # its start, its directory, and what stands before each tensor that is not within either
+    return same_both_ways(PT_HEAD_BYTES + _PT_DIRECTORY_BYTES, 12, to=to)
+
+
+def place_of(artifact: Artifact) -> str:
+    """Name an artifact inside a group: a relative path that stays in it, whatever its address is."""
+    if artifact.at is None:
+        return artifact.name
+    address = artifact.name.removeprefix("file://").partition("://")
+    parts = [part for part in (address[2] or address[0]).split("/") if part]
+    return "/".join(_safe_part(part) for part in parts)
+
+
+def _safe_part(part: str) -> str:
+    if not part.strip("."):
+        return part.replace(".", "_")  # nothing but dots would lead out of the group
+    part = part.removeprefix("__") or "_"  # names that begin so Zarr keeps for itself
+    return f"{part}_" if part in ("zarr.json", ".zarray", ".zgroup", ".zattrs") else part
+
+
+def arrays_of(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """List the arrays among artifacts and inside them.
+
+    Raises
+    ------
+    FormatError
+        If an address is of an object that holds no array.
+    """
+    arrays = []
+    for artifact in artifacts:
+        if artifact.schema is not None:
+            arrays.append(artifact)
+        elif artifact.stored.members:
+            arrays += [_member_of(artifact, member, schema) for member, schema in artifact.stored.members.items()]
+        else:
+            raise FormatError(
+                f"{artifact.name} is not of a kind whose arrays are read; download it as it is with dmdata get",
+                url=artifact.name,
+            )
+    return arrays
+
+
+def _member_of(artifact: Artifact, member: str, schema: ArraySchema) -> Artifact:
+    return replace(artifact, name=f"{artifact.name}/{member}", member=member, schema=schema)
+
+
+def total_of(
+    estimates: Sequence[Estimate], *, to: str | None = None, usage: Usage = ANY_MONTH, with_headers: int = 0
+) -> Estimate:
+    """Price several reads together, and the headers of so many objects."""
+    parts = [(estimate, 1) for estimate in estimates]
+    extra_bytes = with_headers * NPY_PREFIX_BYTES
+    return _totalled(parts, to=to, usage=usage, extra_bytes=extra_bytes, extra_requests=with_headers)
+
+
+def download_path(artifact: Artifact, destination: str | os.PathLike[str] | None) -> Path:
+    """Say where `get` puts an object: a file, or its own name in a folder."""
+    own_name = artifact.stored.key.rpartition("/")[2]
+    path = Path(destination or own_name)
+    return path / own_name if path.is_dir() else path
+
+
+def parsed_selection(key: Any, shape: tuple[int, ...]) -> Selection:
+    """Read a selection as users write it: an index, text, or None for all."""
+    if isinstance(key, str):
+        return parse_selection(key, shape)
+    return select(... if key is None else key, shape, orthogonal=True)
+
+
+def same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage = ANY_MONTH) -> Estimate:
+    """Price a read that there is one way for."""
+    way = quote(n_bytes, n_requests, destination_of(to), usage=usage)
+    return Estimate(way, way, destination_of(to), price_table().date)
+
+
+def _totalled(
+    estimates: Sequence[tuple[Estimate, int]],
+    *,
+    to: str | None,
+    usage: Usage = ANY_MONTH,
+    extra_bytes: int = 0,
+    extra_requests: int = 0,
+) -> Estimate:
+    """Price several reads together, each as many times as is said."""
+
+    def together(way: str) -> Any:
+        quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
+        n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
+        n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
+        return quote(n_bytes, n_requests, destination_of(to), usage=usage)
+
+    ways = together("cheapest"), together("fastest")
+    # part by part the fastest splits ranges for connections that all parts together keep busy anyway
+    fastest = min(reversed(ways), key=lambda way: way.seconds)
+    return Estimate(ways[0], fastest, destination_of(to), price_table().date)
+
+
+def _claimed_layout(artifact: Artifact) -> Layout:
+    """Lay an artifact out as its catalog claims it to be."""
+    if artifact.schema is None:
+        return Layout((artifact.n_bytes,), np.dtype(np.uint8), 0, (1,))
+    return as_npy(artifact.schema.shape, *stored_as(artifact.schema.dtype))
+
+
+def as_npy(shape: tuple[int, ...], dtype: np.dtype[Any], encoding: str = "") -> Layout:
+    """Lay an array out as a ``.npy`` of it would be."""
+    return Layout(shape, dtype, NPY_PREFIX_BYTES, contiguous_strides(shape, dtype.itemsize), encoding)
