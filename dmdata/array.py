@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from dmdata.array_protocols import ArrayProtocols
 from dmdata.errors import FormatError, IntegrityError
 from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
 from dmdata.formats import Layout
@@ -128,7 +129,7 @@ class InZarr:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class LazyArray:
+class LazyArray(ArrayProtocols):
     """An array that is read when it is indexed. Made by `dmdata.open`.
 
     Attributes
@@ -154,8 +155,6 @@ class LazyArray:
     dims: tuple[str, ...]
     layout: Layout
     body: InObject | InZarr
-
-    __iter__ = None  # would be a request a row: index a block of rows instead
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,11 +215,6 @@ class LazyArray:
         # as NumPy has it, an ellipsis asks for an array even of nothing but one element
         asks_array = any(part is Ellipsis for part in (key if isinstance(key, tuple) else (key,)))
         return answer if asks_array else answer[()]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        if copy is False:
-            raise ValueError(f"{self.name} is not in memory, so it cannot be had without a copy")
-        return self[...].astype(dtype, copy=False) if dtype is not None else self[...]
 
     def __repr__(self) -> str:
         dims = ", ".join(f"{dim}: {size:,}" for dim, size in zip(self.dims, self.shape, strict=True))

@@ -290,7 +290,10 @@ def _compare(check: Check, *, repair: bool, progress: Callable[[str, int, int], 
                 damaged.add(nth)
             progress(f"{check.name}: digests", n_done, len(complete))
         source, faults = _open_source(check) if check.units else (None, [])
-        differing, n_rows = _compare_with_source(check, source, copy, damaged, faults, progress) if source else ([], 0)
+        compared: tuple[list[int], int] = ([], 0)
+        if source is not None:
+            compared = _compare_with_source(check, source, copy, damaged, faults, progress)
+        differing, n_rows = compared
     comparison = Comparison(
         name=check.name,
         place=journal.place.url,
