@@ -34,6 +34,7 @@ from dmdata.prices import (
     readable_bytes,
     usage_of,
 )
+from dmdata.progress_bar import shown
 from dmdata.selection import Selection, select
 from dmdata.view import ArrayValues, Form, View
 
@@ -55,6 +56,7 @@ class InObject:
     transport: Transport
     etag: str | None
     prefer: Preference = "price"
+    shows_progress: bool = True
 
     @property
     def url(self) -> str:
@@ -80,8 +82,17 @@ class InObject:
     ) -> npt.NDArray[Any]:
         """Fetch a selection."""
         plan = self.plan(layout, selection)
+
+        def price() -> float:
+            transport = self.transport
+            is_paid = transport.address.requester_pays
+            return quote(plan.n_bytes, plan.n_requests, transport.destination).usd if is_paid else 0.0
+
+        wanted = self.shows_progress and progress is None
         try:
-            return product_array(plan, self.transport.fetch(plan, etag=self.etag, progress=progress, spool=spool))
+            with shown(self.transport.artifact, plan.n_bytes, price, wanted=wanted) as arrived:
+                octets = self.transport.fetch(plan, etag=self.etag, progress=progress or arrived, spool=spool)
+            return product_array(plan, octets)
         except IntegrityError:
             forget_header(self.transport.address)
             raise
@@ -315,7 +326,7 @@ class LazyArray(ArrayProtocols):
         columns: Any = slice(None),
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         scheduler: str | None = None,
-        progress: Callable[[Progress], object] | None = None,
+        progress: Callable[[Progress], object] | Literal[False] | None = None,
     ) -> zarr.Array[Any]:
         """Copy the array, or some rows and columns of it, into a Zarr array; run again to resume.
 
@@ -329,8 +340,8 @@ class LazyArray(ArrayProtocols):
             Bound on the memory of the copy.
         scheduler : str, optional
             Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``.
-        progress : callable, optional
-            Called with a `dmdata.mirror.Progress` after each block of rows.
+        progress : callable or False, optional
+            Called with a `dmdata.mirror.Progress` after each block of rows; else a bar is shown, or with False none.
 
         Raises
         ------
@@ -389,13 +400,19 @@ class LazyArray(ArrayProtocols):
             return self.body.open()
         return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
 
+    def without_progress(self) -> "LazyArray":
+        """Give the same array, whose reads show no progress bar, however long they take."""
+        if not isinstance(self.body, InObject) or not self.body.shows_progress:
+            return self
+        return replace(self, body=replace(self.body, shows_progress=False))
+
     def to_dask(self, chunks: Any = None) -> "dask.array.Array":
         """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""
-        return to_dask(self, chunks)
+        return to_dask(self.without_progress(), chunks)
 
     def to_xarray(self, chunks: Any = None) -> "xarray.DataArray":
         """Wrap as an xarray DataArray with named dimensions; needs ``dmdata[xarray]``."""
-        return to_xarray(self, chunks)
+        return to_xarray(self.without_progress(), chunks)
 
 
 @dataclass(frozen=True, slots=True)

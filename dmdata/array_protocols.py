@@ -5,6 +5,7 @@ and get it by one planned read. Operators, comparisons, truth and iteration are 
 everything, or a row at a time, for what looks free.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -91,9 +92,8 @@ class ArrayProtocols:
     def __arrow_array__(self, type: Any = None) -> Any:  # noqa: A002 - by Arrow
         if len(self.shape) != 1:
             raise TypeError(f"{self.name} has shape {self.shape} and Arrow takes one dimension; select it: lazy[:, 0]")
-        import pyarrow  # it is who calls
-
-        return pyarrow.array(self[...], type=type)
+        arrow = importlib.import_module("pyarrow")  # it is who calls
+        return arrow.array(self[...], type=type)
 
     def __getitems__(self, indices: Sequence[int]) -> list[npt.NDArray[Any]]:
         """Read a batch for torch's DataLoader, which would else read its examples one by one."""

@@ -25,6 +25,8 @@ from rich.table import Table
 
 from dmdata.errors import FactualError
 from dmdata.prices import Estimate, prices_in_words, readable_bytes, readable_usd
+from dmdata.progress_bar import hidden
+from dmdata.settings import settings
 
 EXIT_USAGE = 2
 EXIT_CONSENT = 6
@@ -94,10 +96,11 @@ class Talk:
 
     @contextlib.contextmanager
     def progress(self, *columns: ProgressColumn) -> Iterator[Progress]:
-        """Show progress bars on standard error while the block runs; none when quiet or not at a terminal."""
+        """Show progress bars on standard error while the block runs; none when quiet, set so or not at a terminal."""
         console = Console(stderr=True)
-        shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
-        with Progress(*shown, console=console, disable=self.quiet or not console.is_terminal) as progress:
+        shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
+        is_off = self.quiet or not console.is_terminal or not settings().progress
+        with hidden(), Progress(*shown, console=console, disable=is_off) as progress:
             yield progress
 
     @contextlib.contextmanager
@@ -138,6 +141,8 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
             force=True,
         )
         context.find_root().meta["dmdata.debug"] = flags["debug"]
+        if flags["quiet"]:
+            context.with_resource(hidden())
         return context.invoke(command, talk=Talk(flags["as_json"], flags["quiet"], flags["verbose"]), **options)
 
     begin.__doc__ = command.__doc__

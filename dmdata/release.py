@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -77,6 +77,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     catalog: CatalogLike = None,
     to: str | None = None,
     prefer: Preference = "price",
+    progress: bool = True,
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
 
@@ -91,6 +92,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         Where the bytes go: decides their price and how ranges are merged. By default as set, else the internet.
     prefer : {"price", "speed"}
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
+    progress : bool
+        Whether reads that take longer than two seconds show a progress bar, at a terminal or in a notebook.
 
     Raises
     ------
@@ -106,12 +109,14 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
     if _is_address(name):
-        return _open_address(name, destination, prefer)
+        array = _open_address(name, destination, prefer)
+        return array if progress else array.without_progress()
     artifact = load_catalog(catalog).find(name)
     if artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
-    return _open_artifact(artifact, destination, prefer)
+    array = _open_artifact(artifact, destination, prefer)
+    return array if progress else array.without_progress()
 
 
 def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
@@ -278,7 +283,7 @@ def mirror(
     catalog: CatalogLike = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     scheduler: str | None = None,
-    progress: Callable[[str, Progress], object] | None = None,
+    progress: Callable[[str, Progress], object] | Literal[False] | None = None,
     received: Callable[[str, int], object] | None = None,
 ) -> zarr.Array[Any] | zarr.Group:
     """Copy artifacts into a Zarr store; run again to resume.
@@ -299,8 +304,9 @@ def mirror(
         Bound on the memory of the copy; on a cluster of each thread's.
     scheduler : str, optional
         Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``; see `dmdata.cluster`.
-    progress : callable, optional
-        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block.
+    progress : callable or False, optional
+        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block; else a bar is shown, or with
+        False none.
     received : callable, optional
         Called with an artifact's name and the bytes that arrived since the last call, from any thread.
 
@@ -356,7 +362,7 @@ def get(
     *,
     to: str | None = None,
     catalog: CatalogLike = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | Literal[False] | None = None,
 ) -> Path:
     """Download an object as it is; run again to resume.
 
@@ -368,8 +374,8 @@ def get(
         File or existing folder; by default the object's own name in the working directory.
     to, catalog
         As in `open`.
-    progress : callable, optional
-        Called with bytes complete and bytes in all.
+    progress : callable or False, optional
+        Called with bytes complete and bytes in total; else a bar is shown, or with False none.
 
     Returns
     -------
