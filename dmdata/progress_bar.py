@@ -93,6 +93,7 @@ class _Read:
     price: Callable[[], float]
     usd: float | None = None
     n_arrived: int = 0
+    is_done: bool = False
     began: float = field(default_factory=time.monotonic)
     lock: Any = field(default_factory=threading.Lock)
     # a notebook puts output into the cell that the context belongs to
@@ -151,8 +152,7 @@ class _TerminalLine(_Line):
     def __init__(self) -> None:
         super().__init__(stderr=True)
 
-    def show(self, reads: list[_Read]) -> None:
-        self.update(reads)
+    def show(self) -> None:
         self.bar.start()  # the first time alone
         self.bar.refresh()
 
@@ -168,8 +168,7 @@ class _NotebookLine(_Line):
         self._context = context
         self._handle: Any = None
 
-    def show(self, reads: list[_Read]) -> None:
-        self.update(reads)
+    def show(self) -> None:
         with self.bar.console.capture() as captured:
             self.bar.console.print(self.bar.get_renderable())
         self._put(captured.get().rstrip())
@@ -230,10 +229,16 @@ class _Board:
 
     def leave(self, read: _Read) -> None:
         with self._lock:
-            if read in self._reads:  # else this process was forked from within the read
-                self._reads.remove(read)
-            if self._line is not None:
+            read.is_done = True
+            if read.began > time.monotonic() - SECONDS_UNSHOWN:
+                self._reads = [other for other in self._reads if other is not read]
+            elif self._line is None:
+                self._forget_done()
+            else:
                 self._draw()  # what is printed next must not meet the bar
+
+    def _forget_done(self) -> None:
+        self._reads = [read for read in self._reads if not read.is_done]
 
     def hide(self, more: int) -> None:
         with self._lock:
@@ -253,19 +258,25 @@ class _Board:
                     return
 
     def _draw(self) -> None:
-        now = time.monotonic()
-        late = [] if self._n_hiding else [read for read in self._reads if now - read.began >= SECONDS_UNSHOWN]
+        began_before = time.monotonic() - SECONDS_UNSHOWN
+        # those that are done stay in the sum for as long as others go on
+        late = [read for read in self._reads if read.began <= began_before]
+        is_over = self._n_hiding > 0 or all(read.is_done for read in late)
         try:
-            if late and self._line is None and _is_allowed():
+            if not is_over and self._line is None and _is_allowed():
                 self._line = _NotebookLine(late[0].context) if _in_notebook() else _TerminalLine()
             if self._line is not None:
                 if late:
-                    self._line.show(late)
-                else:
+                    self._line.update(late)
+                if is_over:
                     line, self._line = self._line, None
                     line.end()
+                else:
+                    self._line.show()
         except (OSError, ValueError):
             self._line = None  # the terminal is gone, or standard error is closed: there is nobody to show it to
+        if self._line is None:
+            self._forget_done()
 
 
 _board = _Board()

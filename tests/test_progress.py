@@ -139,8 +139,9 @@ def test_get_mirror_and_verify_show_one_bar_each(
         f"dmdata.mirror({NAME!r}, 'x.zarr')",
         "dmdata.verify('x.zarr', whole=True)",
     )
-    for call in calls:
-        states = bars(at_terminal(call))
+    written = at_terminal("\nprint('|')\n".join(calls))
+    for call, part in zip(calls, written.split("|"), strict=True):
+        states = bars(part)
         assert states, call
         assert all(state.count(NAME) == 1 for state in states), states
         assert all(re.search(r"/8\.[04] M", state) for state in states), states
@@ -175,8 +176,10 @@ def test_a_command_shows_its_own_bars_alone_and_none_when_set_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-c", "from dmdata.cli import main; main()", "get", NAME, "-y"]
-    states = bars(run_at_terminal(command))
-    assert states
-    assert not any(state.count(NAME) > 1 for state in states)
-    (tmp_path / "test_margins_50pct.npy").unlink()
-    assert not bars(run_at_terminal(command, DMDATA_PROGRESS="0"))
+    with ThreadPoolExecutor(2) as pool:
+        on = pool.submit(run_at_terminal, [*command, "-o", "on.npy"])
+        off = pool.submit(run_at_terminal, [*command, "-o", "off.npy"], DMDATA_PROGRESS="0")
+    assert all(state.count(NAME) == 1 for state in bars(on.result()))
+    assert bars(on.result())
+    assert not bars(off.result())
+    assert (tmp_path / "on.npy").read_bytes() == (tmp_path / "off.npy").read_bytes()
