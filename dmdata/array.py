@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from dmdata.array_protocols import ArrayProtocols
 from dmdata.errors import FormatError, IntegrityError
 from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
 from dmdata.formats import Layout
@@ -34,6 +35,7 @@ from dmdata.prices import (
     readable_bytes,
     usage_of,
 )
+from dmdata.progress_bar import shown
 from dmdata.selection import Selection, select
 from dmdata.view import ArrayValues, Form, View
 
@@ -55,6 +57,7 @@ class InObject:
     transport: Transport
     etag: str | None
     prefer: Preference = "price"
+    shows_progress: bool = True
 
     @property
     def url(self) -> str:
@@ -80,8 +83,17 @@ class InObject:
     ) -> npt.NDArray[Any]:
         """Fetch a selection."""
         plan = self.plan(layout, selection)
+
+        def price() -> float:
+            transport = self.transport
+            is_paid = transport.address.requester_pays
+            return quote(plan.n_bytes, plan.n_requests, transport.destination).usd if is_paid else 0.0
+
+        wanted = self.shows_progress and progress is None
         try:
-            return product_array(plan, self.transport.fetch(plan, etag=self.etag, progress=progress, spool=spool))
+            with shown(self.transport.artifact, plan.n_bytes, price, wanted=wanted) as arrived:
+                octets = self.transport.fetch(plan, etag=self.etag, progress=progress or arrived, spool=spool)
+            return product_array(plan, octets)
         except IntegrityError:
             forget_header(self.transport.address)
             raise
@@ -129,7 +141,7 @@ class InZarr:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class LazyArray:
+class LazyArray(ArrayProtocols):
     """An array that is read when it is indexed. Made by `dmdata.open`.
 
     Attributes
@@ -155,8 +167,6 @@ class LazyArray:
     dims: tuple[str, ...]
     layout: Layout
     body: InObject | InZarr
-
-    __iter__ = None  # would be a request a row: index a block of rows instead
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -217,11 +227,6 @@ class LazyArray:
         # as NumPy has it, an ellipsis asks for an array even of nothing but one element
         asks_array = any(part is Ellipsis for part in (key if isinstance(key, tuple) else (key,)))
         return answer if asks_array else answer[()]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        if copy is False:
-            raise ValueError(f"{self.name} is not in memory, so it cannot be had without a copy")
-        return self[...].astype(dtype, copy=False) if dtype is not None else self[...]
 
     def __repr__(self) -> str:
         dims = ", ".join(f"{dim}: {size:,}" for dim, size in zip(self.dims, self.shape, strict=True))
@@ -324,7 +329,7 @@ class LazyArray:
         columns: Any = slice(None),
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         scheduler: str | None = None,
-        progress: Callable[[Progress], object] | None = None,
+        progress: Callable[[Progress], object] | Literal[False] | None = None,
     ) -> zarr.Array[Any]:
         """Copy the array, or some rows and columns of it, into a Zarr array; run again to resume.
 
@@ -338,8 +343,8 @@ class LazyArray:
             Bound on the memory of the copy.
         scheduler : str, optional
             Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``.
-        progress : callable, optional
-            Called with a `dmdata.mirror.Progress` after each block of rows.
+        progress : callable or False, optional
+            Called with a `dmdata.mirror.Progress` after each block of rows; else a bar is shown, or with False none.
 
         Raises
         ------
@@ -398,13 +403,19 @@ class LazyArray:
             return self.body.open()
         return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
 
+    def without_progress(self) -> "LazyArray":
+        """Give the same array, whose reads show no progress bar, however long they take."""
+        if not isinstance(self.body, InObject) or not self.body.shows_progress:
+            return self
+        return replace(self, body=replace(self.body, shows_progress=False))
+
     def to_dask(self, chunks: Any = None) -> "dask.array.Array":
         """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""
-        return to_dask(self, chunks)
+        return to_dask(self.without_progress(), chunks)
 
     def to_xarray(self, chunks: Any = None) -> "xarray.DataArray":
         """Wrap as an xarray DataArray with named dimensions; needs ``dmdata[xarray]``."""
-        return to_xarray(self, chunks)
+        return to_xarray(self.without_progress(), chunks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import json
 import logging
 import math
 import os
+import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,8 @@ from rich.table import Table
 
 from dmdata.errors import FactualError
 from dmdata.prices import Estimate, prices_in_words, readable_bytes, readable_usd
+from dmdata.progress_bar import hidden
+from dmdata.settings import settings
 
 EXIT_USAGE = 2
 EXIT_CONSENT = 6
@@ -94,10 +98,11 @@ class Talk:
 
     @contextlib.contextmanager
     def progress(self, *columns: ProgressColumn) -> Iterator[Progress]:
-        """Show progress bars on standard error while the block runs; none when quiet or not at a terminal."""
+        """Show progress bars on standard error while the block runs; none when quiet, set so or not at a terminal."""
         console = Console(stderr=True)
-        shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
-        with Progress(*shown, console=console, disable=self.quiet or not console.is_terminal) as progress:
+        shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
+        is_off = self.quiet or not console.is_terminal or not settings().progress
+        with hidden(), Progress(*shown, console=console, disable=is_off) as progress:
             yield progress
 
     @contextlib.contextmanager
@@ -137,7 +142,10 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
             level=logging.DEBUG if flags["debug"] else logging.INFO if flags["verbose"] else logging.WARNING,
             force=True,
         )
-        context.find_root().meta["dmdata.debug"] = flags["debug"]
+        if not flags["debug"]:
+            logging.getLogger().handlers[0].setFormatter(_OneLine())
+        if flags["quiet"]:
+            context.with_resource(hidden())
         return context.invoke(command, talk=Talk(flags["as_json"], flags["quiet"], flags["verbose"]), **options)
 
     begin.__doc__ = command.__doc__
@@ -176,15 +184,21 @@ def ask_consent(talk: Talk, price: Estimate, *, what: str, agreed: bool) -> None
 
 
 def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -> NoReturn:
-    """Run a command and end the process as it should end."""
+    """Run a command and end the process as it should end: with one line for a person, whatever went wrong."""
     warnings.showwarning = _show_warning
     if instruction := os.environ.get(complete_variable(name)):
         sys.exit(click.shell_completion.shell_complete(command, {}, name, complete_variable(name), instruction))
-    context: click.Context | None = None
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_debug = "--debug" in words
+    if arguments is None and not is_debug:  # the process is this command's
+        threading.excepthook = _show_failed_thread
+        sys.unraisablehook = _show_nothing  # what a library could not clean up changes no answer
     try:
-        with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
+        with command.make_context(name, words.copy()) as context:
             command.invoke(context)
         sys.exit(0)
+    except SystemExit:
+        raise
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except click.ClickException as error:
@@ -196,19 +210,67 @@ def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(EXIT_INTERRUPTED)
-    except FactualError as error:
-        if context is not None and context.meta.get("dmdata.debug"):
-            traceback.print_exc()
-        click.echo(f"{name}: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
+    except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust is no Exception, and nobody sees it raised
+        if is_debug:
+            click.echo(without_keys(traceback.format_exc()), err=True)
+        text, exit_code = _last_words(error, name)
+        click.echo(f"{name}: {without_keys(text)}", err=True)
+        sys.exit(exit_code)
+
+
+def _last_words(error: BaseException, name: str) -> tuple[str, int]:
+    """Say what ended a command, and the exit code."""
+    if isinstance(error, FactualError):
+        return str(error), error.exit_code
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
         # what no room foresaw: a full disk, a folder that may not be written
-        if context is not None and context.meta.get("dmdata.debug"):
-            traceback.print_exc()
-        click.echo(
-            f"{name}: {error}; nothing that was complete is lost, run the same again once it is mended", err=True
-        )
-        sys.exit(1)
+        return f"{text}; nothing that was complete is lost, run the same again once it is fixed", 1
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{text and f' ({text})'}; select less, or use a machine with more", 1
+    kind = type(error).__name__
+    shown = text if len(text) <= _LONGEST_FAULT else f"{text[:_LONGEST_FAULT]}..."
+    return f"{kind}{shown and f': {shown}'}; this is a fault of {name}: run again with --debug and report it", 1
+
+
+_LONGEST_FAULT = 500
+# a shorter one may be part of any word
+_SHORTEST_SECRET = 8
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
+_SECRETS = re.compile(
+    r"(?i)(\b(?:x-amz-(?:signature|credential|security-token)|signature|awsaccesskeyid|aws_secret_access_key"
+    r"|aws_session_token|secret_access_key|secret_key|session_token|sig)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)]+"
+    r"|(?<=://)[^\s/@]+:[^\s/@]+(?=@)|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"
+)
+
+
+def without_keys(text: str) -> str:
+    """Leave out of a text whatever is, or looks like, a key, a token or a signature."""
+    for variable in _SECRET_VARIABLES:
+        if len(secret := os.environ.get(variable, "")) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return _SECRETS.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def _show_failed_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_type is not SystemExit:
+        what = " ".join(f"{arguments.exc_type.__name__}: {arguments.exc_value}".split())
+        click.echo(without_keys(f"warning: {what}"), err=True)
+
+
+def _show_nothing(_: Any) -> None:
+    pass
+
+
+class _OneLine(logging.Formatter):
+    """Gives an exception that a library logs as its last line; its traceback is for ``--debug``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record in one line, without keys."""
+        text = f"{record.name}: {record.getMessage()}"
+        if record.exc_info and record.exc_info[0] is not None:
+            text += f" ({record.exc_info[0].__name__}: {record.exc_info[1]})"
+        return without_keys(" ".join(text.split()))
 
 
 def complete_variable(name: str) -> str:
@@ -217,4 +279,4 @@ def complete_variable(name: str) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"warning: {message}", err=True)
+    click.echo(without_keys(f"warning: {message}"), err=True)

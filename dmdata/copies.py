@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import zarr
 
@@ -36,7 +36,7 @@ def mirror(
     catalog: CatalogLike = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     scheduler: str | None = None,
-    progress: Callable[[str, Progress], object] | None = None,
+    progress: Callable[[str, Progress], object] | Literal[False] | None = None,
     received: Callable[[str, int], object] | None = None,
 ) -> zarr.Array[Any] | zarr.Group:
     """Copy artifacts into a Zarr store; run again to resume.
@@ -57,8 +57,9 @@ def mirror(
         Bound on the memory of the copy; on a cluster of each thread's.
     scheduler : str, optional
         Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``; see `dmdata.cluster`.
-    progress : callable, optional
-        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block.
+    progress : callable or False, optional
+        Called with an artifact's name and a `dmdata.mirror.Progress`, after each block; else a bar is shown, or with
+        False none.
     received : callable, optional
         Called with an artifact's name and the bytes that arrived since the last call, from any thread.
 
@@ -95,7 +96,7 @@ def mirror_artifacts(
     to: str | None,
     memory_bytes: int,
     scheduler: str | None = None,
-    progress: Callable[[str, Progress], object] | None = None,
+    progress: Callable[[str, Progress], object] | Literal[False] | None = None,
     received: Callable[[str, int], object] | None = None,
 ) -> zarr.Array[Any] | zarr.Group:
     """Copy arrays that were looked up; see `mirror`."""
@@ -130,7 +131,7 @@ def get(
     *,
     to: str | None = None,
     catalog: CatalogLike = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | Literal[False] | None = None,
 ) -> Path:
     """Download an object as it is; run again to resume.
 
@@ -142,8 +143,8 @@ def get(
         File or existing folder; by default the object's own name in the working directory.
     to, catalog
         As in `open`.
-    progress : callable, optional
-        Called with bytes complete and bytes in all.
+    progress : callable or False, optional
+        Called with bytes complete and bytes in total; else a bar is shown, or with False none.
 
     Returns
     -------
@@ -163,7 +164,7 @@ def get_artifact(
     destination: str | os.PathLike[str] | None = None,
     *,
     to: str | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | Literal[False] | None = None,
 ) -> Path:
     """Download an object that was looked up; see `get`."""
     path = download_path(artifact, destination)

@@ -23,6 +23,8 @@ from dmdata.formats import NPY_PREFIX_BYTES, Kind, Layout, contents_of, npy_layo
 from dmdata.locks import only_process_at
 from dmdata.npy import no_warnings
 from dmdata.plan import ReadPlan, plan_read
+from dmdata.prices import quote
+from dmdata.progress_bar import shown
 from dmdata.selection import select
 from dmdata.spool import take_room
 
@@ -42,7 +44,7 @@ def download(
     *,
     kind: Kind,
     sha256: str | None,
-    progress: Callable[[int, int], object] | None,
+    progress: Callable[[int, int], object] | Literal[False] | None,
 ) -> None:
     """Download an object to a file.
 
@@ -55,8 +57,8 @@ def download(
         What its header must be; "bytes" have none.
     sha256 : str or None
         What its digest must be.
-    progress : callable or None
-        Called with bytes complete and bytes in all.
+    progress : callable, False or None
+        Called with bytes complete and bytes in all; with None a bar is shown.
 
     Raises
     ------
@@ -175,7 +177,7 @@ def _append_missing(
     state: ObjectState,
     part: _Part,
     checksums: list[int],
-    progress: Callable[[int, int], object] | None,
+    progress: Callable[[int, int], object] | Literal[False] | None,
 ) -> None:
     with part.path.open("r+b") as file:
         # a full disk is met before anything is paid for
@@ -184,18 +186,24 @@ def _append_missing(
         done = file.seek(len(checksums) * _BLOCK_BYTES)
         n_missing = state.n_bytes - done
         transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
-        while done < state.n_bytes:
-            stop = min(done + _BLOCK_BYTES, state.n_bytes)
-            plan = _plan_block(done, stop, n_bytes=state.n_bytes)
-            data = transport.fetch(plan, etag=state.etag).data
-            file.write(data)
-            file.flush()
-            done = stop
-            if done % _BLOCK_BYTES == 0:
-                checksums.append(zlib.crc32(data))
-                part.record(state, checksums)
-            if progress:
-                progress(done, state.n_bytes)
+
+        def price() -> float:
+            is_paid = transport.address.requester_pays
+            return quote(n_missing, n_requests_of(n_missing), transport.destination).usd if is_paid else 0.0
+
+        with shown(transport.artifact, n_missing, price, wanted=progress is None) as arrived:
+            while done < state.n_bytes:
+                stop = min(done + _BLOCK_BYTES, state.n_bytes)
+                plan = _plan_block(done, stop, n_bytes=state.n_bytes)
+                data = transport.fetch(plan, etag=state.etag, progress=arrived).data
+                file.write(data)
+                file.flush()
+                done = stop
+                if done % _BLOCK_BYTES == 0:
+                    checksums.append(zlib.crc32(data))
+                    part.record(state, checksums)
+                if progress:
+                    progress(done, state.n_bytes)
 
 
 def _plan_block(start: int, stop: int, *, n_bytes: int) -> ReadPlan:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from dmdata.journal import JOURNAL, Block, Blocks, BlockWriter, Journal, Origina
 from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.plan import ReadPlan
+from dmdata.progress_bar import shown
 from dmdata.selection import Selection
 from dmdata.spool import Landing, read_key, sweep
 
@@ -105,7 +106,7 @@ def mirror(
     selection: Selection,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     scheduler: str | None = None,
-    progress: Callable[[Progress], object] | None = None,
+    progress: Callable[[Progress], object] | Literal[False] | None = None,
     received: Callable[[int], object] | None = None,
 ) -> zarr.Array[Any]:
     """Copy an array, or a product of its axes, into a Zarr array.
@@ -121,8 +122,8 @@ def mirror(
         Bound on the memory of a copy, on a cluster of each of its tasks; decides the rows of a block.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers then copy the blocks; this process keeps the journal.
-    progress : callable, optional
-        Called after each block.
+    progress : callable or False, optional
+        Called after each block; else a bar is shown, or with False none.
     received : callable, optional
         Called with the number of bytes that arrived since the last call, from any thread.
 
@@ -150,7 +151,7 @@ def mirror(
     with place.explain_errors(), place.claimed() as hold_on:
         journal = _open_or_create(source, place, selection, memory_bytes)
         reads = _distinct(journal.blocks, journal.missing())
-        usd = _price(source, reads)
+        n_bytes, usd = _price(source, reads)
         if usd:
             Ledger(home()).check(usd=usd, artifact=source.name)
 
@@ -164,10 +165,11 @@ def mirror(
             if progress:
                 progress(Progress(n_rows, journal.blocks.n_rows))
 
-        if reads and scheduler:
-            _copy_on_cluster(source, journal, scheduler, paid=usd > 0, report=report, received=received)
-        elif reads:
-            _copy_here(source, journal, report=report, received=received)
+        with shown(source.name, n_bytes, lambda: usd, wanted=progress is None and received is None) as arrived:
+            if reads and scheduler:
+                _copy_on_cluster(source, journal, scheduler, paid=usd > 0, report=report, received=received or arrived)
+            elif reads:
+                _copy_here(source, journal, report=report, received=received or arrived)
         shutil.rmtree(place.spool_directory(), ignore_errors=True)
         return open_copy(place, "r+")
 
@@ -222,13 +224,16 @@ def missing_reads(
     return _distinct(blocks, (blocks[nth] for nth in range(len(blocks))))
 
 
-def _price(source: Readable, reads: list[tuple[Selection, int]]) -> float:
-    n_bytes = n_requests = 0
+def _price(source: Readable, reads: list[tuple[Selection, int]]) -> tuple[int, float]:
+    """Add up the bytes that will arrive, and price them."""
+    n_bytes = n_requests = n_local = 0
     for selection, count in reads:
         plan = source.planned(selection)
         if plan is not None:
             n_bytes, n_requests = n_bytes + count * plan.n_bytes, n_requests + count * plan.n_requests
-    return source.price_usd(n_bytes, n_requests)
+        else:
+            n_local += count * selection.n_elements * source.dtype.itemsize
+    return n_bytes + n_local, source.price_usd(n_bytes, n_requests)
 
 
 def _distinct(blocks: Blocks, missing: Iterable[Block]) -> list[tuple[Selection, int]]:

@@ -125,6 +125,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     catalog: CatalogLike = None,
     to: str | None = None,
     prefer: Preference = "price",
+    progress: bool = True,
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
 
@@ -140,6 +141,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         Where the bytes go: decides their price and how ranges are merged. By default as set, else the internet.
     prefer : {"price", "speed"}
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
+    progress : bool
+        Whether reads that take longer than two seconds show a progress bar, at a terminal or in a notebook.
 
     Raises
     ------
@@ -154,18 +157,25 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     destination = destination_of(to)
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
-    if is_path or is_address(name):
-        return _open_address(name, destination, prefer)
-    try:
-        artifact = load_catalog(catalog).find(name)
-    except CatalogError:
-        if os.path.exists(name):  # a name of the catalog comes first
-            return _open_address(name, destination, prefer)
-        raise
-    if artifact.schema is None:
+    artifact = None if is_path or is_address(name) else _listed_or_local(name, catalog)
+    if artifact is None:
+        array = _open_address(name, destination, prefer)
+    elif artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
-    return open_artifact(artifact, destination, prefer)
+    else:
+        array = open_artifact(artifact, destination, prefer)
+    return array if progress else array.without_progress()
+
+
+def _listed_or_local(name: str, catalog: CatalogLike) -> Artifact | None:
+    """Find an artifact by its name; None where there is none, and a local path of that name instead."""
+    try:
+        return load_catalog(catalog).find(name)
+    except CatalogError:
+        if os.path.exists(name):
+            return None
+        raise
 
 
 def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:

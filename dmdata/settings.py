@@ -111,6 +111,9 @@ class Settings(_Record):
         examples=["true"],
     )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
+    progress: bool = Field(
+        default=True, description="whether to show progress bars of what takes long", examples=["false"]
+    )
     prices: PriceOverrides = Field(
         default=PriceOverrides(),
         description="what differs from the list prices",

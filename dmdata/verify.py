@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.prices import Destination, Estimate, destination_of
 from dmdata.pricing import total_of
+from dmdata.progress_bar import shown
 from dmdata.release import CatalogLike, CatalogMismatchWarning, load_catalog, reader_pays
 from dmdata.release import open as open_array
 
@@ -156,7 +157,7 @@ def verify(
     repair: bool = False,
     to: str | None = None,
     catalog: CatalogLike = None,
-    progress: Callable[[str, int, int], object] | None = None,
+    progress: Callable[[str, int, int], object] | Literal[False] | None = None,
 ) -> list[Comparison]:
     """Compare a mirror, or every mirror in a group, with its source.
 
@@ -176,8 +177,8 @@ def verify(
         Mark what is damaged or differs as missing, so that `dmdata.mirror` makes it again.
     to, catalog
         As in `dmdata.open`.
-    progress : callable, optional
-        Called with an artifact's name, and blocks or rows done and in all.
+    progress : callable or False, optional
+        Called with an artifact's name, and blocks or rows done and in total; else a bar is shown, or with False none.
 
     Returns
     -------
@@ -221,13 +222,19 @@ def plan_checks(
 
 
 def run_checks(
-    checks: Sequence[Check], *, repair: bool = False, progress: Callable[[str, int, int], object] | None = None
+    checks: Sequence[Check],
+    *,
+    repair: bool = False,
+    progress: Callable[[str, int, int], object] | Literal[False] | None = None,
 ) -> list[Comparison]:
     """Compare what was planned by `plan_checks`; see `verify`."""
     usd = sum(check.estimate.usd for check in checks if check.is_paid)
     if usd:
         Ledger(home()).check(usd=usd, artifact=f"a comparison of {', '.join(check.name for check in checks)}")
-    return [_compare(check, repair=repair, progress=progress or _say_nothing) for check in checks]
+    name = checks[0].name if len(checks) == 1 else f"{len(checks)} arrays"
+    n_bytes = sum(check.estimate.n_bytes for check in checks)
+    with shown(name, n_bytes, lambda: usd, wanted=progress is None) as arrived:
+        return [_compare(check, repair=repair, progress=progress or _say_nothing, arrived=arrived) for check in checks]
 
 
 def _mirrors(place: Place, names: Sequence[str]) -> Iterator[Place]:
@@ -278,7 +285,13 @@ def _draw(
     return [units[nth] for nth in chosen]
 
 
-def _compare(check: Check, *, repair: bool, progress: Callable[[str, int, int], object]) -> Comparison:
+def _compare(
+    check: Check,
+    *,
+    repair: bool,
+    progress: Callable[[str, int, int], object],
+    arrived: Callable[[int], object] | None,
+) -> Comparison:
     journal, blocks = check.journal, check.journal.blocks
     complete = np.flatnonzero(journal.digests.any(axis=1)).tolist()
     damaged: set[int] = set()
@@ -291,7 +304,10 @@ def _compare(check: Check, *, repair: bool, progress: Callable[[str, int, int], 
                 damaged.add(nth)
             progress(f"{check.name}: digests", n_done, len(complete))
         source, faults = _open_source(check) if check.units else (None, [])
-        differing, n_rows = _compare_with_source(check, source, copy, damaged, faults, progress) if source else ([], 0)
+        compared: tuple[list[int], int] = ([], 0)
+        if source is not None:
+            compared = _compare_with_source(check, source, copy, damaged, faults, progress, arrived)
+        differing, n_rows = compared
     comparison = Comparison(
         name=check.name,
         place=journal.place.url,
@@ -334,6 +350,7 @@ def _compare_with_source(
     damaged: set[int],
     faults: list[str],
     progress: Callable[[str, int, int], object],
+    arrived: Callable[[int], object] | None,
 ) -> tuple[list[int], int]:
     """Compare rows with the source; return the blocks that differ, and how many rows were compared."""
     blocks = check.journal.blocks
@@ -342,7 +359,7 @@ def _compare_with_source(
     for start, stop in check.units:
         nth = start // blocks.rows
         try:
-            wanted = source.read(blocks.part(start, stop))
+            wanted = source.read(blocks.part(start, stop), progress=arrived)
         except IntegrityError as error:
             faults.append(str(error))
             break
