@@ -77,6 +77,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     catalog: CatalogLike = None,
     to: str | None = None,
     prefer: Preference = "price",
+    cache: bool = True,
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
 
@@ -91,6 +92,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         Where the bytes go: decides their price and how ranges are merged. By default as set, else the internet.
     prefer : {"price", "speed"}
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
+    cache : bool
+        Whether bytes that were paid for are kept, and not paid again. False goes past what is kept.
 
     Raises
     ------
@@ -106,12 +109,18 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
     if _is_address(name):
-        return _open_address(name, destination, prefer)
+        return _past_cache(_open_address(name, destination, prefer), cache)
     artifact = load_catalog(catalog).find(name)
     if artifact.schema is None:
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
-    return _open_artifact(artifact, destination, prefer)
+    return _past_cache(_open_artifact(artifact, destination, prefer), cache)
+
+
+def _past_cache(array: LazyArray, cache: bool) -> LazyArray:
+    if cache or not isinstance(array.body, InObject):
+        return array
+    return replace(array, body=replace(array.body, cache=False))
 
 
 def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
