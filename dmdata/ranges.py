@@ -187,7 +187,7 @@ class Kept:
     def keeper(self, plan: ReadPlan) -> "Keeper | None":
         """Give who keeps what a read receives; None where it is too much."""
         bound = bound_bytes()
-        if plan.n_bytes * _LARGEST_SHARE > bound or _REGISTRY.paused_until > time.monotonic():
+        if plan.n_bytes * _LARGEST_SHARE > bound or _REGISTRY.paused.get(self._folder.parent, 0) > time.monotonic():
             return None
         return Keeper(self, bound)
 
@@ -429,7 +429,7 @@ class Kept:
 
     def _give_up(self, error: OSError) -> None:
         """Keep nothing for a while, free what this process holds of a full disk, and say so once."""
-        _REGISTRY.paused_until = time.monotonic() + _PAUSE_SECONDS
+        _REGISTRY.paused[self._folder.parent] = time.monotonic() + _PAUSE_SECONDS
         with self._lock:
             if self._own:
                 with contextlib.suppress(OSError):
@@ -494,7 +494,7 @@ class _Registry:
     bound: int = 0
     total: int = 0
     written: int = 0
-    paused_until: float = -math.inf
+    paused: dict[Path, float] = field(default_factory=dict)
     warned: bool = False
 
 

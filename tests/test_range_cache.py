@@ -1,6 +1,5 @@
 """What was paid once is not paid again: bytes of paid objects are kept, and never served wrong."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -8,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,13 +22,22 @@ from small_release import npy, publish
 
 import dmdata
 from dmdata import ranges, segments
+from dmdata.address import Address
+from dmdata.errors import AccessError, DmdataError, IntegrityError
+from dmdata.formats import Layout
 from dmdata.ledger import home
+from dmdata.plan import plan_read
 from dmdata.selection import select
 
 NAME = "toy/50pct/test_margins"
 KEY = "toy/data/test_margins_50pct.npy"
 VALUES = np.random.default_rng(5).integers(0, 60000, (400, 50)).astype(np.uint16)
 LONG_ROWS = np.random.default_rng(6).integers(0, 255, (40, 10000)).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    fresh_process()
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def kept_files() -> list[Path]:
 
 def fresh_process() -> None:
     """Forget what this process knows, as a new one would."""
-    ranges._begin_again()  # noqa: SLF001
+    ranges._begin_again()
 
 
 def test_what_was_read_once_is_not_fetched_again(s3: LoopbackS3, catalog: str) -> None:
@@ -130,7 +136,7 @@ def test_a_read_from_what_is_kept_needs_no_network_budget_or_credentials(
     before = s3.n_requests
     with dmdata.budget(usd=0):
         np.testing.assert_array_equal(dmdata.open(NAME, catalog=catalog)[7:50], VALUES[7:50])
-    with pytest.raises(dmdata.errors.DmdataError):
+    with pytest.raises(DmdataError):
         dmdata.open(NAME, catalog=catalog)[7:51]
     assert s3.n_requests == before
 
@@ -139,30 +145,26 @@ def test_a_changed_object_is_never_read_from_what_was_kept_of_the_old(s3: Loopba
     old = dmdata.open(NAME, catalog=catalog)
     old[0:50]
     s3.put(KEY, npy(VALUES + 1))
-    with pytest.raises(dmdata.errors.IntegrityError):
+    with pytest.raises(IntegrityError):
         old[0:60]
     new = dmdata.open(NAME, catalog=catalog)
     np.testing.assert_array_equal(new[0:60], VALUES[0:60] + 1)
 
 
 @pytest.mark.parametrize("how", ["variable", "parameter", "config"])
-def test_the_cache_can_be_turned_off(
-    s3: LoopbackS3, catalog: str, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_the_cache_can_be_turned_off(s3: LoopbackS3, catalog: str, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     if how == "variable":
         monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
     if how == "config":
         home().mkdir(parents=True)
         (home() / "config.yaml").write_text("cache_gib: 0\n")
     array = dmdata.open(NAME, catalog=catalog, cache=how != "parameter")
-    array = pickle.loads(pickle.dumps(array))  # noqa: S301 - as it travels to workers
+    array = pickle.loads(pickle.dumps(array))  # as it travels to workers
     assert served(s3, lambda: array[0:3]) == served(s3, lambda: array[0:3]) == (1, 300)
     assert not kept_files()
 
 
 def test_what_is_free_or_has_no_strong_etag_is_not_kept(tmp_path: Path) -> None:
-    from dmdata.address import Address
-
     paid = Address("s3://b/x.npy", requester_pays=True)
     assert ranges.kept_of(paid, '"a"', paid=True)
     assert ranges.kept_of(paid, '"a"', paid=False) is None
@@ -229,9 +231,6 @@ def test_least_recently_used_goes_first_and_the_bound_holds(
         assert sum(path.stat().st_size for path in kept_files()) <= bound
     assert served(s3, lambda: array[63])[0] == 0
     assert served(s3, lambda: array[1])[0] == 1
-    fresh_process()
-    assert served(s3, lambda: array[0:8]) [0] >= 1, "more than a quarter of the bound is read, and not kept"
-    assert served(s3, lambda: array[40]) is not None
 
 
 def test_a_read_too_large_for_the_bound_is_not_kept(
@@ -250,9 +249,9 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_and_no_read(s3: Loopb
     (home() / "ranges").write_text("a file is in the way")
     array = dmdata.open(NAME, catalog=catalog)
     with pytest.warns(RuntimeWarning, match="DMDATA_CACHE_GIB=0") as said:
-        np.testing.assert_array_equal(array[0:50], VALUES[0:50])
-        np.testing.assert_array_equal(array[0:50], VALUES[0:50])
+        got = [array[0:50], array[0:50]]
     assert len(said) == 1
+    np.testing.assert_array_equal(got, [VALUES[0:50]] * 2)
 
 
 def test_a_full_disk_costs_one_warning_and_no_read(catalog: str, tmp_path: Path) -> None:
@@ -276,8 +275,8 @@ def test_what_a_failed_read_received_is_kept(s3: LoopbackS3, tmp_path: Path) -> 
     s3.put("long.npy", npy(values))
     array = dmdata.open(f"s3://{BUCKET}/long.npy")
     last = 128 + values.size - 1
-    s3.fail(Fault(status=403), when=lambda request: (request.range or "").endswith(f"-{last}"), times=1)
-    with pytest.raises(dmdata.errors.AccessError):
+    s3.inject(Fault(status=403, stall_seconds=1.0), when=lambda request: (request.range or "").endswith(f"-{last}"))
+    with pytest.raises(AccessError):
         array[...]
     kept = array.nbytes - array.plan().n_bytes
     assert kept >= 4 << 20
@@ -293,9 +292,7 @@ def test_many_processes_at_once_share_what_they_read(s3: LoopbackS3, catalog: st
     dmdata.open(NAME, catalog=catalog)
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    workers = [
-        context.Process(target=read_rows, args=(catalog, range(n * 20, n * 20 + 60), answers)) for n in range(6)
-    ]
+    workers = [context.Process(target=read_rows, args=(catalog, range(n * 20, n * 20 + 60), answers)) for n in range(6)]
     for worker in workers:
         worker.start()
     assert [answers.get(timeout=60) for _ in workers] == [True] * 6
@@ -322,19 +319,20 @@ def test_whoever_is_killed_while_storing_leaves_nothing_wrong(s3: LoopbackS3, tm
     program = f"""
 import dmdata
 array = dmdata.open({url!r})
-print("begun", flush=True)
 for row in range(24):
     array[row]
+    print(row, flush=True)
 """
-    for seconds in (0.02, 0.06, 0.12):
+    for n_rows, seconds in ((1, 0.003), (2, 0.009), (3, 0.015)):
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
             assert process.stdout
-            process.stdout.readline()
+            for _ in range(n_rows):
+                process.stdout.readline()
             time.sleep(seconds)
             os.kill(process.pid, signal.SIGKILL)
         array = dmdata.open(url)
         missing = array.plan().n_bytes
-        assert missing < array.nbytes or seconds < 0.05
+        assert missing <= array.nbytes - (n_rows << 20)
     assert served(s3, lambda: np.testing.assert_array_equal(array[...], values))[1] == missing
 
 
@@ -362,23 +360,20 @@ def test_many_small_files_become_one(s3: LoopbackS3, catalog: str) -> None:
 
 
 def test_the_cost_of_a_small_lookup_does_not_grow_with_what_is_kept(s3: LoopbackS3, tmp_path: Path) -> None:
-    from dmdata.address import Address
-
     kept = ranges.kept_of(Address("s3://b/x.npy", requester_pays=True), '"e"', paid=True)
     assert kept
     data = np.zeros(100, np.uint8)
     order = np.random.default_rng(4).permutation(10_000)
     for nth in order.tolist():
         kept.store(np.array([nth * 300]), np.array([100]), [data], bound=10 << 30)
-    array = dmdata.LazyArray  # noqa: F841
-    from dmdata.formats import Layout
-    from dmdata.plan import plan_read
-
     layout = Layout((10_000, 300), np.dtype(np.uint8), 0, (300, 1))
     seconds = []
     for row in range(200):
         plan = plan_read(
-            layout, select((row, slice(0, 100)), layout.shape, orthogonal=True), max_gap_bytes=0, max_range_bytes=1 << 20
+            layout,
+            select((row, slice(0, 100)), layout.shape, orthogonal=True),
+            max_gap_bytes=0,
+            max_range_bytes=1 << 20,
         )
         began = time.perf_counter()
         assert kept.fill(plan, np.empty(100, np.uint8)).n_requests == 0
