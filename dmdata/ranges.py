@@ -366,7 +366,10 @@ class Kept:
         if own and own.segment.end and own.segment.end + n_bytes > largest:
             own = None
         elif own and own.segment.n_records >= _MOST_RECORDS:
+            # of so many heads every new process would have to read each
+            finished = own.segment
             self._own = own = None
+            self._make_one([finished])
         if own is None:
             own = OwnSegment.begin(self._folder)
             self._segments[own.segment.path] = own.segment
