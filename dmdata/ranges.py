@@ -219,6 +219,7 @@ class Kept:
             try:
                 self._look()
             except OSError:
+                self._seen = -1
                 self._forget(set(self._segments))
             return self._levels
 
@@ -312,11 +313,9 @@ class Kept:
         OSError
             If it cannot be removed.
         """
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(segment.path)
         with self._lock:
             self._seen = -1
-            self._forget({segment.path})
+            self._remove({segment.path})
 
     def _copy(self, levels: Iterable[_Level], wanted: WantedBytes, product: Bytes) -> None:
         """Put what is kept of the wanted bytes where it belongs.
@@ -379,19 +378,19 @@ class Kept:
     def _make_one(self, segments: list[Segment]) -> None:
         """Make small segments, which nobody appends to, one segment with one record."""
         with contextlib.ExitStack() as stack:
-            held: set[str] = set()
+            held: dict[str, float] = {}  # with the time of its last use
             n_bytes = 0
             for segment in segments:
-                if n_bytes < SEGMENT_BYTES and hold(segment.path, stack):
-                    held.add(segment.path)
+                if n_bytes < SEGMENT_BYTES and (last_used := hold(segment.path, stack)) is not None:
+                    held[segment.path] = last_used
                     n_bytes += segment.end
+                    if segment.grows and (added := self._new_records(segment)):  # until just now somebody did
+                        self._add(added)
             is_theirs = np.array([record.segment.path in held for record in self._records], np.bool_)
             parts = [level[is_theirs[level.nth]] for level in self._levels]
             parts = [part for part in parts if len(part.ranges)]
             if not parts:
-                for path in held:
-                    os.unlink(path)
-                self._forget(held)
+                self._remove(set(held))
                 return
             found = _together(parts)
             lengths = found.ranges[:, 1] - found.ranges[:, 0]
@@ -399,25 +398,26 @@ class Kept:
             try:
                 self._gather(found, data, np.cumsum(lengths) - lengths)
             except DamagedError as error:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(error.args[0].path)
-                self._forget({error.args[0].path})
+                self._remove({error.args[0].path})
                 return
             apart = np.concatenate([[True], found.ranges[1:, 0] != found.ranges[:-1, 1]])
             starts = found.ranges[apart, 0]
             stops = found.ranges[np.concatenate([apart[1:], [True]]), 1]
             head, checksums = record_head(self._key, starts, stops - starts, data)
-            last_used = max(os.stat(path).st_mtime for path in held)
             try:
-                segment = write_whole(self._folder, [head, data.data], last_used)
+                segment = write_whole(self._folder, [head, data.data], max(held.values()))
             except OSError:
                 return  # no room for it: they stay as they are
-            for path in held:
-                os.unlink(path)
-            self._forget(held)
+            self._remove(set(held))
             self._segments[segment.path] = segment
             record = Record(segment, len(head), len(data), checksums)
             self._add([(record, np.stack([starts, stops], axis=1))])
+
+    def _remove(self, paths: set[str]) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._forget(paths)
 
     def _make_room(self, n_bytes: int, bound: int) -> None:
         with _REGISTRY.lock:

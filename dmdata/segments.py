@@ -220,18 +220,19 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
         done += os.pwrite(descriptor, data[done:], at + done)
 
 
-def hold(path: str, stack: contextlib.ExitStack) -> bool:
-    """Take the lock of a segment that nobody appends to, until the stack ends."""
+def hold(path: str, stack: contextlib.ExitStack) -> float | None:
+    """Take the lock of a segment until the stack ends, and tell its last use; None where somebody appends to it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False
+        return None
     stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
-    return os.fstat(descriptor).st_nlink > 0
+        return None
+    facts = os.fstat(descriptor)
+    return facts.st_mtime if facts.st_nlink else None
 
 
 def _make_folder(folder: Path) -> None:
