@@ -171,10 +171,7 @@ class Transport:
         if not plan.n_requests:
             return np.empty(0, np.uint8)
         kept = self.kept(etag) if cache and spool is None else None
-        filled = None
-        if kept:
-            filled = _product(plan, None)
-            plan = self._filled(kept, plan, filled)
+        plan, filled = self._filled(kept, plan) if kept else (plan, None)
         n_bytes, n_requests = _missing(plan, spool)
         if not n_requests:
             return _product(plan, spool) if filled is None else filled
@@ -207,13 +204,16 @@ class Transport:
         """Give what is kept of the object from earlier reads; None where nothing of it is."""
         return kept_of(self.address, etag, paid=self.address.requester_pays)
 
-    def _filled(self, kept: Kept, plan: ReadPlan, product: npt.NDArray[np.uint8]) -> ReadPlan:
+    def _filled(self, kept: Kept, plan: ReadPlan) -> tuple[ReadPlan, npt.NDArray[np.uint8] | None]:
         """Put what is kept into the product, count what that saves, and leave it out of the plan."""
-        rest = kept.fill(plan, product)
+        if plan.wanted_bytes >= _LARGE_READ_BYTES and (rest := kept.rest_of(plan)) is not plan and rest.n_requests:
+            # no memory is claimed for what a budget will refuse
+            self.require_budget(n_bytes=rest.n_bytes, n_requests=rest.n_requests)
+        rest, product = kept.fill(plan)
         if rest is not plan:
             whole, part = (quote(each.n_bytes, each.n_requests, self.destination) for each in (plan, rest))
-            note_saved(plan.n_bytes - rest.n_bytes, whole.usd - part.usd)
-        return rest
+            note_saved(plan.n_bytes - rest.n_bytes, max(whole.usd - part.usd, 0.0))
+        return rest, product
 
     def require_budget(self, *, n_bytes: int, n_requests: int) -> None:
         """Refuse work of several reads, before its first byte, if a budget would not let it end.

@@ -167,22 +167,24 @@ class Kept:
         ranges = _worth_a_look(plan)
         return plan if ranges is None else without(plan, _covered(self._known(), ranges))
 
-    def fill(self, plan: ReadPlan, product: Bytes) -> ReadPlan:
-        """Put what is kept into a read's product, and leave it out of the plan."""
+    def fill(self, plan: ReadPlan) -> tuple[ReadPlan, Bytes | None]:
+        """Put what is kept into a read's product, and leave it out of the plan; no product where nothing is."""
         ranges = _worth_a_look(plan)
         if ranges is None:
-            return plan
+            return plan, None
+        product: Bytes | None = None
         try:
             while len(covered := _covered(levels := self._known(), ranges)):
+                product = np.empty(plan.wanted_bytes, np.uint8) if product is None else product
                 try:
                     self._copy(levels, plan.wanted, product)
                 except DamagedError as error:
                     self._drop(error.args[0])
                     continue
-                return without(plan, covered)
+                return without(plan, covered), product
         except OSError:
             pass  # it cannot be read now: all of it is fetched
-        return plan
+        return plan, None
 
     def keeper(self, plan: ReadPlan) -> "Keeper | None":
         """Give who keeps what a read receives; None where it is too much."""

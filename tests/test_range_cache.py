@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from small_release import npy, publish
 import dmdata
 from dmdata import ranges, segments
 from dmdata.address import Address
-from dmdata.errors import AccessError, DmdataError, IntegrityError
+from dmdata.errors import AccessError, BudgetError, DmdataError, IntegrityError
 from dmdata.formats import Layout
 from dmdata.ledger import home
-from dmdata.plan import plan_read
+from dmdata.plan import overlaps, plan_read, subtract
 from dmdata.selection import select
 
 NAME = "toy/50pct/test_margins"
@@ -376,10 +377,40 @@ def test_the_cost_of_a_small_lookup_does_not_grow_with_what_is_kept(s3: Loopback
             max_range_bytes=1 << 20,
         )
         began = time.perf_counter()
-        assert kept.fill(plan, np.empty(100, np.uint8)).n_requests == 0
+        assert kept.fill(plan)[0].n_requests == 0
         seconds.append(time.perf_counter() - began)
     assert np.median(seconds) < 0.002
     assert len(kept_files()) < 50
+
+
+INTERVALS = st.lists(st.integers(0, 60), max_size=12, unique=True).map(
+    lambda edges: np.sort(np.array(edges[: len(edges) // 2 * 2], np.int64)).reshape(-1, 2)
+)
+
+
+def positions(pieces: np.ndarray) -> list[int]:
+    return [position for start, stop in pieces.tolist() for position in range(start, stop)]
+
+
+@given(ours=INTERVALS, theirs=INTERVALS)
+def test_ranges_are_intersected_and_subtracted_as_sets_of_bytes_are(ours: np.ndarray, theirs: np.ndarray) -> None:
+    common, nth, nth_other = overlaps(ours, theirs)
+    assert positions(common) == sorted(set(positions(ours)) & set(positions(theirs)))
+    for (start, stop), mine, other in zip(common.tolist(), nth.tolist(), nth_other.tolist(), strict=True):
+        assert ours[mine][0] <= start < stop <= ours[mine][1]
+        assert theirs[other][0] <= start < stop <= theirs[other][1]
+    left, of = subtract(ours, theirs)
+    assert positions(left) == sorted(set(positions(ours)) - set(positions(theirs)))
+    for (start, stop), mine in zip(left.tolist(), of.tolist(), strict=True):
+        assert ours[mine][0] <= start < stop <= ours[mine][1]
+
+
+def test_a_budget_refuses_a_huge_read_before_memory_is_claimed(s3: LoopbackS3, catalog: str) -> None:
+    array = dmdata.open(NAME, catalog=catalog)
+    array[0]
+    layout = Layout((1 << 50,), np.dtype(np.uint8), 128, (1,))
+    with dmdata.budget(usd=1), pytest.raises(BudgetError):
+        replace(array, layout=layout)[: 1 << 44]
 
 
 KEYS = st.tuples(
