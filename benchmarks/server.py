@@ -114,6 +114,7 @@ def nginx() -> Iterator[Nginx]:
             "AWS_SHARED_CREDENTIALS_FILE": f"{folder}/none",
             "NO_PROXY": "127.0.0.1",
             "DMDATA_HOME": f"{folder}/home",
+            "DMDATA_CACHE_GIB": "0",  # the second round would read nothing
         }
         for name in [name for name in os.environ if name.startswith(("AWS_", "DMDATA_"))]:
             del os.environ[name]  # a user's profile, catalog or budget

@@ -52,12 +52,16 @@ Preference: TypeAlias = Literal["price", "speed"]
 
 @dataclass(frozen=True, slots=True)
 class InObject:
-    """Elements in one object, read by byte ranges; `etag` is that of the header's reading."""
+    """Elements in one object, read by byte ranges; `etag` is that of the header's reading.
+
+    With `cache`, what was paid for once is kept and not paid again: see `dmdata.ranges`.
+    """
 
     transport: Transport
     etag: str | None
     prefer: Preference = "price"
     shows_progress: bool = True
+    cache: bool = True
 
     @property
     def url(self) -> str:
@@ -65,13 +69,18 @@ class InObject:
         return str(self.transport.address)
 
     def plan(self, layout: Layout, selection: Selection) -> ReadPlan:
-        """Plan a read as it will be carried out; from a free source always the quick way."""
+        """Plan a read as it is carried out where nothing is kept of it; from a free source always the quick way."""
         address = self.transport.address
         if address.is_local:
             return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
         if self.prefer == "speed" or not address.requester_pays:
             return fastest_plan(layout, selection, to=self.transport.destination)
         return cheapest_plan(layout, selection, to=self.transport.destination)
+
+    def rest_of(self, plan: ReadPlan) -> ReadPlan:
+        """Leave out of a plan what is kept from earlier reads."""
+        kept = self.transport.kept(self.etag) if self.cache else None
+        return kept.rest_of(plan) if kept else plan
 
     def read(
         self,
@@ -92,7 +101,9 @@ class InObject:
         wanted = self.shows_progress and progress is None
         try:
             with shown(self.transport.artifact, plan.n_bytes, price, wanted=wanted) as arrived:
-                octets = self.transport.fetch(plan, etag=self.etag, progress=progress or arrived, spool=spool)
+                octets = self.transport.fetch(
+                    plan, etag=self.etag, progress=progress or arrived, spool=spool, cache=self.cache
+                )
             return product_array(plan, octets)
         except IntegrityError:
             forget_header(self.transport.address)
@@ -258,7 +269,10 @@ class LazyArray(ArrayProtocols):
         return next(iter(self.layout.storage_order), 0)
 
     def planned(self, selection: Selection) -> ReadPlan | None:
-        """Plan a selection as `read` will carry it out; None for an array of a Zarr store, not read by ranges."""
+        """Plan a selection as `read` with a spool carries it out, past what is kept; None for an array of a Zarr store.
+
+        That one is not read by ranges.
+        """
         return self.body.plan(self.layout, selection) if isinstance(self.body, InObject) else None
 
     def price_usd(self, n_bytes: int, n_requests: int) -> float:
@@ -275,6 +289,8 @@ class LazyArray(ArrayProtocols):
     def plan(self, key: Any = ..., *, to: str | None = None, prefer: Preference | None = None) -> ReadPlan:
         """Plan the byte ranges of a selection as a read from a release would ask for them, without reading anything.
 
+        What is kept from earlier reads is left out: the plan is of what is missing.
+
         Parameters
         ----------
         key : index
@@ -287,8 +303,11 @@ class LazyArray(ArrayProtocols):
         selection = select(key, self.shape, orthogonal=True)
         destination = destination_of(to or self._destination)
         if (prefer or (self.body.prefer if isinstance(self.body, InObject) else "price")) == "speed":
-            return fastest_plan(self.layout, selection, to=destination)
-        return cheapest_plan(self.layout, selection, to=destination)
+            return self._rest_of(fastest_plan(self.layout, selection, to=destination))
+        return self._rest_of(cheapest_plan(self.layout, selection, to=destination))
+
+    def _rest_of(self, plan: ReadPlan) -> ReadPlan:
+        return self.body.rest_of(plan) if isinstance(self.body, InObject) else plan
 
     @property
     def _destination(self) -> Destination:
@@ -304,7 +323,8 @@ class LazyArray(ArrayProtocols):
     ) -> Estimate:
         """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
 
-        For a free source this is what the same read would cost from a release in a requester-pays bucket.
+        What is kept from earlier reads is left out. For a free source this is what the same read would cost from a
+        release in a requester-pays bucket.
 
         Parameters
         ----------
@@ -319,7 +339,8 @@ class LazyArray(ArrayProtocols):
         """
         selection = select(key, self.shape, orthogonal=True)
         destination = destination_of(to or self._destination)
-        return estimate_read(self.layout, selection, to=destination, usage=usage_of(used_gib, free_tier))
+        usage = usage_of(used_gib, free_tier)
+        return estimate_read(self.layout, selection, to=destination, usage=usage, rest_of=self._rest_of)
 
     def mirror(
         self,
@@ -457,7 +478,14 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage = ANY_MONTH) -> Estimate:
+def estimate_read(
+    layout: Layout,
+    selection: Selection,
+    *,
+    to: Destination,
+    usage: Usage = ANY_MONTH,
+    rest_of: Callable[[ReadPlan], ReadPlan] = lambda plan: plan,
+) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -467,11 +495,13 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usag
     to : Destination
     usage : Usage
         What is known of the month; by default nothing, as a budget reckons.
+    rest_of : callable
+        Leaves out of a plan what need not be read.
 
     Returns
     -------
     estimate : Estimate
     """
-    plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
+    plans = (rest_of(cheapest_plan(layout, selection, to=to)), rest_of(fastest_plan(layout, selection, to=to)))
     cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
     return Estimate(cheapest, fastest, to, price_table().date)

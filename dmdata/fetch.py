@@ -26,6 +26,7 @@ from dmdata.ledger import Ledger, home
 from dmdata.meter import Meter, Progress, Tally
 from dmdata.plan import ReadPlan, land, plan_read
 from dmdata.prices import Destination, quote
+from dmdata.ranges import Keeper, Kept, kept_of, note_saved
 from dmdata.selection import select
 from dmdata.source import connect
 
@@ -131,7 +132,13 @@ class Transport:
         return self.fetch(plan, etag=etag).tobytes()
 
     def fetch(
-        self, plan: ReadPlan, *, etag: str | None, progress: Progress | None = None, spool: Spool | None = None
+        self,
+        plan: ReadPlan,
+        *,
+        etag: str | None,
+        progress: Progress | None = None,
+        spool: Spool | None = None,
+        cache: bool = False,
     ) -> npt.NDArray[np.uint8]:
         """Read what a plan asks for.
 
@@ -143,6 +150,9 @@ class Transport:
         progress : callable, optional
         spool : Spool, optional
             Ranges it has are neither fetched nor paid for.
+        cache : bool
+            Whether what `dmdata.ranges` keeps is neither fetched nor paid for, and what is fetched is kept. A read with
+            a spool goes past it. `progress` is told of bytes that are fetched, as always.
 
         Returns
         -------
@@ -160,15 +170,18 @@ class Transport:
         """
         if not plan.n_requests:
             return np.empty(0, np.uint8)
+        kept = self.kept(etag) if cache and spool is None else None
+        plan, filled = self._filled(kept, plan) if kept else (plan, None)
         n_bytes, n_requests = _missing(plan, spool)
         if not n_requests:
-            return _product(plan, spool)
+            return _product(plan, spool) if filled is None else filled
         source, meter = connect(self.address), self._meter(n_bytes, n_requests, progress)
         meter.object_bytes = plan.layout.stop
         stopping = threading.Event()
+        keeper = kept.keeper(plan) if kept else None
 
         def work() -> None:
-            reader = _Reader(source, plan, product, etag, meter, stopping, spool)
+            reader = _Reader(source, plan, product, etag, meter, stopping, spool, keeper)
             while not stopping.is_set() and (in_hand := ranges.take()):
                 meter.draw(sum(stop - start for _, start, stop, _, _ in in_hand), len(in_hand))
                 reader.read(in_hand)
@@ -179,11 +192,28 @@ class Transport:
         n_first = min(_FEW_CONNECTIONS, n_threads) if n_bytes >= _LARGE_READ_BYTES else n_threads
         ranges = _Queue(plan, spool, n_requests, n_threads)
         try:
-            product = _product(plan, spool)
+            product = _product(plan, spool) if filled is None else filled
             _work_together(work, n_first, n_threads, lambda: meter.received_bytes, stopping)
         finally:
             meter.settle()
+            if keeper:
+                keeper.close()
         return product
+
+    def kept(self, etag: str | None) -> Kept | None:
+        """Give what is kept of the object from earlier reads; None where nothing of it is."""
+        return kept_of(self.address, etag, paid=self.address.requester_pays)
+
+    def _filled(self, kept: Kept, plan: ReadPlan) -> tuple[ReadPlan, npt.NDArray[np.uint8] | None]:
+        """Put what is kept into the product, count what that saves, and leave it out of the plan."""
+        if plan.wanted_bytes >= _LARGE_READ_BYTES and (rest := kept.rest_of(plan)) is not plan and rest.n_requests:
+            # no memory is claimed for what a budget will refuse
+            self.require_budget(n_bytes=rest.n_bytes, n_requests=rest.n_requests)
+        rest, product = kept.fill(plan)
+        if rest is not plan:
+            whole, part = (quote(each.n_bytes, each.n_requests, self.destination) for each in (plan, rest))
+            note_saved(plan.n_bytes - rest.n_bytes, max(whole.usd - part.usd, 0.0))
+        return rest, product
 
     def require_budget(self, *, n_bytes: int, n_requests: int) -> None:
         """Refuse work of several reads, before its first byte, if a budget would not let it end.
@@ -263,16 +293,30 @@ class _Queue:
 
 
 class _Arrivals:
-    """Takes the bytes of one range as they arrive: counts them and puts the wanted ones into the product."""
+    """Takes the bytes of one range as they arrive: counts them and puts the wanted ones into the product.
 
-    __slots__ = ("_at", "_is_whole", "_plan", "_product", "_stop", "_tally", "position")
+    With a keeper all bytes are kept, those between the wanted ones too: they are paid for.
+    """
+
+    __slots__ = ("_at", "_end", "_is_whole", "_plan", "_product", "_received", "_start", "_stop", "_tally", "position")
 
     def __init__(
-        self, plan: ReadPlan, product: npt.NDArray[np.uint8], tally: Tally, start: int, stop: int, at: int, end: int
+        self,
+        plan: ReadPlan,
+        product: npt.NDArray[np.uint8],
+        tally: Tally,
+        start: int,
+        stop: int,
+        at: int,
+        end: int,
+        *,
+        keeps: bool = False,
     ) -> None:
         self._plan, self._product, self._tally = plan, product, tally
         self.position, self._stop, self._at = start, stop, at
+        self._start, self._end = start, end
         self._is_whole = end - at == stop - start
+        self._received = np.empty(stop - start, np.uint8) if keeps and not self._is_whole else None
 
     def put(self, chunk: npt.NDArray[np.uint8]) -> None:
         n_bytes = len(chunk)
@@ -284,8 +328,15 @@ class _Arrivals:
             self._at += n_bytes
         else:
             self._at += land(self._plan.wanted, self.position, chunk, self._product, self._at)
+        if self._received is not None:
+            self._received[self.position - self._start :][:n_bytes] = chunk
         self.position += n_bytes
         self._tally.arrived(n_bytes)
+
+    def hand_to(self, keeper: Keeper) -> None:
+        """Hand over all bytes of the range, once they are here."""
+        whole = self._product[self._end - (self._stop - self._start) : self._end]
+        keeper.keep(self._start, whole if self._received is None else self._received)
 
 
 class _Reader:
@@ -300,7 +351,9 @@ class _Reader:
         meter: Meter,
         stopping: threading.Event,
         spool: Spool | None,
+        keeper: Keeper | None,
     ) -> None:
+        self._keeper = keeper
         self._source, self._plan, self._product, self._etag = source, plan, product, etag
         self._meter, self._stopping, self._spool = meter, stopping, spool
         self._tally = meter.tally()
@@ -325,7 +378,8 @@ class _Reader:
     def _read_one(self, nth: int, start: int, stop: int, at: int, end: int) -> None:
         """Read a range, going on after each broken transfer from the byte it broke at."""
         source, tally = self._source, self._tally
-        arrivals = _Arrivals(self._plan, self._product, tally, start, stop, at, end)
+        keeps = self._keeper is not None
+        arrivals = _Arrivals(self._plan, self._product, tally, start, stop, at, end, keeps=keeps)
         n_tries = fruitless = 0
         while not self._stopping.is_set():
             began = arrivals.position
@@ -338,6 +392,8 @@ class _Reader:
                     arrivals.put(np.frombuffer(source.piece(began, stop, etag=self._etag), np.uint8))
                 if arrivals.position == stop:
                     self._landed(nth, at, end)
+                    if self._keeper:
+                        arrivals.hand_to(self._keeper)
                 elif not self._stopping.is_set():
                     raise ended_short(source.address, arrivals.position, transient=True)
                 return
@@ -369,6 +425,9 @@ class _Reader:
                 _Arrivals(self._plan, self._product, tally, start, stop, at, end).put(np.frombuffer(piece, np.uint8))
         for nth, _, _, at, end in ranges:
             self._landed(nth, at, end)
+        if self._keeper:
+            for start, piece in zip(starts, pieces, strict=True):
+                self._keeper.keep(start, np.frombuffer(piece, np.uint8))
         return True
 
     def _landed(self, nth: int, at: int, end: int) -> None:

@@ -9,7 +9,7 @@ storage order, each byte once; where a byte of the object lands in it is arithme
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +27,8 @@ _MOST_REMEMBERED = 1 << 22
 _MOST_RANGES_LISTED = 100_000_000
 # pieces at least so long are copied one by one, shorter ones by an index array
 _LONG_PIECE_BYTES = 512
+# requests that may be added to leave out bytes that are there: some dollars a million, and one round trip at most
+_SPARE_REQUESTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,74 @@ def plan_read(
         if window < max_range_bytes:
             plan = _planned(layout, selection, wanted, max_gap_bytes, window)
     return plan
+
+
+def without(plan: ReadPlan, held: Offsets) -> ReadPlan:
+    """Leave out of a plan what is there already.
+
+    What is held is cut out of the ranges, also where it lies between two bytes that are missing. Only where that takes
+    more than 32 requests beyond those of the plan are gaps filled again, as far as a request costs more than they do.
+
+    Parameters
+    ----------
+    plan : ReadPlan
+        With fewer ranges than are too many for one array.
+    held : int64 array, shape (n, 2)
+        Byte ranges, half-open, ascending, without overlap.
+
+    Returns
+    -------
+    rest : ReadPlan
+        Of the same product; its ranges cover each wanted byte that is not held, once.
+    """
+    if not len(held) or not plan.n_requests:
+        return plan
+    ranges = plan.ranges
+    missing = plan.wanted.trimmed(subtract(ranges, held)[0])
+    if len(missing) > plan.n_requests + _SPARE_REQUESTS:
+        nth = np.searchsorted(ranges[:, 0], missing[:, 0], side="right")
+        apart = (missing[1:, 0] - missing[:-1, 1] > plan.max_gap_bytes) | (nth[1:] != nth[:-1])
+        first, last = np.concatenate([[True], apart]), np.concatenate([apart, [True]])
+        missing = np.stack([missing[first, 0], missing[last, 1]], axis=1)
+    n_bytes = int((missing[:, 1] - missing[:, 0]).sum())
+    return replace(plan, n_requests=len(missing), n_bytes=n_bytes, remembered=missing)
+
+
+def overlaps(ranges: Offsets, others: Offsets) -> tuple[Offsets, Offsets, Offsets]:
+    """Intersect byte ranges with others, each ascending and without overlap.
+
+    Returns
+    -------
+    pieces : int64 array, shape (n, 2)
+        Ascending.
+    nth_range, nth_other : int64 arrays, shape (n,)
+        Which two have each piece in common.
+    """
+    low = np.searchsorted(others[:, 1], ranges[:, 0], side="right")
+    n_others = np.maximum(np.searchsorted(others[:, 0], ranges[:, 1], side="left") - low, 0)
+    nth_range = np.repeat(np.arange(len(ranges)), n_others)
+    nth_other = np.arange(len(nth_range)) + np.repeat(low - np.cumsum(n_others) + n_others, n_others)
+    starts = np.maximum(ranges[nth_range, 0], others[nth_other, 0])
+    stops = np.minimum(ranges[nth_range, 1], others[nth_other, 1])
+    return np.stack([starts, stops], axis=1), nth_range, nth_other
+
+
+def subtract(ranges: Offsets, others: Offsets) -> tuple[Offsets, Offsets]:
+    """Take others out of byte ranges, each ascending and without overlap.
+
+    Returns
+    -------
+    pieces : int64 array, shape (n, 2)
+        What is left, ascending.
+    nth_range : int64 array, shape (n,)
+        Which range each piece is of.
+    """
+    common, _, _ = overlaps(ranges, others)
+    starts = np.sort(np.concatenate([ranges[:, 0], common[:, 1]]))
+    stops = np.sort(np.concatenate([ranges[:, 1], common[:, 0]]))
+    some = starts < stops
+    starts, stops = starts[some], stops[some]
+    return np.stack([starts, stops], axis=1), np.searchsorted(ranges[:, 0], starts, side="right") - 1
 
 
 def product_array(plan: ReadPlan, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

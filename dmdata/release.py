@@ -126,6 +126,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     to: str | None = None,
     prefer: Preference = "price",
     progress: bool = True,
+    cache: bool = True,
 ) -> LazyArray:
     """Open an artifact by its name, or an array by its address. Reads the object's header, once.
 
@@ -143,6 +144,8 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         What paid reads are planned for: the fewest dollars or the fewest seconds; `LazyArray.estimate` shows both.
     progress : bool
         Whether reads that take longer than two seconds show a progress bar, at a terminal or in a notebook.
+    cache : bool
+        Whether bytes that were paid for are kept, and not paid again. False goes past what is kept.
 
     Raises
     ------
@@ -165,7 +168,9 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
     else:
         array = open_artifact(artifact, destination, prefer)
-    return array if progress else array.without_progress()
+    if isinstance(array.body, InObject):
+        array = replace(array, body=replace(array.body, shows_progress=progress, cache=cache))
+    return array
 
 
 def _listed_or_local(name: str, catalog: CatalogLike) -> Artifact | None:

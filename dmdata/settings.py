@@ -110,6 +110,11 @@ class Settings(_Record):
         description="whether the account's monthly free GB are unused but for used_gib",
         examples=["true"],
     )
+    cache_gib: Amount = Field(
+        default=10.0,
+        description="bound on what paid reads keep so as not to be paid again, in GB; 0 keeps nothing",
+        examples=["50"],
+    )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
     progress: bool = Field(
         default=True, description="whether to show progress bars of what takes long", examples=["false"]

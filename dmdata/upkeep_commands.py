@@ -6,14 +6,14 @@ import click
 from rich.table import Table
 
 from dmdata import cache as remembering
-from dmdata import release
+from dmdata import ranges, release
 from dmdata.address import Address
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
 from dmdata.ledger import Ledger, home
 from dmdata.locate import is_address
-from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes
+from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes, readable_usd
 
 _MARKS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
 
@@ -82,7 +82,21 @@ def cache(context: click.Context, talk: Talk) -> None:
     for part in found:
         table.add_row(part.folder, f"{part.n_files:,}", readable_bytes(part.n_bytes), part.what)
     facts = [{"folder": part.folder, "files": part.n_files, "bytes": part.n_bytes} for part in found]
-    talk.print_data({"home": str(home()), "folders": facts}, table)
+    kept = ranges.usage()
+    about = {
+        "objects": kept.n_objects,
+        "files": kept.n_segments,
+        "bytes": kept.n_bytes,
+        "bound_bytes": kept.bound_bytes,
+        "saved_bytes": kept.saved_bytes,
+        "saved_usd": kept.saved_usd,
+    }
+    talk.print_data({"home": str(home()), "folders": facts, "ranges": about}, table)
+    bound = f"of at most {readable_bytes(kept.bound_bytes)}" if kept.bound_bytes else "and nothing more is kept"
+    talk.remark(
+        f"ranges: {readable_bytes(kept.n_bytes)} of {kept.n_objects:,} objects, {bound}; "
+        f"{readable_bytes(kept.saved_bytes)} were not fetched again, which saved {readable_usd(kept.saved_usd)}"
+    )
     talk.remark(f"in {home()}")
 
 

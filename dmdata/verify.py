@@ -331,7 +331,7 @@ def _open_source(check: Check) -> tuple[LazyArray | None, list[str]]:
     original = check.journal.original
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CatalogMismatchWarning)
-        source = open_array(original.artifact, catalog=check.catalog, to=check.to)
+        source = open_array(original.artifact, catalog=check.catalog, to=check.to, cache=False)
     faults = [str(warning.message) for warning in caught if warning.category is CatalogMismatchWarning]
     now = Original(source.name, source.identity, source.shape, str(source.dtype))
     for what in ("identity", "shape", "dtype"):

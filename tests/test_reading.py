@@ -177,7 +177,7 @@ def test_where_the_bytes_go_decides_how_ranges_are_merged(server: LoopbackS3, ca
     assert (n_bytes, n_requests) == (2 * WIDE.shape[1] + 1, 1)
     assert usd == pytest.approx(0.0004 / 1000)
     server.reset_log()
-    n_bytes, n_requests, _ = spent_by(lambda: dmdata.open(BIG, catalog=catalog)[:3, 0])
+    n_bytes, n_requests, _ = spent_by(lambda: dmdata.open(BIG, catalog=catalog, cache=False)[:3, 0])
     assert (n_bytes, n_requests) == (3, 3)
 
 

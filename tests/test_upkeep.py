@@ -134,6 +134,27 @@ def test_the_cache_is_counted_and_cleared_and_the_ledger_stays(
     assert s3.n_requests == 2, "the header is read anew"
 
 
+def test_what_paid_reads_keep_is_shown_with_what_it_saved_and_cleared(
+    s3: LoopbackS3, catalog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array = dmdata.open(NAME, catalog=catalog)
+    array[0:10]
+    paid = dmdata.spend()
+    array[0:10]
+    shown = json.loads(run(capsys, "cache", "--json")[1])["ranges"]
+    assert (shown["objects"], shown["files"], shown["bound_bytes"]) == (1, 1, 10 * 2**30)
+    assert 400 <= shown["bytes"] < 1000
+    assert shown["saved_bytes"] == 400
+    assert 0 < shown["saved_usd"] < paid.usd
+    words = run(capsys, "cache")
+    assert "1 objects, of at most 10.0 GiB" in words[1] + words[2]
+    run(capsys, "cache", "clear", "--older-than", "1")
+    assert array.plan(np.s_[0:10]).n_requests == 0
+    run(capsys, "cache", "clear")
+    assert not list((home() / "ranges").iterdir())
+    assert array.plan(np.s_[0:10]).n_requests == 1
+
+
 def test_a_catalog_is_checked_and_its_fault_named(
     catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
