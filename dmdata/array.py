@@ -65,7 +65,7 @@ class InObject:
         address = self.transport.address
         if address.is_local:
             return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
-        if self.prefer == "speed" or not address.requester_pays:
+        if self.prefer == "speed" or not self.transport.is_paid:
             return fastest_plan(layout, selection, to=self.transport.destination)
         return cheapest_plan(layout, selection, to=self.transport.destination)
 
@@ -255,9 +255,7 @@ class LazyArray:
 
     def price_usd(self, n_bytes: int, n_requests: int) -> float:
         """Price what was planned, upper bound; 0 where reading is free."""
-        if not isinstance(self.body, InObject) or not self.body.transport.address.requester_pays:
-            return 0.0
-        return quote(n_bytes, n_requests, self.body.transport.destination).usd
+        return self.body.transport.price_usd(n_bytes, n_requests) if isinstance(self.body, InObject) else 0.0
 
     @property
     def is_local(self) -> bool:

@@ -26,6 +26,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmdata.errors import CatalogError
+from dmdata.settings import PriceOverrides
 
 
 class Basis(StrEnum):
@@ -85,7 +86,7 @@ class _Facts(_Record):
         return self
 
     def _fact_names(self) -> set[str]:
-        records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released", "sha256"}
+        records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released", "sha256", "prices"}
         return {name for name in type(self).model_fields if name not in records and getattr(self, name) is not None}
 
 
@@ -183,11 +184,15 @@ class DatasetEntry(_Facts):
 
 
 class SourceEntry(_Facts):
-    """Where the objects lie. A relative ``url`` is taken from the folder of the catalog itself."""
+    """Where the objects lie. A relative ``url`` is taken from the folder of the catalog itself.
+
+    ``prices`` name what reading from a store that is not AWS's costs; what they leave out is free there.
+    """
 
     url: str
     requester_pays: bool = False
     region: str | None = None
+    prices: PriceOverrides = PriceOverrides()
 
 
 @dataclass(frozen=True, slots=True)
