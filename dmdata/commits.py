@@ -1,9 +1,10 @@
 """One SQLite file written by many threads at the price of a few: what waits is committed together.
 
 A commit waits for the disk, and a thread that finds another one at it lays its work down instead of queueing for a
-commit of its own: whoever comes next does all that has been laid down, in order, in one transaction, each in a savepoint,
-so that what is refused undoes itself alone. Work that nobody waits for rides along with the next, or is done within a
-moment. No thread of its own is needed for that but a short one, so that a fork loses nothing.
+commit of its own: when that one is done, the first of those who wait does all that has been laid down, in order, in one
+transaction, each in a savepoint, so that what is refused undoes itself alone. Work that nobody waits for rides along
+with the next, or is done within a moment. No thread of its own is needed for that but a short one, so that a fork loses
+nothing.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -30,6 +31,8 @@ FAILURES = (OSError, sqlite3.Error, ValueError, TypeError, OverflowError, Attrib
 _LATEST_SECONDS = 0.05
 _BUSY_SECONDS = 60
 
+# holds what is laid down, and who commits; never for long, and never around the other
+_LISTED = threading.Lock()
 # SQLite has locks of its own: a child forked while another thread holds one would wait for it for ever
 _ONE_IN_SQLITE = threading.Lock()
 _OPENED: "dict[Path, Commits]" = {}
@@ -44,6 +47,8 @@ class _Laid:
     is_done: bool = False
     result: Any = None
     error: BaseException | None = None
+    # held until there is news: it is done, or its thread is the one to do it all
+    news: Any = field(default_factory=threading.Lock)
 
 
 class Commits:
@@ -60,9 +65,10 @@ class Commits:
         self.path = path
         self._prepare = prepare
         self._laid: deque[_Laid] = deque()
+        self._leader: _Laid | None = None
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        self._flusher: threading.Timer | None = None
+        self._is_flushed = False
         self._failure: FactualError | None = None
 
     @classmethod
@@ -89,15 +95,24 @@ class Commits:
             failure, self._failure = self._failure, None
             raise failure
         laid = _Laid(work, is_awaited=True)
-        self._laid.append(laid)
+        laid.news.acquire()
+        with _LISTED:
+            self._laid.append(laid)
+            if is_leader := self._leader is None:
+                self._leader = laid
         try:
-            while not laid.is_done:
-                with _ONE_IN_SQLITE:
-                    if not laid.is_done:
-                        self._commit()
-        except BaseException:
-            with contextlib.suppress(ValueError):  # done meanwhile
-                self._laid.remove(laid)
+            if not is_leader:
+                laid.news.acquire()
+            if not laid.is_done:
+                self._lead(laid)
+            elif self._leader is laid:  # to lead, but somebody held the file alone and did it meanwhile
+                with _LISTED:
+                    self._hand_on(laid)
+        except BaseException:  # interrupted: the others go on without this one
+            with _LISTED:
+                if laid in self._laid:
+                    self._laid.remove(laid)
+                self._hand_on(laid)
             raise
         if laid.error is not None:
             raise laid.error
@@ -106,12 +121,13 @@ class Commits:
 
     def do_later(self, work: Work[object]) -> None:
         """Have work committed with the next, or within a moment; before this process ends in any case but a kill."""
-        self._laid.append(_Laid(work, is_awaited=False))
-        if self._flusher is None:
-            # no daemon: an interpreter waits for it, in a forked worker too
-            self._flusher = flusher = threading.Timer(_LATEST_SECONDS, self._flush)
+        with _LISTED:
+            self._laid.append(_Laid(work, is_awaited=False))
+            is_first, self._is_flushed = not self._is_flushed, True
+        if is_first:
             try:
-                flusher.start()
+                # no daemon: an interpreter waits for it, in a forked worker too
+                threading.Timer(_LATEST_SECONDS, self._flush).start()
             except RuntimeError:  # the interpreter is shutting down, or there are too many threads
                 self._flush()
 
@@ -135,17 +151,41 @@ class Commits:
         if connection is not None:
             connection.close()
 
+    def forget(self) -> None:
+        """Leave to the parent what it laid down before this process was forked from it."""
+        self._laid.clear()
+        self._leader, self._is_flushed = None, False
+
     def _flush(self) -> None:
-        self._flusher = None
-        with _ONE_IN_SQLITE:
-            if self._laid:
+        nobody = _Laid(lambda connection: None, is_awaited=False)
+        with _LISTED:
+            self._is_flushed = False
+            if self._leader is not None or not self._laid:
+                return  # whoever commits takes it along, or nothing is left
+            self._leader = nobody
+        self._lead(nobody)
+
+    def _lead(self, leader: _Laid) -> None:
+        """Commit what is laid down, and let the next of those who wait do so."""
+        try:
+            with _ONE_IN_SQLITE:
                 self._commit()
+        finally:
+            with _LISTED:
+                self._hand_on(leader)
+
+    def _hand_on(self, leader: _Laid) -> None:
+        """Wake the first who waits, to lead in this one's place. Called with the list held."""
+        if self._leader is leader:
+            self._leader = following = next((laid for laid in self._laid if laid.is_awaited), None)
+            if following is not None:
+                following.news.release()
 
     def _commit(self) -> None:
-        """Do all that is laid down in one transaction. Called with the lock held."""
-        taken: list[_Laid] = []
-        while self._laid:
-            taken.append(self._laid.popleft())
+        """Do all that is laid down in one transaction. Called with SQLite held."""
+        with _LISTED:
+            taken = list(self._laid)
+            self._laid.clear()
         is_decided = False
         try:
             connection = self._begun()
@@ -166,7 +206,8 @@ class Commits:
                 if laid.is_awaited:
                     laid.error = error
                 else:  # written with the next, or never: what was drawn stays counted
-                    self._laid.appendleft(laid)
+                    with _LISTED:
+                        self._laid.appendleft(laid)
             taken = [laid for laid in taken if laid.is_awaited]
         finally:
             if is_decided:
@@ -174,9 +215,12 @@ class Commits:
                     if not laid.is_awaited and isinstance(laid.error, FactualError):
                         self._failure = laid.error
                     laid.is_done = True
+                    if laid.news.locked():
+                        laid.news.release()
             else:  # interrupted: the others' work is done by one of them
                 self.close()
-                self._laid.extendleft(reversed(taken))
+                with _LISTED:
+                    self._laid.extendleft(reversed(taken))
 
     def _begun(self) -> sqlite3.Connection:
         try:
@@ -210,17 +254,21 @@ class Commits:
 
 def _before_fork() -> None:
     _ONE_IN_SQLITE.acquire()
+    _LISTED.acquire()
     for commits in _OPENED.values():
         commits.close()  # an open file of SQLite's must not be carried over a fork
 
 
-def _after_in_child() -> None:
-    for commits in _OPENED.values():
-        # the parent's, which does them
-        commits._laid.clear()  # noqa: SLF001 - of this module
-        commits._flusher = None  # noqa: SLF001
+def _after_in_parent() -> None:
+    _LISTED.release()
     _ONE_IN_SQLITE.release()
 
 
+def _after_in_child() -> None:
+    for commits in _OPENED.values():
+        commits.forget()
+    _after_in_parent()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_ONE_IN_SQLITE.release, after_in_child=_after_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -422,7 +422,9 @@ def _check(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *,
     _expire_killed(connection)
     if passed := _scope_passed(connection, scopes, pico):
         scope, committed = passed
-        raise _over_budget(scope, pico=pico, limit=scopes[scope], committed=committed, artifact=artifact)
+        ended = connection.execute("SELECT 1 FROM block WHERE name = ? AND ended IS NOT NULL", (scope,)).fetchone()
+        kind = "ended" if ended else scope.partition(":")[0]
+        raise _over_budget(kind, pico=pico, limit=scopes[scope], committed=committed, artifact=artifact)
 
 
 def _scope_passed(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> tuple[str, int] | None:
@@ -450,12 +452,15 @@ def _cancel(connection: sqlite3.Connection, reading: str) -> None:
         connection.execute("UPDATE reading SET state = 'expired', pico = 0 WHERE id = ?", (reading,))
 
 
-def _over_budget(scope: str, *, pico: int, limit: int, committed: int, artifact: str) -> BudgetError:
+def _over_budget(kind: str, *, pico: int, limit: int, committed: int, artifact: str) -> BudgetError:
     usd, remaining, limit_usd = pico / _PICO, max(limit - committed, 0) / _PICO, limit / _PICO
-    kind = scope.partition(":")[0]
     name, remedy = {
         "month": ("month's budget", f"raise DMDATA_MAX_COST, or max_cost in {config_path()}"),
         "block": ("budget in force", "raise it: --max-cost USD, or with dmdata.budget(usd=...)"),
+        "ended": (
+            "budget it was sent out under, which is over by now,",
+            "open it again, outside that block",
+        ),
         "process": (
             "default budget a process",
             "raise it: with dmdata.budget(usd=...), --max-cost USD, or DMDATA_MAX_COST for a month",
