@@ -25,6 +25,7 @@ from dmdata.prices import (
     ANY_MONTH,
     Destination,
     Estimate,
+    PriceTable,
     Usage,
     assumed_link,
     destination_of,
@@ -309,7 +310,8 @@ class LazyArray:
         """
         selection = select(key, self.shape, orthogonal=True)
         destination = destination_of(to or self._destination)
-        return estimate_read(self.layout, selection, to=destination, usage=usage_of(used_gib, free_tier))
+        table = self.body.transport.table if isinstance(self.body, InObject) else None
+        return estimate_read(self.layout, selection, to=destination, usage=usage_of(used_gib, free_tier), table=table)
 
     def mirror(
         self,
@@ -441,7 +443,14 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
     )
 
 
-def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usage: Usage = ANY_MONTH) -> Estimate:
+def estimate_read(
+    layout: Layout,
+    selection: Selection,
+    *,
+    to: Destination,
+    usage: Usage = ANY_MONTH,
+    table: PriceTable | None = None,
+) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
     Parameters
@@ -451,11 +460,13 @@ def estimate_read(layout: Layout, selection: Selection, *, to: Destination, usag
     to : Destination
     usage : Usage
         What is known of the month; by default nothing, as a budget reckons.
+    table : PriceTable, optional
+        By default the list prices, with what the config file says otherwise.
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (cheapest_plan(layout, selection, to=to), fastest_plan(layout, selection, to=to))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
-    return Estimate(cheapest, fastest, to, price_table().date)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage, table=table) for plan in plans)
+    return Estimate(cheapest, fastest, to, (table or price_table()).date)

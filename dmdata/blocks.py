@@ -19,7 +19,18 @@ from pathlib import Path
 
 from dmdata.errors import BudgetError
 
-__all__ = ["Block", "Held", "ancestors", "close_here", "held", "in_force_here", "is_alive", "open_here", "process_name", "put_in_force"]
+__all__ = [
+    "Block",
+    "Held",
+    "ancestors",
+    "close_here",
+    "held",
+    "in_force_here",
+    "is_alive",
+    "open_here",
+    "process_name",
+    "put_in_force",
+]
 
 BLOCKS_VARIABLE = "DMDATA_BUDGETS"
 
@@ -192,8 +203,8 @@ def _parent(pid: int) -> int:
     if fields := _stat(pid):
         return int(fields[1])
     try:
-        listed = subprocess.run(  # noqa: S603 - no shell, and a number
-            ["ps", "-o", "ppid=", "-p", str(pid)],  # noqa: S607 - wherever this system has it
+        listed = subprocess.run(
+            ["ps", "-o", "ppid=", "-p", str(pid)],
             capture_output=True,
             text=True,
             check=False,

@@ -86,7 +86,17 @@ class _Facts(_Record):
         return self
 
     def _fact_names(self) -> set[str]:
-        records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released", "sha256", "prices"}
+        records = {
+            "basis",
+            "note",
+            "members",
+            "alphas",
+            "arrays",
+            "published_sizes",
+            "not_released",
+            "sha256",
+            "prices",
+        }
         return {name for name in type(self).model_fields if name not in records and getattr(self, name) is not None}
 
 

@@ -157,7 +157,7 @@ class Commits:
         self._leader, self._is_flushed = None, False
 
     def _flush(self) -> None:
-        nobody = _Laid(lambda connection: None, is_awaited=False)
+        nobody = _Laid(lambda _: None, is_awaited=False)
         with _LISTED:
             self._is_flushed = False
             if self._leader is not None or not self._laid:

@@ -98,7 +98,7 @@ class Transport:
     artifact: str
     destination: Destination = Destination.INTERNET
     charged: bool | None = None
-    prices: PriceOverrides = PriceOverrides()
+    prices: PriceOverrides = field(default=PriceOverrides())
     held_by: tuple[Block, ...] = field(default=(), compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
@@ -115,10 +115,10 @@ class Transport:
     @property
     def is_paid(self) -> bool:
         """Whether its reads count: what its reader is charged for, or has a price of its own."""
-        return self._table is not None
+        return self.table is not None
 
     @property
-    def _table(self) -> PriceTable | None:
+    def table(self) -> PriceTable | None:
         """The prices that hold for its reads; None where they are free."""
         address = self.address
         if address.is_local:
@@ -132,7 +132,7 @@ class Transport:
 
     def price_usd(self, n_bytes: int, n_requests: int) -> float:
         """Price a transfer, upper bound; 0 where it is free."""
-        table = self._table
+        table = self.table
         return quote(n_bytes, n_requests, self.destination, table=table).usd if table else 0.0
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
@@ -242,7 +242,7 @@ class Transport:
             Ledger(home()).check(usd=usd, artifact=self.artifact, carried=self.held_by)
 
     def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> Meter:
-        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged, table=self._table)
+        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged, table=self.table)
         if meter.table is not None:
             meter.reservation = Ledger(home()).reserve(
                 usd=meter.usd(n_bytes, n_requests),

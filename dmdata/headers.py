@@ -65,6 +65,12 @@ def read_header(transport: Transport, *, kind: Literal["npy", "pt"]) -> Header:
     return header
 
 
+def known_charge(address: Address) -> bool | None:
+    """Tell what the source said of charging its reader when the object was opened; None where it was not."""
+    known = _recall(address)
+    return known.state.charged if known else None
+
+
 def forget_header(address: Address) -> None:
     """Drop what is remembered of an object, because it changed."""
     _path(address).unlink(missing_ok=True)

@@ -327,7 +327,7 @@ def budget(*, usd: float) -> Iterator[None]:
     """Refuse what would bring the reads made for this block over `usd`, whichever process makes them.
 
     It holds this thread, threads that have no block of their own, processes started in it, what is pickled in it (tasks
-    of a Dask graph, whenever the graph was built), and processes that descend from this one, whenever they were started.
+    of a Dask graph, whenever the graph was built), and processes that descend from this one, whenever they began.
     Blocks nest, and each of them holds. Those of two threads hold each for its own. Work that was sent out in a block
     and is done after its end still counts towards it, and is held by it.
 

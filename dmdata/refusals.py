@@ -28,10 +28,10 @@ def store_error(address: Address, error: Exception) -> DmdataError:
         status = 403
     elif isinstance(error, ValueError) or "non-partial response" in text:
         return not_by_range(address)
-    return s3_refusal(address, status, code)
+    return s3_refusal(address, status, code, unsent="Connection refused" in text)
 
 
-def s3_refusal(address: Address, status: int | None, code: str | None) -> DmdataError:
+def s3_refusal(address: Address, status: int | None, code: str | None, *, unsent: bool = False) -> DmdataError:
     """Say in words what an answer means; without a status the connection itself failed."""
     if status == 404:
         return ObjectMissingError(
@@ -61,6 +61,7 @@ def s3_refusal(address: Address, status: int | None, code: str | None) -> Dmdata
         url=str(address),
         transient=transient,
         refused=status is not None,
+        **({"unsent": True} if unsent else {}),
     )
 
 

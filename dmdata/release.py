@@ -26,7 +26,7 @@ from dmdata.download import START_BYTES, bytes_complete, download, n_requests_of
 from dmdata.errors import CatalogError, DmdataError, FormatError, SelectionError
 from dmdata.fetch import Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
-from dmdata.headers import NPY, Header, read_header
+from dmdata.headers import NPY, Header, known_charge, read_header
 from dmdata.ledger import Ledger, home
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
 from dmdata.mirror import mirror as mirror_array
@@ -140,7 +140,7 @@ def open_object(name: str, *, catalog: CatalogLike = None, to: str | None = None
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
         raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
-    transport = Transport(address_of(artifact), artifact.name, destination_of(to))
+    transport = Transport(address_of(artifact), artifact.name, destination_of(to), prices=artifact.source.prices)
     state = read_header(transport, kind=artifact.stored.format).state
     layout = Layout((state.n_bytes,), np.dtype(np.uint8), 0, (1,))
     return LazyArray(artifact.name, ("byte",), layout, InObject(transport, state.etag))
@@ -263,7 +263,16 @@ def total_of(
 
 def reader_pays(name: str, catalog: Catalog) -> bool:
     """Tell whether whoever reads an artifact, or an array at an address, pays for it; asks nothing of it."""
-    return _address_of_url(name).requester_pays if _is_address(name) else catalog.find(name).source.requester_pays
+    if not _is_address(name):
+        return is_paid(catalog.find(name))
+    address = _address_of_url(name)
+    # an endpoint of one's own says whether it charges when it is first read; until then it may
+    return Transport(address, name, charged=known_charge(address)).is_paid
+
+
+def is_paid(artifact: Artifact) -> bool:
+    """Tell whether reads of an artifact count: its reader is charged, or its source has prices of its own."""
+    return Transport(address_of(artifact), artifact.name, prices=artifact.source.prices).is_paid
 
 
 def mirror(
@@ -387,7 +396,7 @@ def get(
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; use dmdata mirror {name}")
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to))
+    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to), prices=artifact.source.prices)
     download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
     return path
 
@@ -494,7 +503,7 @@ def _open_artifact(artifact: Artifact, destination: Destination, prefer: Prefere
     if artifact.stored.format == "zarr":
         array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
-        transport = Transport(address_of(artifact), artifact.name, destination)
+        transport = Transport(address_of(artifact), artifact.name, destination, prices=artifact.source.prices)
         header = read_header(transport, kind=artifact.stored.format)
         layout = _layout_named(header.layouts, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known

@@ -324,7 +324,8 @@ class _ForkedS3Source(ByPieces):
             raise
         except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError) as error:
             vars(error).update(request=None, response=None)  # they hold the token, and Dask pickles causes along
-            raise s3_refusal(self.address, None, None) from error
+            unsent = isinstance(error, botocore.exceptions.EndpointConnectionError)
+            raise s3_refusal(self.address, None, None, unsent=unsent) from error
 
 
 def _size_said(content_range: str) -> int | None:

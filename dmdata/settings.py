@@ -128,7 +128,8 @@ class Settings(_Record):
     )
 
 
-_SIMPLE = {name: f"{_PREFIX}{name.upper()}" for name in Settings.model_fields if name not in ("prices", "endpoint_prices", "link")}
+_WITH_PARTS = ("prices", "endpoint_prices", "link")
+_SIMPLE = {name: f"{_PREFIX}{name.upper()}" for name in Settings.model_fields if name not in _WITH_PARTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,8 @@ class Setting:
 def home() -> Path:
     """Find the directory of the ledger, the config file and what is remembered between processes (``DMDATA_HOME``).
 
-    It is one place whatever the working directory: ``~`` is the user's home directory, and a relative path is taken from
-    there.
+    It is one place whatever the working directory: ``~`` is the user's home directory, and a relative path is taken
+    from there.
     """
     text = os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata")
     return _absolute(text, os.environ.get("HOME"))

@@ -1,10 +1,11 @@
-"""A budget block holds whatever reads for it: threads, pools, Dask workers and DataLoaders, whenever they were started."""
+"""A budget block holds whatever reads for it, whenever it was started; what was not sent, or is free, is not booked."""
 
 import concurrent.futures
 import copy
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -15,15 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from servers.loopback import LoopbackS3
-from small_release import publish
+from servers.loopback import BUCKET, Fault, LoopbackS3
+from small_release import npy, publish
 
 import dmdata
+from dmdata.address import Address
 from dmdata.array import LazyArray
 from dmdata.blocks import held
-from dmdata.errors import BudgetError, DmdataError
+from dmdata.endpoints import own_endpoint
+from dmdata.errors import BudgetError, DmdataError, SourceError
+from dmdata.fetch import Transport
 from dmdata.interop import torch_dataset
 from dmdata.ledger import Ledger, home
+from dmdata.release import load_catalog, reader_pays
+from dmdata.settings import set_in_file
 
 VALUES = np.arange(12_000, dtype=np.float32).reshape(40, 300)
 NAME = "toy/50pct/test_margins"
@@ -230,7 +236,7 @@ def test_a_child_forked_in_a_block_does_not_end_it_for_the_others(lazy: LazyArra
 
 WITHOUT_ANCESTORS = """
 import os, pickle, sys, time
-from dmdata.errors import BudgetError, DmdataError
+from dmdata.errors import BudgetError, DmdataError, SourceError
 parent = os.getpid()
 if os.fork():
     os._exit(0)
@@ -252,9 +258,7 @@ def elsewhere(lazy: LazyArray, tmp_path: Path, **variables: str) -> str:
     return done.stdout.strip()
 
 
-def test_work_sent_to_a_process_that_is_no_descendant_is_held(
-    s3: LoopbackS3, lazy: LazyArray, tmp_path: Path
-) -> None:
+def test_work_sent_to_a_process_that_is_no_descendant_is_held(s3: LoopbackS3, lazy: LazyArray, tmp_path: Path) -> None:
     with dmdata.budget(usd=0):
         assert elsewhere(lazy, tmp_path).startswith("BudgetError")
         assert s3.n_requests == 0
@@ -328,3 +332,150 @@ def test_a_block_left_in_another_context_is_over_there_too() -> None:
     thread.start()
     thread.join()
     assert held().certain == ()
+
+
+@pytest.fixture
+def shut(s3: LoopbackS3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name an endpoint at which nobody listens."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    return f"http://127.0.0.1:{port}"
+
+
+def test_reads_that_were_never_sent_are_not_booked(lazy: LazyArray, shut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmdata.fetch._LONGEST_PAUSE_SECONDS", 0.01)
+    before = dmdata.spend()
+    for key in (np.s_[:], np.s_[0], np.s_[::2, 0]):
+        with pytest.raises(SourceError):
+            lazy[key]
+    after = dmdata.spend()
+    assert (after.usd, after.n_bytes, after.n_requests) == (before.usd, before.n_bytes, before.n_requests)
+    with Ledger(home()).transaction() as connection:
+        committed = connection.execute("SELECT SUM(committed_pico) FROM budget WHERE scope LIKE 'month:%'").fetchone()
+    assert committed == (round(before.usd * 10**12),)
+
+
+def test_a_header_that_was_never_asked_for_is_not_booked(
+    catalog: str, shut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmdata.fetch._LONGEST_PAUSE_SECONDS", 0.01)
+    with pytest.raises(SourceError) as caught:
+        dmdata.open(NAME, catalog=catalog)
+    assert caught.value.n_tries > 1
+    total = dmdata.spend()
+    assert (total.usd, total.n_bytes, total.n_requests) == (0, 0, 0)
+
+
+def test_a_read_that_was_sent_and_broke_is_booked(s3: LoopbackS3, lazy: LazyArray) -> None:
+    before = dmdata.spend()
+    s3.inject(Fault(drop=True), times=1)
+    assert lazy[0, 0] == 0
+    after = dmdata.spend()
+    assert after.n_requests - before.n_requests == 2
+
+
+@pytest.fixture
+def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackS3]:
+    """Play an endpoint of one's own, which charges nobody."""
+    with LoopbackS3(requester_pays=False) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        server.put("x.npy", npy(VALUES))
+        yield server
+
+
+def test_an_address_at_an_endpoint_of_ones_own_is_free(own_store: LoopbackS3) -> None:
+    with dmdata.budget(usd=0.00001):
+        lazy = dmdata.open(f"s3://{BUCKET}/x.npy")
+    assert dmdata.spend().usd == 0, "the header was set aside as if it were paid for, and turned out to be free"
+    assert [request.charged for request in own_store.log] == [False]
+    with dmdata.budget(usd=0):
+        np.testing.assert_array_equal(lazy[:], VALUES)
+        np.testing.assert_array_equal(dmdata.open(f"s3://{BUCKET}/x.npy")[:], VALUES)
+    assert lazy.price_usd(10**12, 10**6) == 0
+    assert dmdata.spend().usd == 0
+    assert not lazy.body.transport.is_paid
+
+
+def test_an_address_whose_answer_says_that_it_is_charged_counts_at_any_endpoint(
+    s3: LoopbackS3, lazy: LazyArray
+) -> None:
+    s3.put("x.npy", npy(VALUES))
+    array = dmdata.open(f"s3://{BUCKET}/x.npy")
+    before = dmdata.spend().usd
+    array[0]
+    assert dmdata.spend().usd - before == pytest.approx(array.estimate(0).usd)
+    with dmdata.budget(usd=0), pytest.raises(BudgetError):
+        array[0]
+
+
+def test_prices_named_for_endpoints_of_ones_own_count_there(own_store: LoopbackS3) -> None:
+    set_in_file("endpoint_prices", "{usd_per_get: 0.01}")
+    array = dmdata.open(f"s3://{BUCKET}/x.npy")
+    array[0]
+    assert dmdata.spend().usd == pytest.approx(0.02), "the header and a row: a cent each, and bytes cost nothing"
+    assert array.estimate(0).usd == pytest.approx(0.01)
+    with dmdata.budget(usd=0.015), pytest.raises(BudgetError):
+        array[:2], array[2:4]
+
+
+def test_prices_of_a_catalog_count_where_nobody_is_charged_by_s3(own_store: LoopbackS3, tmp_path: Path) -> None:
+    catalog = Path(publish(own_store, {NAME: VALUES}, tmp_path))
+    text = catalog.read_text().replace("requester_pays: true", "requester_pays: false\n  prices: {usd_per_get: 0.05}")
+    catalog.write_text(text)
+    dmdata.open(NAME, catalog=str(catalog))[0]
+    assert dmdata.spend().usd == pytest.approx(0.10)
+
+
+def test_on_aws_itself_an_address_always_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = Address("s3://bucket/x.npy", requester_pays=True)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    for endpoint in (
+        None,
+        "https://s3.eu-west-1.amazonaws.com",
+        "https://bucket.vpce-1.s3.us-east-1.vpce.amazonaws.com",
+    ):
+        if endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        for charged in (None, True, False):
+            assert Transport(address, "x", charged=charged).is_paid
+
+
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        ("[default]\nendpoint_url = http://minio:9000\n", "http://minio:9000"),
+        ("[default]\nservices = mine\n[services mine]\ns3 =\n  endpoint_url = http://r2:1\n", "http://r2:1"),
+        ("[default]\nservices = mine\n[services mine]\nsqs =\n  endpoint_url = http://r2:1\n", None),
+        ("[default]\nendpoint_url = http://minio:9000\nignore_configured_endpoint_urls = true\n", None),
+        ("[default]\nendpoint_url = https://s3.us-east-1.amazonaws.com\n", None),
+        ("[default]\nendpoint_url = https://amazonaws.com.evil.example\n", "https://amazonaws.com.evil.example"),
+    ],
+)
+def test_an_endpoint_of_the_aws_config_file_is_known(config: str, own: str | None) -> None:
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text(config)
+    assert own_endpoint() == own
+
+
+def test_consent_is_asked_until_an_endpoint_of_ones_own_has_said_that_it_does_not_charge(
+    own_store: LoopbackS3,
+) -> None:
+    url, empty = f"s3://{BUCKET}/x.npy", load_catalog(None)
+    assert reader_pays(url, empty)
+    dmdata.open(url)
+    assert not reader_pays(url, empty)
+
+
+@pytest.mark.parametrize("text", ["~/dm", "dm", "./dm", "x/../dm"])
+def test_the_home_is_one_place_whatever_the_working_directory(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DMDATA_HOME", text)
+    program = "import dmdata.ledger; print(dmdata.ledger.home())"
+    for folder in (tmp_path, Path("/")):
+        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(tmp_path / "dm")
+    assert home() == tmp_path / "dm"
