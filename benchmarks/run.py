@@ -5,7 +5,7 @@ Reading and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-
 `.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
-    python benchmarks/run.py reading mirroring        # some of reading, small_reads, mirroring, fitting, training, cluster
+    python benchmarks/run.py reading mirroring        # some; see --help
     python benchmarks/run.py --size small --json x.json
 """
 

@@ -428,6 +428,8 @@ def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> Re
     link = assumed_link()
     gap = int(link.break_even_gap_bytes)
     merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
+    if merged.n_requests == 1 and merged.n_bytes == merged.wanted_bytes:
+        return merged  # as the cheapest is
     plans = (merged, cheapest_plan(layout, selection, to=to))
     return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
 

@@ -74,6 +74,8 @@ class Commits:
     @classmethod
     def on(cls, path: Path, prepare: Callable[[sqlite3.Connection], None]) -> "Commits":
         """Give the one of this process for a file."""
+        if known := _OPENED.get(path):
+            return known  # without waiting for who commits
         with _ONE_IN_SQLITE:
             if path not in _OPENED:
                 for other in _OPENED.values():

@@ -2,13 +2,21 @@
 
 import functools
 import os
-from pathlib import Path
 from urllib.parse import urlsplit
 
 __all__ = ["own_endpoint"]
 
 _AWS_DOMAINS = ("amazonaws.com", "amazonaws.com.cn", "api.aws")
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+# all that botocore looks at for it; asked for at every read, so no more of the environment is gone through
+_VARIABLES = (
+    "AWS_CONFIG_FILE",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "HOME",
+)
 
 
 def own_endpoint() -> str | None:
@@ -16,23 +24,22 @@ def own_endpoint() -> str | None:
 
     Where the AWS configuration cannot be read it is taken for AWS, where reading counts.
     """
-    config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+    variables = tuple(map(os.environ.get, _VARIABLES))
     try:
-        facts = config.stat()
+        facts = os.stat(os.path.expanduser(variables[0] or "~/.aws/config"))
         changed: tuple[int, int] | None = (facts.st_mtime_ns, facts.st_size)
     except OSError:
         changed = None
-    variables = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     return _own_endpoint(variables, changed)
 
 
 @functools.lru_cache(maxsize=8)
-def _own_endpoint(variables: tuple[tuple[str, str], ...], config: tuple[int, int] | None) -> str | None:
-    known = dict(variables)
-    if config is not None or "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS" in known:
+def _own_endpoint(variables: tuple[str | None, ...], config: tuple[int, int] | None) -> str | None:
+    known = dict(zip(_VARIABLES, variables, strict=True))
+    if config is not None or known["AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"]:
         endpoint = _by_botocore()
     else:  # spares the import of botocore
-        endpoint = next((known[name] for name in _ENDPOINTS if known.get(name)), None)
+        endpoint = known["AWS_ENDPOINT_URL_S3"] or known["AWS_ENDPOINT_URL"]
     host = urlsplit(endpoint or "").hostname or ""
     is_aws = not host or any(host == domain or host.endswith(f".{domain}") for domain in _AWS_DOMAINS)
     return None if is_aws else endpoint
