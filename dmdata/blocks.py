@@ -20,6 +20,7 @@ from pathlib import Path
 from dmdata.errors import BudgetError
 
 __all__ = [
+    "BLOCKS_VARIABLE",
     "Block",
     "Held",
     "ancestors",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 BLOCKS_VARIABLE = "DMDATA_BUDGETS"
+"""Hands the blocks in force to the processes that are started."""
 
 # a process of another host that has not drawn for so long is taken for dead
 _LEASE_SECONDS = 24 * 3600.0
