@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors settings catalog formats selection prices plan blocks commits ledger address endpoints refusals s3 uploads source meter fetch
-        locks headers place spool journal cluster mirror download interop view array release verify filesystem
-        xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
+        errors settings catalog formats selection prices plan blocks commits ledger address endpoints refusals s3
+        uploads source meter fetch locks headers place spool journal cluster mirror download interop view array
+        release verify filesystem xarray_engine console cache doctor completion copy_commands money_commands
+        upkeep_commands cli
     """,
     "dmpipeline": """
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
