@@ -5,7 +5,7 @@ Reading and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-
 `.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
-    python benchmarks/run.py reading mirroring        # some of reading, cache, mirroring, fitting, training, cluster
+    python benchmarks/run.py reading mirroring        # some; see --help
     python benchmarks/run.py --size small --json x.json
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from timing import Bench
 
-PARTS = ("reading", "cache", "mirroring", "fitting", "training", "cluster")
+PARTS = ("reading", "small_reads", "cache", "mirroring", "fitting", "training", "cluster")
 
 
 @click.command()

@@ -27,6 +27,7 @@ from dmdata.prices import (
     ANY_MONTH,
     Destination,
     Estimate,
+    PriceTable,
     Usage,
     assumed_link,
     destination_of,
@@ -73,7 +74,7 @@ class InObject:
         address = self.transport.address
         if address.is_local:
             return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
-        if self.prefer == "speed" or not address.requester_pays:
+        if self.prefer == "speed" or not self.transport.is_paid:
             return fastest_plan(layout, selection, to=self.transport.destination)
         return cheapest_plan(layout, selection, to=self.transport.destination)
 
@@ -94,9 +95,8 @@ class InObject:
         plan = self.plan(layout, selection)
 
         def price() -> float:
-            transport = self.transport
-            is_paid = transport.address.requester_pays
-            return quote(plan.n_bytes, plan.n_requests, transport.destination).usd if is_paid else 0.0
+            rest = self.rest_of(plan)
+            return self.transport.price_usd(rest.n_bytes, rest.n_requests)
 
         wanted = self.shows_progress and progress is None
         try:
@@ -277,9 +277,7 @@ class LazyArray(ArrayProtocols):
 
     def price_usd(self, n_bytes: int, n_requests: int) -> float:
         """Price what was planned, upper bound; 0 where reading is free."""
-        if not isinstance(self.body, InObject) or not self.body.transport.address.requester_pays:
-            return 0.0
-        return quote(n_bytes, n_requests, self.body.transport.destination).usd
+        return self.body.transport.price_usd(n_bytes, n_requests) if isinstance(self.body, InObject) else 0.0
 
     @property
     def is_local(self) -> bool:
@@ -340,7 +338,8 @@ class LazyArray(ArrayProtocols):
         selection = select(key, self.shape, orthogonal=True)
         destination = destination_of(to or self._destination)
         usage = usage_of(used_gib, free_tier)
-        return estimate_read(self.layout, selection, to=destination, usage=usage, rest_of=self._rest_of)
+        table = self.body.transport.table if isinstance(self.body, InObject) else None
+        return estimate_read(self.layout, selection, to=destination, usage=usage, rest_of=self._rest_of, table=table)
 
     def mirror(
         self,
@@ -463,6 +462,8 @@ def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> Re
     link = assumed_link()
     gap = int(link.break_even_gap_bytes)
     merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
+    if merged.n_requests == 1 and merged.n_bytes == merged.wanted_bytes:
+        return merged  # as the cheapest is
     plans = (merged, cheapest_plan(layout, selection, to=to))
     return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
 
@@ -485,6 +486,7 @@ def estimate_read(
     to: Destination,
     usage: Usage = ANY_MONTH,
     rest_of: Callable[[ReadPlan], ReadPlan] = lambda plan: plan,
+    table: PriceTable | None = None,
 ) -> Estimate:
     """Price a read the cheapest way and the fastest way.
 
@@ -497,11 +499,13 @@ def estimate_read(
         What is known of the month; by default nothing, as a budget reckons.
     rest_of : callable
         Leaves out of a plan what need not be read.
+    table : PriceTable, optional
+        By default the list prices, with what the config file says otherwise.
 
     Returns
     -------
     estimate : Estimate
     """
     plans = (rest_of(cheapest_plan(layout, selection, to=to)), rest_of(fastest_plan(layout, selection, to=to)))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage) for plan in plans)
-    return Estimate(cheapest, fastest, to, price_table().date)
+    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage, table=table) for plan in plans)
+    return Estimate(cheapest, fastest, to, (table or price_table()).date)

@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmdata.errors import CatalogError
 from dmdata.layouts import stored_as
+from dmdata.settings import PriceOverrides
 
 
 class Basis(StrEnum):
@@ -97,7 +98,7 @@ class _Facts(_Record):
 
     def _fact_names(self) -> set[str]:
         records = {"basis", "note", "members", "alphas", "arrays", "published_sizes", "not_released"}
-        records |= {"sha256", "etag"}
+        records |= {"sha256", "etag", "prices"}
         return {name for name in type(self).model_fields if name not in records and getattr(self, name) is not None}
 
 
@@ -197,11 +198,15 @@ class DatasetEntry(_Facts):
 
 
 class SourceEntry(_Facts):
-    """Where the objects lie. A relative ``url`` is taken from the folder of the catalog itself."""
+    """Where the objects lie. A relative ``url`` is taken from the folder of the catalog itself.
+
+    ``prices`` name what reading from a store that is not AWS's costs; what they leave out is free there.
+    """
 
     url: str
     requester_pays: bool = False
     region: str | None = None
+    prices: PriceOverrides = PriceOverrides()
 
 
 @dataclass(frozen=True, slots=True)

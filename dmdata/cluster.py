@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dmdata.blocks import BLOCKS_VARIABLE, in_force_here
 from dmdata.errors import DmdataError
 from dmdata.ledger import DEFAULT_PROCESS_USD, budget, home
 from dmdata.settings import settings
 
 _WHERE_S3_IS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 # a worker's own may say otherwise where the caller's are not set
-_BUDGETS = ("DMDATA_BUDGETS", "DMDATA_MAX_COST")
+_BUDGETS = (BLOCKS_VARIABLE, "DMDATA_MAX_COST")
 _TASKS_A_THREAD = 2
 
 
@@ -65,7 +66,7 @@ def carried_along(*, paid: bool) -> Iterator[Carried]:
     Where no budget is set they share one of the default's dollars: each process by itself would be one budget too many.
     """
     with contextlib.ExitStack() as stack:
-        if not os.environ.get("DMDATA_BUDGETS") and settings().max_cost is None:
+        if not in_force_here() and settings().max_cost is None:
             stack.enter_context(budget(usd=DEFAULT_PROCESS_USD))
         token = None
         if paid:
@@ -75,7 +76,9 @@ def carried_along(*, paid: bool) -> Iterator[Carried]:
             stack.callback((home() / token).unlink, missing_ok=True)
         own = [name for name in os.environ if name.startswith("DMDATA_")]
         variables = {name: os.environ.get(name) for name in (*_WHERE_S3_IS, *_BUDGETS, *own)}
-        variables["DMDATA_HOME"] = str(home().absolute())
+        # this thread's blocks, not those of others
+        variables[BLOCKS_VARIABLE] = ",".join(map(str, in_force_here())) or None
+        variables["DMDATA_HOME"] = str(home())
         yield Carried(variables, token)
 
 

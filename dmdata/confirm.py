@@ -16,12 +16,11 @@ from dmdata.address import ObjectState
 from dmdata.array import InZarr
 from dmdata.catalog import ArraySchema, Artifact, Basis, Catalog
 from dmdata.errors import AccessError, DmdataError, FormatError, ObjectMissingError, SourceError
-from dmdata.fetch import Transport
 from dmdata.formats import Layout, stored_as
 from dmdata.headers import NPY, forget_header, read_header
 from dmdata.prices import Destination, Estimate
 from dmdata.pricing import price_header
-from dmdata.release import address_of
+from dmdata.release import address_of, transport_to
 
 Verdict: TypeAlias = Literal["confirmed", "differs", "missing", "not checked"]
 
@@ -144,7 +143,7 @@ def _look_at(artifact: Artifact, destination: Destination) -> Answer | DmdataErr
         return Answer(artifact.name, "differs" if words else "confirmed", tuple(words))
     forget_header(address)  # what is remembered is no answer of the source's
     try:
-        header = read_header(Transport(address, artifact.name, destination), kind=stored.format, wanted=None)
+        header = read_header(transport_to(artifact, artifact.name, destination), kind=stored.format, wanted=None)
     except (AccessError, FormatError, SourceError) as error:
         return error
     state, recorded = header.state, digests.recall(address, header.state)

@@ -12,7 +12,6 @@ from dmdata.array import LazyArray
 from dmdata.catalog import Artifact
 from dmdata.download import download
 from dmdata.errors import CatalogError, DmdataError
-from dmdata.fetch import Transport
 from dmdata.ledger import Ledger, home
 from dmdata.locate import url_and_member
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, missing_reads
@@ -20,7 +19,7 @@ from dmdata.mirror import mirror as mirror_array
 from dmdata.place import Place
 from dmdata.prices import destination_of
 from dmdata.pricing import arrays_of, download_path, parsed_selection, place_of
-from dmdata.release import CatalogLike, address_of, look_up, object_named, open_artifact
+from dmdata.release import CatalogLike, look_up, object_named, open_artifact, transport_to
 from dmdata.selection import Selection
 
 
@@ -174,7 +173,7 @@ def get_artifact(
         )
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")
-    transport = Transport(address_of(artifact), artifact.object_name, destination_of(to))
+    transport = transport_to(artifact, artifact.object_name, destination_of(to))
     download(transport, path, kind=artifact.stored.format, sha256=artifact.stored.sha256, progress=progress)
     return path
 

@@ -80,7 +80,7 @@ class Priced:
     @classmethod
     def all_of(cls, priced: list[tuple[Artifact, Estimate]]) -> "list[Priced]":
         """Take artifacts as `dmdata.release` prices them."""
-        return [cls(artifact.name, estimate, artifact.source.requester_pays) for artifact, estimate in priced]
+        return [cls(artifact.name, estimate, release.is_paid(artifact)) for artifact, estimate in priced]
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from dmdata.address import Address
+from dmdata.endpoints import own_endpoint
 from dmdata.errors import AccessError, DmdataError
 from dmdata.fetch import Transport
+from dmdata.headers import known_charge
 from dmdata.ledger import DEFAULT_PROCESS_USD, Ledger, Spending, home
 from dmdata.prices import Destination, price_table, prices_in_words, readable_bytes, readable_usd
 from dmdata.s3 import access_terms
@@ -163,9 +165,21 @@ def _money(address: Address) -> Iterator[Finding]:
         words += f"no monthly budget: {readable_usd(DEFAULT_PROCESS_USD)} a process"
     else:
         words += f"at most {readable_usd(limit)} a month"
-    if address.requester_pays:
+    transport = Transport(address, str(address), charged=known_charge(address))
+    if not transport.is_paid:
+        words += f"; this source is free: {why_free(address)}"
+    elif address.requester_pays:
         words += "; this source charges the reader"
     yield Finding("budget", "ok", words)
+
+
+def why_free(address: Address) -> str:
+    """Say why reads that do not count do not."""
+    if address.is_local:
+        return "it is on this machine"
+    if address.is_s3 and own_endpoint():
+        return "an endpoint of your own without prices (dmdata config set endpoint_prices.usd_per_get ...)"
+    return "its owner pays"
 
 
 def _access(address: Address) -> Iterator[Finding]:

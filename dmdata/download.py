@@ -23,7 +23,6 @@ from dmdata.formats import NPY_PREFIX_BYTES, Kind, Layout, contents_of, npy_layo
 from dmdata.locks import only_process_at
 from dmdata.npy import no_warnings
 from dmdata.plan import ReadPlan, plan_read
-from dmdata.prices import quote
 from dmdata.progress_bar import shown
 from dmdata.selection import select
 from dmdata.spool import take_room
@@ -188,8 +187,7 @@ def _append_missing(
         transport.require_budget(n_bytes=n_missing, n_requests=n_requests_of(n_missing))
 
         def price() -> float:
-            is_paid = transport.address.requester_pays
-            return quote(n_missing, n_requests_of(n_missing), transport.destination).usd if is_paid else 0.0
+            return transport.price_usd(n_missing, n_requests_of(n_missing))
 
         with shown(transport.artifact, n_missing, price, wanted=progress is None) as arrived:
             while done < state.n_bytes:

@@ -13,21 +13,25 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dmdata.address import SHORT_RANGE_BYTES, Address, ObjectState, Source, ended_short
+from dmdata.aws import known_to_be_unsigned
+from dmdata.blocks import Block, in_force_here
+from dmdata.endpoints import own_endpoint
 from dmdata.errors import DmdataError, SourceError
 from dmdata.formats import Layout
 from dmdata.ledger import Ledger, home
 from dmdata.meter import Meter, Progress, Tally
 from dmdata.plan import ReadPlan, land, plan_read
-from dmdata.prices import Destination, quote
+from dmdata.prices import Destination, PriceTable, own_prices, price_table, quote
 from dmdata.ranges import Keeper, Kept, kept_of, note_saved
 from dmdata.selection import select
+from dmdata.settings import PriceOverrides
 from dmdata.source import connect
 
 MAX_RANGE_BYTES = 16 << 20
@@ -85,13 +89,53 @@ class Transport:
     destination : Destination
         Decides the price of a byte.
     charged : bool or None
-        What the source said of charging its reader when the object was opened, for the books.
+        What the source said of charging its reader when the object was opened.
+    prices : PriceOverrides
+        That its catalog names.
+    held_by : tuple of Block
+        Budget blocks that were in force where it was sent from, if it was.
     """
 
     address: Address
     artifact: str
     destination: Destination = Destination.INTERNET
     charged: bool | None = None
+    prices: PriceOverrides = field(default=PriceOverrides())
+    held_by: tuple[Block, ...] = field(default=(), compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        """Travel with the budget blocks in force where it is pickled: reads through it are read for them."""
+        facts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return _sent, (facts | {"held_by": in_force_here(self.held_by)},)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether its reads count: what its reader is charged for, or has a price of its own."""
+        return self.table is not None
+
+    @property
+    def table(self) -> PriceTable | None:
+        """The prices that hold for its reads; None where they are free."""
+        address = self.address
+        if address.is_local or (address.is_s3 and known_to_be_unsigned(address)):
+            return None
+        own = own_endpoint() if address.is_s3 else None
+        if named := own_prices(self.prices, has_endpoint=own is not None):
+            return named
+        # who reads from AWS by address pays, as its requester or as its owner; elsewhere who is told so, or may be yet
+        is_charged = address.requester_pays and (address.listed or own is None or self.charged is not False)
+        return price_table() if is_charged else None
+
+    def price_usd(self, n_bytes: int, n_requests: int) -> float:
+        """Price a transfer, upper bound; 0 where it is free."""
+        table = self.table
+        return quote(n_bytes, n_requests, self.destination, table=table).usd if table else 0.0
 
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         """Read up to `n_bytes` from the start, and learn the object's size and etag.
@@ -103,18 +147,20 @@ class Transport:
         source, meter = connect(self.address), self._meter(n_bytes, 1)
         tally = meter.tally()
         try:
-            while True:
+            for n_tries in itertools.count(1):
                 tally.sending(n_bytes)
                 try:
                     head, state = source.start(n_bytes)
                 except DmdataError as error:
-                    n_tries = tally.n_requests
                     _patience(error, tally, meter, threading.Event(), fruitless=n_tries, n_tries=n_tries)
                     continue
                 tally.arrived(len(head))
                 tally.in_flight = 0
                 meter.charged = state.charged
+                if not replace(self, charged=state.charged).is_paid:
+                    meter.table = None
                 return head, state
+            raise AssertionError("tries end with an answer or an error")
         finally:
             meter.settle()
 
@@ -202,7 +248,7 @@ class Transport:
 
     def kept(self, etag: str | None) -> Kept | None:
         """Give what is kept of the object from earlier reads; None where nothing of it is."""
-        return kept_of(self.address, etag, paid=self.address.requester_pays)
+        return kept_of(self.address, etag, paid=self.is_paid)
 
     def _filled(self, kept: Kept, plan: ReadPlan) -> tuple[ReadPlan, npt.NDArray[np.uint8] | None]:
         """Put what is kept into the product, count what that saves, and leave it out of the plan."""
@@ -222,22 +268,27 @@ class Transport:
         ------
         BudgetError
         """
-        if self.address.requester_pays:
-            price = quote(n_bytes, n_requests, self.destination)
-            Ledger(home()).check(usd=price.usd, artifact=self.artifact)
+        if self.is_paid:
+            usd = self.price_usd(n_bytes, n_requests)
+            Ledger(home()).check(usd=usd, artifact=self.artifact, carried=self.held_by)
 
     def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> Meter:
-        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged)
-        if self.address.requester_pays:
+        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged, table=self.table)
+        if meter.table is not None:
             meter.reservation = Ledger(home()).reserve(
-                usd=quote(n_bytes, n_requests, self.destination).usd,
+                usd=meter.usd(n_bytes, n_requests),
                 n_bytes=n_bytes,
                 n_requests=n_requests,
                 artifact=self.artifact,
                 destination=self.destination,
                 drawn=meter.next_draw(0, 0),
+                carried=self.held_by,
             )
         return meter
+
+
+def _sent(facts: dict[str, Any]) -> Transport:
+    return Transport(**facts)
 
 
 def _missing(plan: ReadPlan, spool: Spool | None) -> tuple[int, int]:
@@ -445,8 +496,9 @@ def _patience(
     n_tries: int,
 ) -> None:
     """Account for a failed try; then wait a while if another one may go well, else raise what it failed for."""
-    n_requests = tally.requests_in_flight
+    n_before = tally.n_requests
     may_be_billed = tally.break_off(error, meter.object_bytes)
+    n_requests = tally.requests_in_flight - (n_before - tally.n_requests)
     if not (isinstance(error, SourceError) and error.facts.get("transient")) or stopping.is_set():
         raise error
     if error.facts.get("silent") and not meter.received_bytes:
@@ -473,6 +525,9 @@ def _work_together(
     Begins with `n_first`; the others join once these are seen to wait for a server that is not near. They are daemons,
     because one may wait in the transport for a server that has fallen silent: who is interrupted does not wait with it.
     """
+    if n_threads == 1 and threading.current_thread() is not threading.main_thread():
+        work()  # no interrupt reaches this thread, and starting another costs as much as a short read
+        return
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:

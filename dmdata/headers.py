@@ -100,6 +100,12 @@ def read_header(transport: Transport, *, kind: Kind | None, wanted: str | None =
     return header
 
 
+def known_charge(address: Address) -> bool | None:
+    """Tell what the source said of charging its reader when the object was opened; None where it was not."""
+    known = _recall(address)
+    return known.state.charged if known else None
+
+
 def forget_header(address: Address) -> None:
     """Drop what is remembered of an object, because it changed."""
     _path(address).unlink(missing_ok=True)

@@ -17,17 +17,17 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
+from dmdata.blocks import Block, Held, close_here, held, is_alive, open_here, process_name, put_in_force
+from dmdata.commits import FAILURES, Commits, Work
 from dmdata.errors import BudgetError, DmdataError, FactualError, SettingsError
 from dmdata.prices import readable_usd
 from dmdata.settings import config_path, home, settings
@@ -36,25 +36,12 @@ __all__ = ["Amount", "Grouping", "Ledger", "Reservation", "Spending", "budget", 
 
 DEFAULT_PROCESS_USD = 1.0
 
+T = TypeVar("T")
+
 Grouping: TypeAlias = Literal["day", "month", "artifact", "destination", "state", "charged"]
 
 _PICO = 10**12
-# the one list of blocks in force: child processes inherit it
-_BLOCKS_VARIABLE = "DMDATA_BUDGETS"
-_BLOCKS_LOCK = threading.Lock()
-
-# SQLite has locks of its own: a child forked while another thread holds one would wait for it for ever
-_ONE_IN_SQLITE = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_ONE_IN_SQLITE.acquire,
-        after_in_parent=_ONE_IN_SQLITE.release,
-        after_in_child=_ONE_IN_SQLITE.release,
-    )
-# a process of another host that has not drawn for so long is taken for dead
-_LEASE_SECONDS = 24 * 3600.0
-
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS budget (scope TEXT PRIMARY KEY, committed_pico INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS reading (id TEXT PRIMARY KEY, "
@@ -62,6 +49,9 @@ _SCHEMA = (
     "process TEXT NOT NULL, artifact TEXT NOT NULL, destination TEXT NOT NULL, pico INTEGER NOT NULL, "
     "n_bytes INTEGER NOT NULL, n_requests INTEGER NOT NULL, scopes TEXT NOT NULL, drawn_pico INTEGER NOT NULL, "
     "drawn_bytes INTEGER NOT NULL, drawn_requests INTEGER NOT NULL, charged INTEGER)",
+    "CREATE TABLE IF NOT EXISTS block (name TEXT PRIMARY KEY, process TEXT NOT NULL, pico INTEGER NOT NULL, "
+    "inside TEXT NOT NULL, at REAL NOT NULL, ended REAL)",
+    "CREATE INDEX IF NOT EXISTS open_block ON block (name) WHERE ended IS NULL",
     "CREATE INDEX IF NOT EXISTS open_reading ON reading (state) WHERE state = 'reserved'",
 )
 # the first form of the ledger knew no draws: all that was reserved counts as drawn
@@ -118,11 +108,11 @@ class Reservation:
     id: str
     scopes: dict[str, int]
     artifact: str
+    pico: int
 
     def draw(self, amount: Amount) -> None:
         """Note what will be sent next of what was reserved: what would stay counted if this process were killed."""
-        with self.ledger.transaction() as connection:
-            self._draw(connection, amount)
+        self.ledger.commit(lambda connection: self._draw(connection, amount))
 
     def extend(self, amount: Amount) -> None:
         """Set more aside, and draw it, for a request that must be sent again.
@@ -133,13 +123,19 @@ class Reservation:
             If a budget would be passed; what was reserved stays reserved.
         """
         pico = _to_pico(amount.usd)
-        with self.ledger.transaction() as connection:
+
+        def work(connection: sqlite3.Connection) -> None:
             _commit(connection, self.scopes, pico, artifact=self.artifact)
             connection.execute("UPDATE reading SET pico = pico + ? WHERE id = ?", (pico, self.id))
             self._draw(connection, amount)
 
+        self.ledger.commit(work)
+
     def settle(self, *, usd: float, n_bytes: int, n_requests: int, charged: bool | None = None) -> None:
         """Replace the reservation by its receipt.
+
+        Where that frees nothing it is written along with the next reservation, or within a moment: of a process that is
+        killed before, the same is counted.
 
         Parameters
         ----------
@@ -149,16 +145,24 @@ class Reservation:
             Whether the source says that it charges its reader (``x-amz-request-charged``); None where it was not asked.
         """
         pico = _to_pico(usd)
-        with self.ledger.transaction() as connection:
+        at = time.time()
+
+        def work(connection: sqlite3.Connection) -> None:
             row = connection.execute("SELECT pico FROM reading WHERE id = ?", (self.id,)).fetchone()
             if row is None:
                 raise DmdataError(f"{self.ledger.path} has lost reservation {self.id}; was it removed meanwhile?")
-            _release(connection, self.scopes, row[0] - pico)
+            if row[0] != pico:
+                _release(connection, self.scopes, row[0] - pico)
             connection.execute(
                 "UPDATE reading SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ?, charged = ? "
                 "WHERE id = ?",
-                (time.time(), pico, n_bytes, n_requests, charged, self.id),
+                (at, pico, n_bytes, n_requests, charged, self.id),
             )
+
+        if pico == self.pico:
+            self.ledger.commit_later(work)
+        else:
+            self.ledger.commit(work)
 
     def _draw(self, connection: sqlite3.Connection, amount: Amount) -> None:
         connection.execute(
@@ -188,6 +192,7 @@ class Ledger:
         artifact: str,
         destination: str,
         drawn: Amount | None = None,
+        carried: Sequence[Block] = (),
     ) -> Reservation:
         """Set money aside under every budget that holds here.
 
@@ -201,25 +206,38 @@ class Ledger:
             What will be sent first, see `Reservation.draw`; by default all of it.
         artifact, destination : str
             For the books.
+        carried : sequence of Block
+            In force where the work was sent from; they hold too, though they be over by now.
 
         Raises
         ------
         BudgetError
             If a budget would be passed; nothing is reserved. `remaining_usd` and `limit_usd` are those of the budget.
+        DmdataError
+            If this process does not share the ledger of who sent the work, or the ledger cannot be used.
         """
-        reservation = Reservation(self, uuid.uuid4().hex, _active_scopes(), artifact)
-        pico = _to_pico(usd)
-        with self.transaction() as connection:
-            _expire_killed(connection)
-            _commit(connection, reservation.scopes, pico, artifact=artifact)
-            row = (reservation.id, time.time(), _process(), artifact, destination, pico, n_bytes, n_requests)
-            connection.execute(
-                "INSERT INTO reading VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (*row, json.dumps(list(reservation.scopes)), *_picos(drawn or Amount(usd, n_bytes, n_requests))),
-            )
-        return reservation
+        name, pico = uuid.uuid4().hex, _to_pico(usd)
+        drawn_picos = _picos(drawn or Amount(usd, n_bytes, n_requests))
+        blocks, monthly, at = held(carried), _monthly_pico(), time.time()
 
-    def check(self, *, usd: float, artifact: str) -> None:
+        def work(connection: sqlite3.Connection) -> dict[str, int]:
+            scopes = _scopes(connection, self.path, blocks, monthly)
+            row = (name, at, process_name(), artifact, destination, pico, n_bytes, n_requests, json.dumps(list(scopes)))
+            added = connection.execute(
+                "INSERT OR IGNORE INTO reading VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (*row, *drawn_picos),
+            )
+            if added.rowcount:  # else it is done again after an interrupt that came too late
+                _commit(connection, scopes, pico, artifact=artifact)
+            return scopes
+
+        try:
+            return Reservation(self, name, self.commit(work), artifact, pico)
+        except (KeyboardInterrupt, SystemExit):
+            self.commit_later(lambda connection: _cancel(connection, name))
+            raise
+
+    def check(self, *, usd: float, artifact: str, carried: Sequence[Block] = ()) -> None:
         """Tell whether an amount fits every budget that holds here, without setting it aside.
 
         Raises
@@ -227,9 +245,12 @@ class Ledger:
         BudgetError
             If it does not.
         """
-        with self.transaction() as connection:
-            _expire_killed(connection)
-            _check(connection, _active_scopes(), _to_pico(usd), artifact=artifact)
+        blocks, monthly, pico = held(carried), _monthly_pico(), _to_pico(usd)
+
+        def work(connection: sqlite3.Connection) -> None:
+            _check(connection, _scopes(connection, self.path, blocks, monthly), pico, artifact=artifact)
+
+        self.commit(work)
 
     def spent(self, *, by: Grouping | None = None, since: str = "", month: str = "") -> dict[str, Spending]:
         """Add up receipts and open reservations.
@@ -244,18 +265,33 @@ class Ledger:
         """
         if not self.path.exists():
             return {}
-        with self.transaction() as connection:
+
+        def work(connection: sqlite3.Connection) -> list[tuple[str, int, int, int, int]]:
             _expire_killed(connection)
-            rows = connection.execute(
+            return connection.execute(
                 f"SELECT {_GROUPS[by]}, SUM(pico), SUM(n_requests), SUM(n_bytes), COUNT(*) "  # noqa: S608 - from a dict
                 "FROM reading WHERE state != 'expired' AND date(at, 'unixepoch') >= ? AND date(at, 'unixepoch') LIKE ? "
                 "GROUP BY 1 ORDER BY 1",
                 (since, f"{month}%"),
             ).fetchall()
+
+        rows = self.commit(work)
         return {key: Spending(pico / _PICO, requests, size, count) for key, pico, requests, size, count in rows}
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60, isolation_level=None)
+    def commit(self, work: Work[T]) -> T:
+        """Do work in a transaction, with what other threads wait for.
+
+        Raises
+        ------
+        DmdataError
+            If the file cannot be used, then nothing may be spent; or what `work` refused with.
+        """
+        with self._in_words():
+            return self._commits().do(work)
+
+    def commit_later(self, work: Work[object]) -> None:
+        """Do work in a transaction, with the next or within a moment."""
+        self._commits().do_later(work)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -266,16 +302,17 @@ class Ledger:
         DmdataError
             If the file cannot be used. Then nothing may be spent.
         """
+        with self._in_words(), self._commits().alone() as connection:
+            yield connection
+
+    def _commits(self) -> Commits:
+        return Commits.on(self.path, _prepare)
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # a connection each time: none is shared between threads, carried over a fork, or left open
-            with _ONE_IN_SQLITE, contextlib.closing(self._connect()) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                _prepare(connection)
-                yield connection
-                connection.execute("COMMIT")
-        except (OSError, sqlite3.Error, ValueError, TypeError, OverflowError, AttributeError) as error:
-            # a damaged file shows in what SQLite says, in text that is none, or in a value of another kind
+            yield
+        except FAILURES as error:
             if isinstance(error, FactualError):
                 raise
             raise DmdataError(
@@ -287,10 +324,12 @@ class Ledger:
 
 @contextlib.contextmanager
 def budget(*, usd: float) -> Iterator[None]:
-    """Refuse what would bring the reads made during this block, in all threads and processes started, over `usd`.
+    """Refuse what would bring the reads made for this block over `usd`, whichever process makes them.
 
-    Blocks nest, and each of them holds. Those of different threads hold for each other too: a budget can only be
-    tighter than asked for.
+    It holds this thread, threads that have no block of their own, processes started in it, what is pickled in it (tasks
+    of a Dask graph, whenever the graph was built), and processes that descend from this one, whenever they began.
+    Blocks nest, and each of them holds. Those of two threads hold each for its own. Work that was sent out in a block
+    and is done after its end still counts towards it, and is held by it.
 
     Raises
     ------
@@ -298,48 +337,72 @@ def budget(*, usd: float) -> Iterator[None]:
         From the read that would pass it, before its first byte.
     ValueError
         If `usd` is negative or not a number.
+    DmdataError
+        If the ledger cannot be written, in which the block must be entered for others to see.
     """
     if not (math.isfinite(usd) and usd >= 0):
         raise ValueError(f"a budget of {usd} dollars; give a number of at least 0")
-    block = f"block:{uuid.uuid4().hex}={_to_pico(usd)}"
-    with _BLOCKS_LOCK:
-        _set_blocks([*_blocks(), block])
+    ledger, opened_by = Ledger(home()), os.getpid()
+    block = open_here(f"block:{uuid.uuid4().hex}", _to_pico(usd))
+    ledger.commit(
+        lambda connection: connection.execute(
+            "INSERT OR IGNORE INTO block VALUES (?, ?, ?, ?, ?, NULL)",
+            (block.name, process_name(), block.pico, json.dumps(block.inside), time.time()),
+        )
+    )
+    put_in_force(block)
     try:
         yield
     finally:
-        with _BLOCKS_LOCK:
-            # others may have begun or ended meanwhile, in other threads
-            _set_blocks([other for other in _blocks() if other != block])
+        close_here(block)
+        # a child that was forked inside the block leaves it, too, but does not end it
+        if os.getpid() == opened_by:
+            # where it cannot be ended it holds this process's descendants until this process ends
+            with contextlib.suppress(DmdataError):
+                ledger.commit(
+                    lambda connection: connection.execute(
+                        "UPDATE block SET ended = ? WHERE name = ?", (time.time(), block.name)
+                    )
+                )
 
 
-def _blocks() -> list[str]:
-    """List the budget blocks in force: of this process, in all its threads, and of the one that started it."""
-    return [block for block in os.environ.get(_BLOCKS_VARIABLE, "").split(",") if block]
-
-
-def _set_blocks(blocks: list[str]) -> None:
-    if blocks:
-        os.environ[_BLOCKS_VARIABLE] = ",".join(blocks)
-    else:
-        os.environ.pop(_BLOCKS_VARIABLE, None)
-
-
-def _active_scopes() -> dict[str, int]:
-    """List every budget that a read made now counts towards, with its limit in pico-dollars (-1: none)."""
-    limits = {}
-    for block in _blocks():
-        name, _, pico = block.partition("=")
-        if not (name.startswith("block:") and pico.isdecimal()):
-            raise BudgetError(f"{_BLOCKS_VARIABLE} holds {block!r}, which is no budget; unset it")
-        limits[name] = int(pico)
+def _monthly_pico() -> int | None:
     try:
         monthly = settings().max_cost
     except SettingsError as error:
-        raise BudgetError(f"{error}; nothing is spent until it is mended", origin=error.facts.get("origin")) from error
+        raise BudgetError(f"{error}; nothing is spent until it is fixed", origin=error.facts.get("origin")) from error
+    return None if monthly is None else _to_pico(monthly)
+
+
+def _scopes(connection: sqlite3.Connection, path: Path, blocks: Held, monthly: int | None) -> dict[str, int]:
+    """List every budget that a read made now counts towards, with its limit in pico-dollars (-1: none)."""
+    limits = {block.name: block.pico for block in blocks.certain}
+    others = {block.name: block for block in blocks.of_others}
+    still_open = set()
+    for block in blocks.carried:
+        row = connection.execute("SELECT ended IS NULL FROM block WHERE name = ?", (block.name,)).fetchone()
+        if row is None:
+            raise DmdataError(
+                f"this worker has no part in the ledger of whoever sent it work: {path.parent} is another directory "
+                "there; set DMDATA_HOME to one that all share, or read from a free source"
+            )
+        limits[block.name] = block.pico
+        if row[0]:
+            still_open.add(block.name)
+    if blocks.ancestors:
+        for name, process, pico, inside in connection.execute(
+            "SELECT name, process, pico, inside FROM block WHERE ended IS NULL"
+        ):
+            if process in blocks.ancestors:
+                others[name] = Block(name, pico, tuple(json.loads(inside)))
+    for name, block in others.items():
+        # work that brought its blocks with it is not another thread's; its own may have been narrowed since
+        if not still_open or still_open.intersection(block.inside):
+            limits.setdefault(name, block.pico)
     if not limits and monthly is None:
-        limits[f"process:{_process()}"] = _to_pico(DEFAULT_PROCESS_USD)
+        limits[f"process:{process_name()}"] = _to_pico(DEFAULT_PROCESS_USD)
     # the month is counted even without a limit, so that one set later knows what was spent before
-    limits[f"month:{datetime.now(UTC):%Y-%m}"] = -1 if monthly is None else _to_pico(monthly)
+    limits[f"month:{datetime.now(UTC):%Y-%m}"] = -1 if monthly is None else monthly
     return limits
 
 
@@ -353,11 +416,24 @@ def _commit(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *
 
 
 def _check(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *, artifact: str) -> None:
+    if _scope_passed(connection, scopes, pico) is None:
+        return
+    # what a killed process had set aside and not drawn is free again: looked for where that may matter
+    _expire_killed(connection)
+    if passed := _scope_passed(connection, scopes, pico):
+        scope, committed = passed
+        ended = connection.execute("SELECT 1 FROM block WHERE name = ? AND ended IS NOT NULL", (scope,)).fetchone()
+        kind = "ended" if ended else scope.partition(":")[0]
+        raise _over_budget(kind, pico=pico, limit=scopes[scope], committed=committed, artifact=artifact)
+
+
+def _scope_passed(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> tuple[str, int] | None:
     for scope, limit in scopes.items():
         row = connection.execute("SELECT committed_pico FROM budget WHERE scope = ?", (scope,)).fetchone()
         committed = row[0] if row else 0
         if limit >= 0 and committed + pico > limit:
-            raise _over_budget(scope, pico=pico, limit=limit, committed=committed, artifact=artifact)
+            return scope, committed
+    return None
 
 
 def _release(connection: sqlite3.Connection, scopes: Iterable[str], pico: int) -> None:
@@ -366,12 +442,25 @@ def _release(connection: sqlite3.Connection, scopes: Iterable[str], pico: int) -
     )
 
 
-def _over_budget(scope: str, *, pico: int, limit: int, committed: int, artifact: str) -> BudgetError:
+def _cancel(connection: sqlite3.Connection, reading: str) -> None:
+    """Take back a reservation whose owner was interrupted before it had it."""
+    row = connection.execute(
+        "SELECT scopes, pico FROM reading WHERE id = ? AND state = 'reserved'", (reading,)
+    ).fetchone()
+    if row is not None:
+        _release(connection, json.loads(row[0]), row[1])
+        connection.execute("UPDATE reading SET state = 'expired', pico = 0 WHERE id = ?", (reading,))
+
+
+def _over_budget(kind: str, *, pico: int, limit: int, committed: int, artifact: str) -> BudgetError:
     usd, remaining, limit_usd = pico / _PICO, max(limit - committed, 0) / _PICO, limit / _PICO
-    kind = scope.partition(":")[0]
     name, remedy = {
         "month": ("month's budget", f"raise DMDATA_MAX_COST, or max_cost in {config_path()}"),
         "block": ("budget in force", "raise it: --max-cost USD, or with dmdata.budget(usd=...)"),
+        "ended": (
+            "budget it was sent out under, which is over by now,",
+            "open it again, outside that block",
+        ),
         "process": (
             "default budget a process",
             "raise it: with dmdata.budget(usd=...), --max-cost USD, or DMDATA_MAX_COST for a month",
@@ -393,7 +482,7 @@ def _expire_killed(connection: sqlite3.Connection) -> None:
         "SELECT id, process, at, scopes, pico, drawn_pico FROM reading WHERE state = 'reserved'"
     ).fetchall()
     for reading, process, at, scopes, pico, drawn_pico in rows:
-        if _is_alive(process, at):
+        if is_alive(process, at):
             continue
         _release(connection, json.loads(scopes), pico - drawn_pico)
         connection.execute(
@@ -401,6 +490,9 @@ def _expire_killed(connection: sqlite3.Connection) -> None:
             "n_bytes = drawn_bytes, n_requests = drawn_requests WHERE id = ?",
             (reading,),
         )
+    blocks = connection.execute("SELECT name, process, at FROM block WHERE ended IS NULL").fetchall()
+    dead = [(name,) for name, process, at in blocks if not is_alive(process, at)]
+    connection.executemany("UPDATE block SET ended = at WHERE name = ?", dead)
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
@@ -416,30 +508,6 @@ def _prepare(connection: sqlite3.Connection) -> None:
         for statement in _FROM_FIRST_FORM:
             connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-
-
-def _process(pid: int | None = None) -> str:
-    """Name a process so that another one, later, with the same number is told apart."""
-    pid = os.getpid() if pid is None else pid
-    try:
-        # the 22nd field of proc(5)'s stat, counted behind the name, which may hold spaces
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        started = ""  # no /proc on this system: the number alone must do
-    return f"{socket.gethostname()}:{pid}:{started}"
-
-
-def _is_alive(process: str, reserved_at: float) -> bool:
-    host, pid, _ = process.rsplit(":", 2)
-    if host != socket.gethostname():
-        return time.time() - reserved_at < _LEASE_SECONDS
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's process has the number; the start time tells whose
-    return _process(int(pid)) == process
 
 
 def _to_pico(usd: float) -> int:

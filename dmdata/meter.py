@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from dmdata.errors import DmdataError
 from dmdata.ledger import Amount, Reservation
-from dmdata.prices import Destination, quote
+from dmdata.prices import Destination, PriceTable, quote
 
 # what a killed read may have sent and could not settle is at most one draw, and what its threads had in hand
 _DRAW_BYTES = 64 << 20
@@ -55,7 +55,14 @@ class Tally:
             self.progress(n_bytes)
 
     def break_off(self, error: DmdataError, object_bytes: int) -> int:
-        """Count what is still in flight as billed, unless the source refused to send it; return how much."""
+        """Count what is still in flight as billed, unless the source refused to send it; return how much.
+
+        What was provably not sent (the fact `unsent`) is not counted, nor is its request.
+        """
+        if error.facts.get("unsent") and self.requests_in_flight == 1:
+            self.n_requests -= 1
+            self.in_flight = 0
+            return 0
         # of several requests one was refused, and the others may have been answered
         n_bytes = 0 if error.facts.get("refused") and self.requests_in_flight == 1 else self.in_flight
         if error.facts.get("whole"):
@@ -79,6 +86,8 @@ class Meter:
         What the source said of charging its reader.
     reservation : Reservation or None
         None where reading is free.
+    table : PriceTable or None
+        The prices that hold for it; None where reading is, or turned out to be, free.
     object_bytes : int
         Of the whole object, which a server may send where a range is due.
     tallies : list of Tally
@@ -95,6 +104,7 @@ class Meter:
     progress: Progress | None
     charged: bool | None
     reservation: Reservation | None = None
+    table: PriceTable | None = None
     object_bytes: int = _MOST_BUFFERED_BYTES
     tallies: list[Tally] = field(default_factory=list)
     taken: tuple[int, int] = (0, 0)
@@ -109,6 +119,10 @@ class Meter:
             self.tallies.append(tally)
         return tally
 
+    def usd(self, n_bytes: int, n_requests: int) -> float:
+        """Price a part of it, upper bound."""
+        return quote(n_bytes, n_requests, self.destination, table=self.table).usd if self.table else 0.0
+
     def next_draw(self, n_bytes: int, n_requests: int) -> Amount:
         """Draw what is about to be sent and some more, up to all that was reserved."""
         drawn_bytes, drawn_requests = self.drawn
@@ -116,7 +130,7 @@ class Meter:
         now_requests = max(min(drawn_requests + _DRAW_REQUESTS, self.n_requests), n_requests)
         self.drawn = now_bytes, now_requests
         more_bytes, more_requests = now_bytes - drawn_bytes, now_requests - drawn_requests
-        return Amount(quote(more_bytes, more_requests, self.destination).usd, more_bytes, more_requests)
+        return Amount(self.usd(more_bytes, more_requests), more_bytes, more_requests)
 
     def draw(self, sent_bytes: int, n_requests: int) -> None:
         """Make sure that what is about to be sent is drawn."""
@@ -130,9 +144,11 @@ class Meter:
 
     def extend(self, n_bytes: int, n_requests: int) -> None:
         """Set aside requests that must be sent again, and bytes that may be billed although they did not arrive."""
+        if not n_bytes and not n_requests:
+            return  # what was reserved for it was not used
         with self.lock:
             if self.reservation and not self.is_settled:
-                usd = quote(n_bytes, n_requests, self.destination).usd
+                usd = self.usd(n_bytes, n_requests)
                 self.reservation.extend(Amount(usd, n_bytes, n_requests))
 
     @property
@@ -148,5 +164,5 @@ class Meter:
                 return
             n_bytes = self.received_bytes + sum(tally.in_flight for tally in self.tallies)
             n_requests = sum(tally.n_requests for tally in self.tallies)
-            price = quote(n_bytes, n_requests, self.destination)
-            self.reservation.settle(usd=price.usd, n_bytes=n_bytes, n_requests=n_requests, charged=self.charged)
+            usd = self.usd(n_bytes, n_requests)
+            self.reservation.settle(usd=usd, n_bytes=n_bytes, n_requests=n_requests, charged=self.charged)

@@ -142,9 +142,30 @@ PRICES = PriceTable(
 )
 
 
+_FREE = PriceTable(
+    date=PRICES.date,
+    usd_per_get=0.0,
+    usd_per_list=0.0,
+    free_gib=0.0,
+    internet_tiers=((math.inf, 0.0),),
+    cross_region_usd_per_gib=(0, 0),
+)
+
+
 def price_table() -> PriceTable:
     """Take the list prices, with what the config file says otherwise."""
     return _with_overrides(settings().prices)
+
+
+def own_prices(of_catalog: PriceOverrides, *, has_endpoint: bool) -> PriceTable | None:
+    """Take the prices that are named for a source: by its catalog, or by the settings for endpoints of one's own.
+
+    What they leave out costs nothing. None where nothing is named.
+    """
+    named = of_catalog.model_dump(exclude_none=True)
+    if not named and has_endpoint:
+        named = settings().endpoint_prices.model_dump(exclude_none=True)
+    return replace(_FREE, **named) if named else None
 
 
 def prices_in_words() -> str:
@@ -298,7 +319,14 @@ class Estimate:
         return self.cheapest.seconds
 
 
-def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usage = ANY_MONTH) -> Quote:
+def quote(
+    n_bytes: int,
+    n_requests: int,
+    destination: Destination,
+    *,
+    usage: Usage = ANY_MONTH,
+    table: PriceTable | None = None,
+) -> Quote:
     """Price a transfer by the price table in force.
 
     Parameters
@@ -309,9 +337,11 @@ def quote(n_bytes: int, n_requests: int, destination: Destination, *, usage: Usa
     destination : Destination
     usage : Usage
         What is known of the month; by default nothing, which gives the widest bounds.
+    table : PriceTable, optional
+        By default the list prices, with what the config file says otherwise.
     """
     known = settings()
-    prices, link = _with_overrides(known.prices), _link_with(known.link)
+    prices, link = table or _with_overrides(known.prices), _link_with(known.link)
     requests_usd = n_requests * prices.usd_per_get
     low, high = _transfer_bounds_usd(prices, n_bytes, destination, usage)
     low, high = low + requests_usd, high + requests_usd

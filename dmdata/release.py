@@ -22,16 +22,11 @@ from dmdata.catalog import ArraySchema, Artifact, Basis, Catalog, SourceEntry, S
 from dmdata.errors import CatalogError, FormatError, SelectionError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
-from dmdata.headers import NPY, Header, read_header
+from dmdata.headers import NPY, Header, known_charge, read_header
 from dmdata.layouts import listed
 from dmdata.locate import is_address, path_of, url_and_member
 from dmdata.prices import Destination, Estimate, destination_of, usage_of
-from dmdata.pricing import (
-    as_npy,
-    price_artifacts,
-    price_header,
-    total_of,
-)
+from dmdata.pricing import as_npy, price_artifacts, price_header, total_of
 from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
@@ -217,7 +212,7 @@ def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
         raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
-    transport = Transport(address_of(artifact), artifact.name, destination_of(to))
+    transport = transport_to(artifact, artifact.name, destination_of(to))
     return _octets(transport, read_header(transport, kind=artifact.stored.format))
 
 
@@ -272,7 +267,26 @@ def estimate(
 
 def reader_pays(name: str, catalog: Catalog) -> bool:
     """Tell whether whoever reads an artifact, or an array at an address, pays for it; asks nothing of it."""
-    return _address_of_url(name).requester_pays if is_address(name) else catalog.find(name).source.requester_pays
+    if not is_address(name):
+        return is_paid(catalog.find(name))
+    return _counts(_address_of_url(name))
+
+
+def is_paid(artifact: Artifact) -> bool:
+    """Tell whether reads of an artifact count: its reader is charged, or its source has prices of its own."""
+    if artifact.at is not None:
+        return _counts(_address_of_url(artifact.at))
+    return transport_to(artifact, artifact.name, Destination.INTERNET).is_paid
+
+
+def _counts(address: Address) -> bool:
+    # an endpoint of one's own says whether it charges when it is first read; until then it may
+    return Transport(address, str(address), charged=known_charge(address)).is_paid
+
+
+def transport_to(artifact: Artifact, name: str, destination: Destination) -> Transport:
+    """Make the way to an artifact's object, on the terms and at the prices of its catalog."""
+    return Transport(address_of(artifact), name, destination, prices=artifact.source.prices)
 
 
 def address_at(url: str) -> Address:
@@ -345,7 +359,7 @@ def describe(name: str, *, to: str | None = None) -> Artifact:
 
 def price_headers(patterns: Sequence[str], *, to: str | None = None) -> list[tuple[str, Estimate]]:
     """Price the headers of the addresses among these that whoever reads pays for: what `look_up` would spend."""
-    paid = [name for name in patterns if is_address(name) and address_named(name).requester_pays]
+    paid = [name for name in patterns if is_address(name) and _counts(address_named(name))]
     return [
         (str(address_named(name)), price_header(kind_by_suffix(path_of(url_and_member(name)[0])) or "npy", to=to))
         for name in dict.fromkeys(paid)
@@ -454,7 +468,7 @@ def open_artifact(artifact: Artifact, destination: Destination, prefer: Preferen
     if artifact.stored.format == "zarr":
         array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
-        transport = Transport(address_of(artifact), artifact.name, destination)
+        transport = transport_to(artifact, artifact.name, destination)
         header = read_header(transport, kind=artifact.stored.format, wanted=artifact.member or NPY)
         layout = _layout_named(header, artifact.member or NPY, artifact.url)
         # a header with other dimensions than the catalog's is believed, but then their names are not known

@@ -47,6 +47,7 @@ Limit = Annotated[float, BeforeValidator(_no_yes), Field(gt=0)]
 Day = Annotated[str, AfterValidator(_is_day), BeforeValidator(_day)]
 
 _PREFIX = "DMDATA_"
+_FILE = "config.yaml"
 _TIERS_EXAMPLE = "[[10240, 0.09], [.inf, 0.085]]"
 
 
@@ -91,7 +92,7 @@ class LinkOverrides(_Record):
 
 
 class Settings(_Record):
-    """All that can be set. Each has a variable ``DMDATA_NAME``, but for `prices` and `link`."""
+    """All that can be set. Each has a variable ``DMDATA_NAME``, but for those with parts."""
 
     max_cost: Amount | None = Field(
         default=None, description="dollars a calendar month, over all that shares DMDATA_HOME", examples=["5.00"]
@@ -124,6 +125,11 @@ class Settings(_Record):
         description="what differs from the list prices",
         examples=["{usd_per_get: 0.0000004, free_gib: 100}"],
     )
+    endpoint_prices: PriceOverrides = Field(
+        default=PriceOverrides(),
+        description="prices of S3 endpoints of your own, which are free without",
+        examples=["{usd_per_get: 0.0000004}"],
+    )
     link: LinkOverrides = Field(
         default=LinkOverrides(),
         description="how fast a connection to the store is",
@@ -131,7 +137,8 @@ class Settings(_Record):
     )
 
 
-_SIMPLE = {name: f"{_PREFIX}{name.upper()}" for name in Settings.model_fields if name not in ("prices", "link")}
+_WITH_PARTS = ("prices", "endpoint_prices", "link")
+_SIMPLE = {name: f"{_PREFIX}{name.upper()}" for name in Settings.model_fields if name not in _WITH_PARTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +151,30 @@ class Setting:
 
 
 def home() -> Path:
-    """Find the directory of the ledger, the config file and what is remembered between processes (``DMDATA_HOME``)."""
-    return Path(os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata"))
+    """Find the directory of the ledger, the config file and what is remembered between processes (``DMDATA_HOME``).
+
+    It is one place whatever the working directory: ``~`` is the user's home directory, and a relative path is taken
+    from there.
+    """
+    text = os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata")
+    return _absolute(text, os.environ.get("HOME"))
+
+
+@functools.lru_cache(maxsize=8)
+def _absolute(text: str, user_home: str | None) -> Path:
+    del user_home  # which `~` stands for
+    try:
+        path = Path(text).expanduser()
+        return Path(os.path.normpath(path if path.is_absolute() else Path.home() / path))
+    except RuntimeError as error:
+        raise SettingsError(
+            f"DMDATA_HOME={text} cannot be found ({error}); give an absolute path", origin="DMDATA_HOME"
+        ) from error
 
 
 def config_path() -> Path:
     """Find the config file; it need not exist."""
-    return home() / "config.yaml"
+    return home() / _FILE
 
 
 def settings() -> Settings:
@@ -161,8 +185,16 @@ def settings() -> Settings:
     SettingsError
         If a variable or the config file holds something else than a setting.
     """
-    # asked for at every read: the file is read anew, since others may have changed it, and checked once
-    return _combined(_config_text(), tuple(_variables().items()), str(config_path()))
+    # asked for at every read: the file is looked at each time, since others may have changed it, and checked once
+    path = f"{home()}{os.sep}{_FILE}"
+    try:
+        facts = os.stat(path)
+        text = _text_of(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    except (FileNotFoundError, NotADirectoryError):
+        text = ""
+    except OSError:
+        text = _config_text()
+    return _combined(text, tuple(_variables().items()), path)
 
 
 def settings_in_force() -> list[Setting]:
@@ -249,6 +281,12 @@ def _combined(file: str, variables: tuple[tuple[str, str], ...], origin: str) ->
 
 def _variables() -> dict[str, str]:
     return {name: text for name, variable in _SIMPLE.items() if (text := os.environ.get(variable))}
+
+
+@functools.lru_cache(maxsize=8)
+def _text_of(path: str, *state: int) -> str:
+    del path, state  # what tells one state of the file from another
+    return _config_text()
 
 
 def _config_text() -> str:

@@ -11,6 +11,7 @@ from dmdata.address import Address
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
+from dmdata.fetch import Transport
 from dmdata.ledger import Ledger, home
 from dmdata.locate import is_address
 from dmdata.prices import Destination, Estimate, price_table, quote, readable_bytes, readable_usd
@@ -62,7 +63,7 @@ def doctor(
 
 
 def _probed(talk: Talk, address: Address, name: str, *, agreed: bool) -> Finding:
-    if address.requester_pays:
+    if Transport(address, name).is_paid:
         price = quote(1, 1, Destination.INTERNET)
         Ledger(home()).check(usd=price.usd, artifact=name)
         estimate = Estimate(price, price, Destination.INTERNET, price_table().date)

@@ -382,3 +382,42 @@ def test_a_ledger_held_by_another_is_waited_for() -> None:
     released.join()
     connection.close()
     assert dmdata.spend().n_reads == 2
+
+
+def n_transactions() -> int:
+    """Read the change counter of the file's own header: one more a transaction that wrote something."""
+    return int.from_bytes((home() / "ledger.sqlite").read_bytes()[24:28], "big")
+
+
+def test_threads_that_read_at_once_share_transactions() -> None:
+    reserve(0.0)
+    dmdata.spend()
+    before = n_transactions()
+
+    def work() -> None:
+        for _ in range(10):
+            reserve(1e-6).settle(usd=1e-6, n_bytes=100, n_requests=1)
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dmdata.spend().n_reads == 161
+    assert n_transactions() - before < 160, "one each for reserving and settling would be 320"
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise SystemExit"])
+def test_the_last_receipt_is_written_before_a_process_ends(end: str) -> None:
+    program = f"""
+import sys
+from dmdata.ledger import Ledger, home
+reading = Ledger(home()).reserve(usd=0.1, n_bytes=1, n_requests=1, artifact="a", destination="internet")
+reading.settle(usd=0.1, n_bytes=1, n_requests=1)
+{end}
+"""
+    subprocess.run([sys.executable, "-c", program], check=False)
+    with sqlite3.connect(home() / "ledger.sqlite") as connection:
+        states = connection.execute("SELECT state FROM reading").fetchall()
+    connection.close()
+    assert states == [("settled",)]

@@ -1,0 +1,63 @@
+"""Whether S3 is AWS's here, or an endpoint of one's own: asked of the environment and the AWS config file alone."""
+
+import functools
+import os
+from urllib.parse import urlsplit
+
+__all__ = ["own_endpoint"]
+
+_AWS_DOMAINS = ("amazonaws.com", "amazonaws.com.cn", "api.aws")
+# all that botocore looks at for it; asked for at every read, so no more of the environment is gone through
+_VARIABLES = (
+    "AWS_CONFIG_FILE",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "HOME",
+)
+
+
+def own_endpoint() -> str | None:
+    """Find the endpoint that is set for S3 and is not AWS's; None where requests go to AWS. Sends nothing.
+
+    Where the AWS configuration cannot be read it is taken for AWS, where reading counts.
+    """
+    variables = tuple(map(os.environ.get, _VARIABLES))
+    try:
+        facts = os.stat(os.path.expanduser(variables[0] or "~/.aws/config"))
+        changed: tuple[int, int] | None = (facts.st_mtime_ns, facts.st_size)
+    except OSError:
+        changed = None
+    return _own_endpoint(variables, changed)
+
+
+@functools.lru_cache(maxsize=8)
+def _own_endpoint(variables: tuple[str | None, ...], config: tuple[int, int] | None) -> str | None:
+    known = dict(zip(_VARIABLES, variables, strict=True))
+    if config is not None or known["AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"]:
+        endpoint = _by_botocore()
+    else:  # spares the import of botocore
+        endpoint = known["AWS_ENDPOINT_URL_S3"] or known["AWS_ENDPOINT_URL"]
+    host = urlsplit(endpoint or "").hostname or ""
+    is_aws = not host or any(host == domain or host.endswith(f".{domain}") for domain in _AWS_DOMAINS)
+    return None if is_aws else endpoint
+
+
+def _by_botocore() -> str | None:
+    import botocore.configprovider
+    import botocore.exceptions
+    import botocore.session
+
+    try:
+        session = botocore.session.Session()
+        if session.get_config_variable("ignore_configured_endpoint_urls"):
+            return None
+        provider = botocore.configprovider.ConfiguredEndpointProvider(
+            full_config=session.full_config, scoped_config=session.get_scoped_config(), client_name="s3"
+        )
+        found = provider.provide()
+    except (botocore.exceptions.BotoCoreError, ValueError):
+        return None
+    return str(found) if found else None
