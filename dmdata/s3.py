@@ -167,6 +167,8 @@ class _StoreSource:
     A client is made for each etag, and sends it as If-Match with every request: a short range is then one call.
     """
 
+    most_at_once = 512  # the client bounds nothing itself, and keeps connections for the next read
+
     def __init__(self, address: Address, key: str, store_of: Callable[[str | None], Any]) -> None:
         self.address = address
         self.key = key

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors settings catalog formats selection prices plan ledger address refusals s3 uploads source meter fetch
+        errors settings catalog formats selection prices plan ledger address refusals s3 uploads source meter pace fetch
         locks headers place spool journal cluster mirror download interop view array release verify filesystem
         xarray_engine console cache doctor completion copy_commands money_commands upkeep_commands cli
     """,
