@@ -44,9 +44,11 @@ _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
 _MOST_RANGES_IN_HAND = 128
-# of ranges that are asked for one by one: a thread that must rest notices when these are read
-_FEW_RANGES_IN_HAND = 16
+# of a server that is far: so many are asked for again where one fails, and a thread that must rest reads so many first
+_FEW_RANGES_IN_HAND = 40
 _RESTING_SECONDS = 0.05
+# that a thread reads without a look at their headers
+_MOST_RANGES_UNSEEN = 127
 # after a failure, a thread asks so often for its ranges one by one, so that a storm does not cost each of them twice
 _HANDFULS_ONE_BY_ONE = 8
 _LISTED_AT_ONCE = 4096
@@ -181,7 +183,7 @@ class Transport:
         try:
             product = _product(plan, spool)
             if n_bytes < _LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS:
-                with RequestPace(n_requests, n_bytes, n_most=source.most_at_once) as short:
+                with RequestPace(n_requests, n_bytes, n_each=source.pieces_at_once, n_most=source.most_at_once) as short:
                     _work_together(work, short, lambda: ranges.n_left, stopping)
             else:
                 pace = StreamPace(
@@ -316,26 +318,24 @@ class _Reader:
         self._source, self._plan, self._product, self._etag = source, plan, product, etag
         self._meter, self._stopping, self._spool = meter, stopping, spool
         self._tally, self._pace = meter.tally(), short
-        self._one_by_one = 0
+        self._n_one_by_one, self._n_unseen = 0, _MOST_RANGES_UNSEEN
         self._is_connected = False
 
     def read(self, ranges: list[_Range]) -> None:
         """Read some ranges; less only if stopped.
 
-        The first is asked for alone, and whose bytes these are is looked at: the others, asked for together, show no
-        headers. Those of a server that is far are asked for one by one, by more threads: a slow answer keeps no other
-        waiting, and what fails is asked for again alone.
+        One of many is asked for alone, and whose bytes these are is looked at: the others, asked for together, show no
+        headers.
         """
-        first, others = ranges[:1], ranges[1:]
-        if self._pace and self._pace.is_far:
-            first, others = ranges, []
-        elif self._one_by_one:
-            self._one_by_one -= 1
-            first, others = ranges, []
-        for one in first:
+        n_alone = 1 if self._n_unseen >= _MOST_RANGES_UNSEEN else 0
+        if self._n_one_by_one or len(ranges) == 1:
+            self._n_one_by_one = max(self._n_one_by_one - 1, 0)
+            n_alone = len(ranges)
+        alone, together = ranges[:n_alone], ranges[n_alone:]
+        for one in alone:
             self._read_one(*one)
-        if others and not self._stopping.is_set() and not self._read_together(others):
-            for one in others:
+        if together and not self._stopping.is_set() and not self._read_together(together):
+            for one in together:
                 self._read_one(*one)
 
     def _read_one(self, nth: int, start: int, stop: int, at: int, end: int) -> None:
@@ -379,7 +379,7 @@ class _Reader:
                 raise ended_short(self._source.address, stops[0], transient=True)
         except DmdataError as error:
             self._failed(sent_at)
-            self._one_by_one = _HANDFULS_ONE_BY_ONE
+            self._n_one_by_one = 1 if self._pace and self._pace.is_far else _HANDFULS_ONE_BY_ONE
             _patience(error, tally, self._meter, self._stopping, fruitless=1, n_tries=1)
             return False
         if ends[-1] - ats[0] == sum(sizes) == sum(ends) - sum(ats):  # wanted to the byte, and nothing between them
@@ -388,14 +388,20 @@ class _Reader:
         else:
             for piece, (_, start, stop, at, end) in zip(pieces, ranges, strict=True):
                 _Arrivals(self._plan, self._product, tally, start, stop, at, end).put(np.frombuffer(piece, np.uint8))
+        self._n_unseen += len(ranges)
+        if self._pace:
+            self._pace.went_well(len(ranges))
         for nth, _, _, at, end in ranges:
             self._landed(nth, at, end)
         return True
 
     def _answered(self, sent_at: float) -> None:
-        # the first answer of a thread took a connection's making, too
-        if self._pace and self._is_connected:
-            self._pace.answered(time.monotonic() - sent_at)
+        self._n_unseen = 0
+        if self._pace:
+            # the first answer took the making of a connection, too
+            if self._is_connected:
+                self._pace.answered(time.monotonic() - sent_at)
+            self._pace.went_well(1)
         self._is_connected = True
 
     def _failed(self, sent_at: float) -> None:

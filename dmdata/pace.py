@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 CONNECTIONS = 32
 """Most long ranges in flight at a time, and most short ones where a source cannot have more."""
@@ -29,7 +30,7 @@ _FAR_SECONDS = 0.004
 _MOST_REQUESTS_PER_SECOND = 20_000
 _MOST_BYTES_PER_SECOND = CONNECTIONS * 50e6
 # each new connection is a TCP and TLS handshake: these many at most are begun at once
-_MOST_NEW_CONNECTIONS = 64
+_MOST_NEW_CONNECTIONS = 80
 _ANSWERS_AVERAGED = 64
 _CUT = 0.75
 
@@ -69,64 +70,76 @@ class StreamPace:
 
 
 class RequestPace:
-    """How many threads read short ranges.
+    """How many threads read short ranges; use it as a context manager around their work.
 
     Parameters
     ----------
     n_requests, n_bytes : int
         Of the whole read.
+    n_each : int
+        What a thread has in flight.
     n_most : int
         What the source can have in flight.
     """
 
-    def __init__(self, n_requests: int, n_bytes: int, *, n_most: int) -> None:
-        self.n_first = min(FEW_CONNECTIONS, n_requests)
-        self.n_most = max(min(n_most, n_requests), self.n_first)
+    def __init__(self, n_requests: int, n_bytes: int, *, n_each: int, n_most: int) -> None:
+        self.n_first = FEW_CONNECTIONS
+        self.n_most = max(-(-n_most // n_each), self.n_first)
+        self.allowed = self.n_first
+        """How many threads may work now: the nth rests while it is not below."""
+        self._n_each = n_each
         self._per_second = min(_MOST_REQUESTS_PER_SECOND, _MOST_BYTES_PER_SECOND * n_requests / max(n_bytes, 1))
         self._lock = threading.Lock()
         self._n_answers, self._seconds, self._fastest = 0, 0.0, 0.0
         self._bound, self._cut_at = float(self.n_most), 0.0
-        self.allowed = self.n_first
-        """How many threads may work now: the nth rests while it is not below."""
         self._n_told = 0
 
-    def __enter__(self) -> "RequestPace":
+    def __enter__(self) -> Self:
         """Take the first connections out of those that this process may have."""
-        self._n_told = _CONNECTIONS.take(self.n_first, n_least=self.n_first)
+        self._n_told = self.n_first
+        _IN_USE.take(self.n_first * self._n_each, n_least=self.n_first * self._n_each)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give all connections back."""
-        _CONNECTIONS.give_back(self._n_told)
+        _IN_USE.give_back(self._n_told * self._n_each)
 
     @property
     def is_known(self) -> bool:
-        """Whether anything is known of the server."""
+        """Whether it is known how far the server is."""
         return self._n_answers > 0
 
     @property
     def is_far(self) -> bool:
-        """Whether more requests in flight pay than a few threads with several each."""
+        """Whether more threads pay than the first few."""
         return self._fastest >= _FAR_SECONDS
 
     def n_now(self) -> int:
-        """Tell how many threads there should be now; it grows by some at each call."""
+        """Tell how many threads there should be by now; it grows by some at each call."""
         if self.allowed > self._n_told:
-            self._n_told += _CONNECTIONS.take(min(self.allowed - self._n_told, _MOST_NEW_CONNECTIONS), n_least=0)
+            n_wanted = min((self.allowed - self._n_told) * self._n_each, _MOST_NEW_CONNECTIONS)
+            n_taken = _IN_USE.take(n_wanted, n_least=0)
+            _IN_USE.give_back(n_taken % self._n_each)
+            self._n_told += n_taken // self._n_each
         return self._n_told
 
     def answered(self, seconds: float) -> None:
-        """Take note of how long a request took on a connection that was there already."""
+        """Take note of how long one request took, on a connection that was there already."""
         with self._lock:
             self._n_answers += 1
             n_answers = self._n_answers
             self._seconds += (seconds - self._seconds) / min(n_answers, _ANSWERS_AVERAGED)
-            # the average has seen congestion of our own making, the first few answers' fastest has not
+            # the average has seen congestion of our own making, the fastest of the first few has not
             if n_answers <= _ANSWERS_AVERAGED:
                 self._fastest = min(self._fastest, seconds) if n_answers > 1 else seconds
-            if self._bound < self.n_most:
-                self._bound = min(self._bound + 1 / self._bound, self.n_most)
             self._allow()
+
+    def went_well(self, n_requests: int) -> None:
+        """Take note of requests that were answered, one by one or together."""
+        if self._bound < self.n_most:
+            with self._lock:
+                self._bound = min(self._bound + n_requests / (self._n_each * self._bound), self.n_most)
+                self._allow()
 
     def refused(self, sent_at: float) -> None:
         """Take note that a request, sent at that time (`time.monotonic`), was refused for a while, or broke."""
@@ -138,8 +151,10 @@ class RequestPace:
                 self._allow()
 
     def _allow(self) -> None:
-        wanted = max(self._seconds * self._per_second, CONNECTIONS) if self.is_far else self.n_first
-        self.allowed = max(int(min(wanted, self._bound, self.n_most)), 1)
+        n_wanted = self.n_first
+        if self.is_far:
+            n_wanted = max(-(-int(self._seconds * self._per_second) // self._n_each), self.n_first)
+        self.allowed = max(min(n_wanted, int(self._bound), self.n_most), 1)
 
 
 class _Connections:
@@ -176,6 +191,6 @@ def _n_files() -> int:
     return 2 * SHORT_RANGE_CONNECTIONS if soft == resource.RLIM_INFINITY else soft
 
 
-_CONNECTIONS = _Connections()
+_IN_USE = _Connections()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_CONNECTIONS.forget)
+    os.register_at_fork(after_in_child=_IN_USE.forget)
