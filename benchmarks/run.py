@@ -1,11 +1,11 @@
 """How fast it is, beside peers in the same run: ratios with their spread, for this machine and no other.
 
 A ratio above 1 says ours is faster. The bars are those of the full size; a small run shows that all of it works.
-Reading and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
+Reading, column and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
 `.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
-    python benchmarks/run.py reading mirroring        # some of reading, mirroring, fitting, training, cluster
+    python benchmarks/run.py reading mirroring        # some of reading, column, mirroring, fitting, training, cluster
     python benchmarks/run.py --size small --json x.json
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from timing import Bench
 
-PARTS = ("reading", "mirroring", "fitting", "training", "cluster")
+PARTS = ("reading", "column", "mirroring", "fitting", "training", "cluster")
 
 
 @click.command()

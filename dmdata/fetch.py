@@ -26,7 +26,7 @@ from dmdata.ledger import Ledger, home
 from dmdata.meter import Meter, Progress, Tally
 from dmdata.pace import CONNECTIONS, RequestPace, StreamPace
 from dmdata.plan import ReadPlan, land, plan_read
-from dmdata.prices import Destination, quote
+from dmdata.prices import LONG_RANGE_BYTES, Destination, quote
 from dmdata.selection import select
 from dmdata.source import connect
 
@@ -36,7 +36,6 @@ MAX_RANGE_BYTES = 16 << 20
 LEAST_RANGE_BYTES = 4 << 20
 """Shortest range that a short read is split into for concurrency; splitting costs 0.1% of its price at most."""
 
-_LONG_RANGE_BYTES = 1 << 20
 # a read must be large to be worth a look at how fast its bytes arrive
 _LARGE_READ_BYTES = 64 << 20
 _LOOK_SECONDS = 0.02
@@ -182,7 +181,7 @@ class Transport:
 
         try:
             product = _product(plan, spool)
-            if n_bytes < _LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS:
+            if n_bytes < LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS:
                 with RequestPace(n_requests, n_bytes, n_each=source.pieces_at_once, n_most=source.most_at_once) as short:
                     _work_together(work, short, lambda: ranges.n_left, stopping)
             else:
@@ -257,7 +256,7 @@ class _Queue:
             for one in itertools.islice(self._ranges, n_most):
                 taken.append(one)
                 n_bytes += one[2] - one[1]
-                if n_bytes >= _LONG_RANGE_BYTES:
+                if n_bytes >= LONG_RANGE_BYTES:
                     break
             self.n_left -= len(taken)
         return taken
