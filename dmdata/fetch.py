@@ -45,6 +45,7 @@ _LONGEST_PAUSE_SECONDS = 8.0
 _MOST_RANGES_IN_HAND = 128
 # of a server that is far: so many are asked for again where one fails, and a thread that must rest reads so many first
 _FEW_RANGES_IN_HAND = 40
+_FEW_AGAIN = 8
 _RESTING_SECONDS = 0.05
 # that a thread reads without a look at their headers
 _MOST_RANGES_UNSEEN = 127
@@ -334,7 +335,16 @@ class _Reader:
         for one in alone:
             self._read_one(*one)
         if together and not self._stopping.is_set() and not self._read_together(together):
-            for one in together:
+            self._read_again(together)
+
+    def _read_again(self, ranges: list[_Range]) -> None:
+        """Read ranges of which one, nobody knows which, failed with the others."""
+        n_each = _FEW_AGAIN if self._pace and self._pace.is_far else 1
+        for first in range(0, len(ranges), n_each):
+            some = ranges[first : first + n_each]
+            if self._stopping.is_set() or (len(some) > 1 and self._read_together(some)):
+                continue
+            for one in some:
                 self._read_one(*one)
 
     def _read_one(self, nth: int, start: int, stop: int, at: int, end: int) -> None:
@@ -378,7 +388,7 @@ class _Reader:
                 raise ended_short(self._source.address, stops[0], transient=True)
         except DmdataError as error:
             self._failed(sent_at)
-            self._n_one_by_one = 1 if self._pace and self._pace.is_far else _HANDFULS_ONE_BY_ONE
+            self._n_one_by_one = 0 if self._pace and self._pace.is_far else _HANDFULS_ONE_BY_ONE
             _patience(error, tally, self._meter, self._stopping, fruitless=1, n_tries=1)
             return False
         if ends[-1] - ats[0] == sum(sizes) == sum(ends) - sum(ats):  # wanted to the byte, and nothing between them
