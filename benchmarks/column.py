@@ -1,4 +1,4 @@
-"""A column over a link with 30 ms to the first byte: as many requests a second as bare obstore with as many in flight."""
+"""A column over a link with 30 ms to the first byte, next to bare obstore with as many requests in flight."""
 
 import functools
 import os
@@ -46,7 +46,9 @@ def against_obstore(bench: Bench, server: Nginx, n_rows: int) -> None:
     few = f"bare get_range, {FEW} in flight, of a tenth"
     peers[few] = lambda: 10 * timed(tenth)
     bars = dict.fromkeys(peers, ">= 0.8") | {few: ">= 5"}
-    bench.compare(f"a column of {n_rows:,} rows, 30 ms", functools.partial(lazy.__getitem__, np.s_[:, COLUMN]), peers, bars)
+    bench.compare(
+        f"a column of {n_rows:,} rows, 30 ms", functools.partial(lazy.__getitem__, np.s_[:, COLUMN]), peers, bars
+    )
 
 
 def against_the_estimate(bench: Bench, server: Nginx, n_rows: int) -> None:

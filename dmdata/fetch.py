@@ -183,7 +183,9 @@ class Transport:
         try:
             product = _product(plan, spool)
             if n_bytes < LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS:
-                with RequestPace(n_requests, n_bytes, n_each=source.pieces_at_once, n_most=source.most_at_once) as short:
+                with RequestPace(
+                    n_requests, n_bytes, n_each=source.pieces_at_once, n_most=source.most_at_once
+                ) as short:
                     _work_together(work, short, lambda: ranges.n_left, stopping)
             else:
                 pace = StreamPace(

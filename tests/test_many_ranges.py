@@ -272,9 +272,18 @@ def pace_of(n_bytes_each: int = 2, *, n_each: int = 10, n_most: int = 512) -> Re
 
 @pytest.mark.parametrize(
     ("seconds", "n_bytes_each", "n_threads"),
-    [(0.0005, 2, 8), (0.003, 2, 8), (0.005, 2, 10), (0.01, 2, 20), (0.02, 2, 40), (0.03, 2, 52), (0.3, 2, 52)]
-    # 1.6 GB/s are as much as 32 streams of 50 MB/s: no more is asked for
-    + [(0.03, 400_000, 12), (0.04, 800_000, 8)],
+    [
+        (0.0005, 2, 8),
+        (0.003, 2, 8),
+        (0.005, 2, 10),
+        (0.01, 2, 20),
+        (0.02, 2, 40),
+        (0.03, 2, 52),
+        (0.3, 2, 52),
+        # 1.6 GB/s are as much as 32 streams of 50 MB/s: no more is asked for
+        (0.03, 400_000, 12),
+        (0.04, 800_000, 8),
+    ],
 )
 def test_as_many_requests_are_in_flight_as_a_second_has_times_the_seconds_of_one(
     seconds: float, n_bytes_each: int, n_threads: int
@@ -320,9 +329,7 @@ def test_the_estimate_of_a_column_reckons_with_more_requests_in_flight_than_that
     assert link.seconds(1000 * 500_000, 1000) == pytest.approx(1000 * 0.03 / 256 + 1000 * 500_000 / 50e6 / 32)
 
 
-def test_connections_of_the_config_file_hold_for_short_ranges_too(
-    far: LoopbackS3, dmdata_home: Path
-) -> None:
+def test_connections_of_the_config_file_hold_for_short_ranges_too(far: LoopbackS3, dmdata_home: Path) -> None:
     lazy = opened(far)
     seconds = lazy.estimate(np.s_[:, 42]).seconds
     (dmdata_home / "config.yaml").write_text("link: {n_connections: 16}\n")
