@@ -245,12 +245,14 @@ def bare_sockets(endpoint: str, size: int, *, range_bytes: int, n_threads: int) 
     _in_threads(work, n_threads)
 
 
-def bare_requests(store: S3Store, ranges: list[list[int]], n_bytes: int, n_threads: int) -> Callable[[], object]:
+def bare_requests(
+    store: S3Store, ranges: list[list[int]], n_bytes: int, n_threads: int, *, key: str = KEY
+) -> Callable[[], object]:
     """Make the reading of given ranges, one after the other into a buffer, by several threads."""
     places = np.cumsum([0, *(stop - start for start, stop in ranges)]).tolist()
 
     def read() -> None:
-        _by_threads(store, KEY, ranges, np.empty(n_bytes, np.uint8), places, n_threads)
+        _by_threads(store, key, ranges, np.empty(n_bytes, np.uint8), places, n_threads)
 
     return read
 

@@ -1,7 +1,7 @@
 """How fast it is, beside peers in the same run: ratios with their spread, for this machine and no other.
 
 A ratio above 1 says ours is faster. The bars are those of the full size; a small run shows that all of it works.
-Reading and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
+Reading, column and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
 `.venv-peers` is.
 
     python benchmarks/run.py                          # all, about fifteen minutes on two cores
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from timing import Bench
 
-PARTS = ("reading", "small_reads", "cache", "mirroring", "fitting", "training", "cluster")
+PARTS = ("reading", "small_reads", "column", "cache", "mirroring", "fitting", "training", "cluster")
 
 
 @click.command()

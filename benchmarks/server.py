@@ -28,7 +28,8 @@ worker_processes 2;
 daemon off;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
-events {{ worker_connections 512; }}
+events {{ worker_connections 4096; }}
+worker_rlimit_nofile 10000;
 http {{
   log_format served '$status $body_bytes_sent $http_range';
   access_log {folder}/access.log served;
@@ -36,7 +37,7 @@ http {{
   client_body_temp_path {folder}/t; proxy_temp_path {folder}/t; fastcgi_temp_path {folder}/t;
   uwsgi_temp_path {folder}/t; scgi_temp_path {folder}/t;
   server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port} backlog=2048;
     root {root};
     location / {{
       if ($http_x_amz_request_payer != "requester") {{ return 403; }}
@@ -44,7 +45,7 @@ http {{
     }}
   }}
   server {{
-    listen 127.0.0.1:{slow_port};
+    listen 127.0.0.1:{slow_port} backlog=2048;
     root {root};
     location / {{
       if ($http_x_amz_request_payer != "requester") {{ return 403; }}

@@ -145,6 +145,14 @@ class Source(Protocol):
     def address(self) -> Address:
         """Where the object is."""
 
+    @property
+    def most_at_once(self) -> int:
+        """How many short ranges can be asked for at a time, by all threads together."""
+
+    @property
+    def pieces_at_once(self) -> int:
+        """How many of them `pieces` asks for at a time."""
+
     def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
         """Read up to `n_bytes` from the start, in one request, with the object's size and etag.
 
@@ -180,6 +188,16 @@ class ByPieces:
     """Makes the pieces of a source by its `read`."""
 
     __slots__ = ()
+
+    @property
+    def most_at_once(self) -> int:
+        """As many connections as the pools of boto3 and fsspec's clients are good for."""
+        return 32
+
+    @property
+    def pieces_at_once(self) -> int:
+        """One after the other."""
+        return 1
 
     def piece(self: "Source", start: int, stop: int, *, etag: str | None) -> Buffer:
         """Read a short range in one request, and one piece."""

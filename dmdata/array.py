@@ -17,11 +17,12 @@ import zarr
 
 from dmdata.array_protocols import ArrayProtocols
 from dmdata.errors import FormatError, IntegrityError
-from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
+from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
 from dmdata.formats import Layout
 from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
 from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
+from dmdata.pace import CONNECTIONS
 from dmdata.plan import ReadPlan, plan_read, product_array
 from dmdata.prices import (
     ANY_MONTH,

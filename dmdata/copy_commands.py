@@ -189,7 +189,7 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = 
     talk.remark(
         (f"between {low} and {high}" if low != high else high)
         + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
-        f"{link.bytes_per_second / 1e6:g} MB/s"
+        f"{link.bytes_per_second / 1e6:g} MB/s, and {link.n_for_short_ranges} short requests at once"
         + ("; dmdata estimate --used-gib and --free-tier narrow it" if open_ended else "")
     )
 

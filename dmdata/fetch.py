@@ -27,8 +27,9 @@ from dmdata.errors import DmdataError, SourceError
 from dmdata.formats import Layout
 from dmdata.ledger import Ledger, home
 from dmdata.meter import Meter, Progress, Tally
+from dmdata.pace import CONNECTIONS, RequestPace, StreamPace
 from dmdata.plan import ReadPlan, land, plan_read
-from dmdata.prices import Destination, PriceTable, own_prices, price_table, quote
+from dmdata.prices import LONG_RANGE_BYTES, Destination, PriceTable, own_prices, price_table, quote
 from dmdata.ranges import Keeper, Kept, kept_of, note_saved
 from dmdata.selection import select
 from dmdata.settings import PriceOverrides
@@ -40,20 +41,19 @@ MAX_RANGE_BYTES = 16 << 20
 LEAST_RANGE_BYTES = 4 << 20
 """Shortest range that a short read is split into for concurrency; splitting costs 0.1% of its price at most."""
 
-CONNECTIONS = 32
-"""Most long ranges in flight at a time; of many short ones, 8 threads ask for several each."""
-
-_LONG_RANGE_BYTES = 1 << 20
-# a server that sends faster than this a connection is so near that more than 8 would be in each other's way; a read
-# must be large to be worth a look at how fast its bytes arrive
-_FEW_CONNECTIONS = 8
-_NEAR_BYTES_PER_SECOND = 60e6
+# a read must be large to be worth a look at how fast its bytes arrive
 _LARGE_READ_BYTES = 64 << 20
 _LOOK_SECONDS = 0.02
 _TRIES_WITHOUT_PROGRESS = 6
 _MOST_TRIES = 64
 _LONGEST_PAUSE_SECONDS = 8.0
 _MOST_RANGES_IN_HAND = 128
+# of a server that is far: so many are asked for again where one fails, and a thread that must rest reads so many first
+_FEW_RANGES_IN_HAND = 40
+_FEW_AGAIN = 8
+_RESTING_SECONDS = 0.05
+# that a thread reads without a look at their headers
+_MOST_RANGES_UNSEEN = 127
 # after a failure, a thread asks so often for its ranges one by one, so that a storm does not cost each of them twice
 _HANDFULS_ONE_BY_ONE = 8
 _LISTED_AT_ONCE = 4096
@@ -226,20 +226,35 @@ class Transport:
         stopping = threading.Event()
         keeper = kept.keeper(plan) if kept else None
 
-        def work() -> None:
-            reader = _Reader(source, plan, product, etag, meter, stopping, spool, keeper)
-            while not stopping.is_set() and (in_hand := ranges.take()):
+        ranges = _Queue(plan, spool, n_requests)
+        short: RequestPace | None = None
+
+        def work(nth: int) -> None:
+            reader = _Reader(source, plan, product, etag, meter, stopping, spool, keeper, short)
+            while not stopping.is_set() and ranges.n_left:
+                if short and nth >= short.allowed:
+                    stopping.wait(_RESTING_SECONDS)
+                    continue
+                in_hand = ranges.take(short)
                 meter.draw(sum(stop - start for _, start, stop, _, _ in in_hand), len(in_hand))
                 reader.read(in_hand)
 
-        # many short ranges are worked for more than waited for, and more threads would be in each other's way
-        is_short = n_bytes < _LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS
-        n_threads = _FEW_CONNECTIONS if is_short else min(CONNECTIONS, n_requests)
-        n_first = min(_FEW_CONNECTIONS, n_threads) if n_bytes >= _LARGE_READ_BYTES else n_threads
-        ranges = _Queue(plan, spool, n_requests, n_threads)
         try:
             product = _product(plan, spool) if filled is None else filled
-            _work_together(work, n_first, n_threads, lambda: meter.received_bytes, stopping)
+            if n_bytes < LONG_RANGE_BYTES * n_requests and n_requests > CONNECTIONS:
+                with RequestPace(
+                    n_requests, n_bytes, n_each=source.pieces_at_once, n_most=source.most_at_once
+                ) as short:
+                    _work_together(work, short, lambda: ranges.n_left, stopping)
+            elif n_requests == 1 and threading.current_thread() is not threading.main_thread():
+                work(0)  # no interrupt reaches this thread, and starting another costs as much as a short read
+            else:
+                pace = StreamPace(
+                    min(CONNECTIONS, n_requests),
+                    lambda: meter.received_bytes,
+                    looks_first=n_bytes >= _LARGE_READ_BYTES,
+                )
+                _work_together(work, pace, lambda: ranges.n_left, stopping)
         finally:
             meter.settle()
             if keeper:
@@ -311,23 +326,25 @@ def _product(plan: ReadPlan, spool: Spool | None) -> npt.NDArray[np.uint8]:
 class _Queue:
     """Hands the ranges of a plan to the threads: one at a time where they are long, several where they are short."""
 
-    def __init__(self, plan: ReadPlan, spool: Spool | None, n_missing: int, n_threads: int) -> None:
+    def __init__(self, plan: ReadPlan, spool: Spool | None, n_missing: int) -> None:
         self._ranges = self._walk(plan, spool)
-        self._left = n_missing
-        self._n_threads = n_threads
+        self.n_left = n_missing
         self._lock = threading.Lock()
 
-    def take(self) -> list[_Range]:
+    def take(self, short: RequestPace | None) -> list[_Range]:
         """Take the next ranges; none are left where the list is empty."""
         taken: list[_Range] = []
         with self._lock:
-            n_bytes, n_most = 0, max(min(_MOST_RANGES_IN_HAND, self._left // (2 * self._n_threads)), 1)
+            n_bytes, n_most = 0, 1
+            if short and short.is_known:
+                n_most = _FEW_RANGES_IN_HAND if short.is_far else _MOST_RANGES_IN_HAND
+                n_most = max(min(n_most, self.n_left // (2 * short.allowed)), 1)
             for one in itertools.islice(self._ranges, n_most):
                 taken.append(one)
                 n_bytes += one[2] - one[1]
-                if n_bytes >= _LONG_RANGE_BYTES:
+                if n_bytes >= LONG_RANGE_BYTES:
                     break
-            self._left -= len(taken)
+            self.n_left -= len(taken)
         return taken
 
     @staticmethod
@@ -403,27 +420,39 @@ class _Reader:
         stopping: threading.Event,
         spool: Spool | None,
         keeper: Keeper | None,
+        short: RequestPace | None,
     ) -> None:
         self._keeper = keeper
         self._source, self._plan, self._product, self._etag = source, plan, product, etag
         self._meter, self._stopping, self._spool = meter, stopping, spool
-        self._tally = meter.tally()
-        self._one_by_one = 0
+        self._tally, self._pace = meter.tally(), short
+        self._n_one_by_one, self._n_unseen = 0, _MOST_RANGES_UNSEEN
+        self._is_connected = False
 
     def read(self, ranges: list[_Range]) -> None:
         """Read some ranges; less only if stopped.
 
-        The first is asked for alone, and whose bytes these are is looked at: the others, asked for together, show no
+        One of many is asked for alone, and whose bytes these are is looked at: the others, asked for together, show no
         headers.
         """
-        first, others = ranges[:1], ranges[1:]
-        if self._one_by_one:
-            self._one_by_one -= 1
-            first, others = ranges, []
-        for one in first:
+        n_alone = 1 if self._n_unseen >= _MOST_RANGES_UNSEEN else 0
+        if self._n_one_by_one or len(ranges) == 1:
+            self._n_one_by_one = max(self._n_one_by_one - 1, 0)
+            n_alone = len(ranges)
+        alone, together = ranges[:n_alone], ranges[n_alone:]
+        for one in alone:
             self._read_one(*one)
-        if others and not self._stopping.is_set() and not self._read_together(others):
-            for one in others:
+        if together and not self._stopping.is_set() and not self._read_together(together):
+            self._read_again(together)
+
+    def _read_again(self, ranges: list[_Range]) -> None:
+        """Read ranges of which one, nobody knows which, failed with the others."""
+        n_each = _FEW_AGAIN if self._pace and self._pace.is_far else 1
+        for first in range(0, len(ranges), n_each):
+            some = ranges[first : first + n_each]
+            if self._stopping.is_set() or (len(some) > 1 and self._read_together(some)):
+                continue
+            for one in some:
                 self._read_one(*one)
 
     def _read_one(self, nth: int, start: int, stop: int, at: int, end: int) -> None:
@@ -436,12 +465,14 @@ class _Reader:
             began = arrivals.position
             n_tries += 1
             tally.sending(stop - began)
+            sent_at = time.monotonic()
             try:
                 if stop - began > SHORT_RANGE_BYTES:
                     source.read(began, stop, etag=self._etag, put=arrivals.put, stopped=self._stopping.is_set)
                 else:
                     arrivals.put(np.frombuffer(source.piece(began, stop, etag=self._etag), np.uint8))
                 if arrivals.position == stop:
+                    self._answered(sent_at)
                     self._landed(nth, at, end)
                     if self._keeper:
                         arrivals.hand_to(self._keeper)
@@ -449,6 +480,7 @@ class _Reader:
                     raise ended_short(source.address, arrivals.position, transient=True)
                 return
             except DmdataError as error:
+                self._failed(sent_at)
                 fruitless = 0 if arrivals.position > began else fruitless + 1
                 _patience(error, tally, self._meter, self._stopping, fruitless=fruitless, n_tries=n_tries)
 
@@ -460,12 +492,14 @@ class _Reader:
         if max(sizes) > SHORT_RANGE_BYTES:
             return False
         tally.sending(sum(sizes), n_requests=len(ranges))
+        sent_at = time.monotonic()
         try:
             pieces = self._source.pieces(starts, stops, etag=self._etag)
             if [len(piece) for piece in pieces] != sizes:
                 raise ended_short(self._source.address, stops[0], transient=True)
         except DmdataError as error:
-            self._one_by_one = _HANDFULS_ONE_BY_ONE
+            self._failed(sent_at)
+            self._n_one_by_one = 0 if self._pace and self._pace.is_far else _HANDFULS_ONE_BY_ONE
             _patience(error, tally, self._meter, self._stopping, fruitless=1, n_tries=1)
             return False
         if ends[-1] - ats[0] == sum(sizes) == sum(ends) - sum(ats):  # wanted to the byte, and nothing between them
@@ -474,12 +508,29 @@ class _Reader:
         else:
             for piece, (_, start, stop, at, end) in zip(pieces, ranges, strict=True):
                 _Arrivals(self._plan, self._product, tally, start, stop, at, end).put(np.frombuffer(piece, np.uint8))
+        self._n_unseen += len(ranges)
+        if self._pace:
+            self._pace.went_well(len(ranges))
         for nth, _, _, at, end in ranges:
             self._landed(nth, at, end)
         if self._keeper:
             for start, piece in zip(starts, pieces, strict=True):
                 self._keeper.keep(start, np.frombuffer(piece, np.uint8))
         return True
+
+    def _answered(self, sent_at: float) -> None:
+        self._n_unseen = 0
+        if self._pace:
+            # the first answer took the making of a connection, too
+            if self._is_connected:
+                self._pace.answered(time.monotonic() - sent_at)
+            self._pace.went_well(1)
+        self._is_connected = True
+
+    def _failed(self, sent_at: float) -> None:
+        self._is_connected = False
+        if self._pace:
+            self._pace.refused(sent_at)
 
     def _landed(self, nth: int, at: int, end: int) -> None:
         if self._spool is not None:
@@ -513,57 +564,71 @@ def _patience(
     stopping.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
 
 
+class _Pace(Protocol):
+    @property
+    def n_first(self) -> int:
+        """How many threads to begin with."""
+
+    @property
+    def n_most(self) -> int:
+        """How many there can be."""
+
+    def n_now(self) -> int:
+        """Tell how many threads there should be by now."""
+
+
 def _work_together(
-    work: Callable[[], None],
-    n_first: int,
-    n_threads: int,
-    received_bytes: Callable[[], int],
-    stopping: threading.Event,
+    work: Callable[[int], None], pace: _Pace, n_left: Callable[[], int], stopping: threading.Event
 ) -> None:
     """Do the same work in several threads until all have ended; the first error, or Ctrl-C, stops them and is raised.
 
-    Begins with `n_first`; the others join once these are seen to wait for a server that is not near. They are daemons,
-    because one may wait in the transport for a server that has fallen silent: who is interrupted does not wait with it.
+    Others join while the pace says so and something is left that no thread has in hand. They are daemons, because one
+    may wait in the transport for a server that has fallen silent: who is interrupted does not wait with it.
     """
-    if n_threads == 1 and threading.current_thread() is not threading.main_thread():
-        work()  # no interrupt reaches this thread, and starting another costs as much as a short read
-        return
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def run() -> None:
+    def run(nth: int) -> None:
         try:
-            work()
+            work(nth)
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, and raised there
             outcomes.put(error)
         else:
             outcomes.put(None)
 
     threads: list[threading.Thread] = []
+    n_most = pace.n_most
 
     def start(n: int) -> None:
-        while len(threads) < n:
-            thread = threading.Thread(target=run, name="dmdata-fetch", daemon=True)
-            thread.start()
+        nonlocal n_most
+        while len(threads) < min(n, n_most):
+            thread = threading.Thread(target=run, args=(len(threads),), name="dmdata-fetch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives this process no more; those there are read all the same
+                if not threads:
+                    raise
+                n_most = len(threads)
+                return
             threads.append(thread)
 
-    n_ended, seen, seen_at = 0, 0, time.monotonic()
+    n_ended, look_at = 0, time.monotonic() + _LOOK_SECONDS
     try:
-        start(n_first)
+        start(pace.n_first)
         while n_ended < len(threads):
+            may_grow = len(threads) < n_most and n_left() > 0
+            wait = max(look_at - time.monotonic(), 0) if may_grow else _INTERRUPTIBLE_SECONDS
+            outcome: BaseException | None = None
             try:
                 # an interrupt that reaches another thread is noticed only between two waits
-                outcome = outcomes.get(timeout=_LOOK_SECONDS if len(threads) < n_threads else _INTERRUPTIBLE_SECONDS)
+                outcome = outcomes.get(timeout=wait)
+                n_ended += 1
             except queue.Empty:
-                before, before_at = seen, seen_at
-                seen, seen_at = received_bytes(), time.monotonic()
-                is_slow = seen - before < _NEAR_BYTES_PER_SECOND * n_first * (seen_at - before_at)
-                # the time until the first byte tells nothing of the pace, but for a server that is far
-                if not seen or (before and is_slow):
-                    start(n_threads)
-                continue
-            n_ended += 1
+                pass
             if outcome is not None:
                 raise outcome
+            if may_grow and time.monotonic() >= look_at:
+                start(pace.n_now())
+                look_at = time.monotonic() + _LOOK_SECONDS
     except BaseException:
         stopping.set()
         deadline = time.monotonic() + _GRACE_SECONDS

@@ -150,6 +150,10 @@ class _StoreSource:
     A client is made for each etag, and sends it as If-Match with every request: a short range is then one call.
     """
 
+    # the client has no bound of its own, and keeps connections for the next read; get_ranges has ten in flight
+    most_at_once = 512
+    pieces_at_once = 10
+
     def __init__(self, address: Address, key: str, store_of: Callable[[str | None], Any]) -> None:
         self.address = address
         self.key = key
