@@ -16,8 +16,8 @@ from typing import Any
 from dmdata.errors import FormatError
 from dmdata.layouts import ReadAt
 
-TAIL_BYTES = 32 << 10
-"""What is read from the end of an archive: the whole directory of a few hundred members."""
+TAIL_BYTES = 4096
+"""What is read from the end of an archive: the directory of a few members; a longer one is read on."""
 
 _LARGEST_DIRECTORY = 64 << 20
 # bits 0, 5, 6 and 13 of a zip member's flags, by PKWARE's APPNOTE 4.4.4

@@ -17,7 +17,7 @@ import zarr
 
 from dmdata.array_protocols import ArrayProtocols
 from dmdata.errors import FormatError, IntegrityError
-from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Spool, Transport
+from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
 from dmdata.formats import Layout
 from dmdata.headers import forget_header
 from dmdata.interop import to_dask, to_xarray
@@ -37,7 +37,8 @@ from dmdata.prices import (
     readable_bytes,
     usage_of,
 )
-from dmdata.progress_bar import shown
+from dmdata.progress_bar import can_show, shown
+from dmdata.reader import Spool
 from dmdata.selection import Selection, select
 from dmdata.view import ArrayValues, Form, View
 
@@ -95,13 +96,14 @@ class InObject:
         """Fetch a selection."""
         plan = self.plan(layout, selection)
 
+        wanted = self.shows_progress and progress is None and can_show()
+        rest = self.rest_of(plan) if wanted else plan
+
         def price() -> float:
-            rest = self.rest_of(plan)
             return self.transport.price_usd(rest.n_bytes, rest.n_requests)
 
-        wanted = self.shows_progress and progress is None
         try:
-            with shown(self.transport.artifact, plan.n_bytes, price, wanted=wanted) as arrived:
+            with shown(self.transport.artifact, rest.n_bytes, price, wanted=wanted) as arrived:
                 octets = self.transport.fetch(
                     plan, etag=self.etag, progress=progress or arrived, spool=spool, cache=self.cache
                 )

@@ -125,7 +125,11 @@ def terms_of(bucket: str, address: Address) -> Terms:
             raise
         _UNSIGNED[_here(bucket)] = error
         forget(bucket)
-        terms = client_once(known, lambda: _find(bucket, address))
+        try:
+            terms = client_once(known, lambda: _find(bucket, address))
+        except DmdataError:
+            del _UNSIGNED[_here(bucket)]
+            raise error from None
     return terms
 
 

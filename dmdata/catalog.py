@@ -40,7 +40,7 @@ class Basis(StrEnum):
 def _safe_key(key: str) -> str:
     path = PurePosixPath(key)
     parts = {part for piece in path.parts for part in piece.split("\\")}
-    if not key or path.is_absolute() or ".." in parts or not key.isprintable() or re.match(r"[A-Za-z]+:", key):
+    if not key or path.is_absolute() or ".." in parts or not key.isprintable() or re.match(r"[A-Za-z][\w+.-]*:", key):
         raise ValueError(f"key {key!r} is not a relative path inside the source; write it like 'cifar/data/x.npy'")
     return key
 

@@ -6,13 +6,12 @@ therefore measured once: a later download of the same object and ETag must have 
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import uuid
 from pathlib import Path
 
 from dmdata.address import Address, ObjectState
+from dmdata.endpoints import object_key
 from dmdata.ledger import home
 
 FOLDER = "digests"
@@ -44,6 +43,4 @@ def recall(address: Address, state: ObjectState) -> str | None:
 
 
 def _path(address: Address) -> Path:
-    # by endpoint too: another server's bucket of the same name holds other objects
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return home() / FOLDER / f"{hashlib.sha256(f'{endpoint} {address.url}'.encode()).hexdigest()}.json"
+    return home() / FOLDER / f"{object_key(address)}.json"

@@ -17,7 +17,7 @@ import numpy as np
 
 from dmdata import digests
 from dmdata.address import ObjectState
-from dmdata.errors import DmdataError, FormatError, IntegrityError
+from dmdata.errors import DmdataError, FormatError, IntegrityError, SourceError
 from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
 from dmdata.formats import NPY_PREFIX_BYTES, Kind, Layout, contents_of, npy_layout
 from dmdata.locks import only_process_at
@@ -26,6 +26,7 @@ from dmdata.plan import ReadPlan, plan_read
 from dmdata.progress_bar import shown
 from dmdata.selection import select
 from dmdata.spool import take_room
+from dmdata.web import whole_object
 
 Checked: TypeAlias = Kind | Literal["bytes"]
 """How what was downloaded is checked: by its header, or not where it has none."""
@@ -70,8 +71,13 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with only_process_at(path):
-            state = _look_at_start(transport, kind)
-            _append_missing(transport, state, part, part.begin(state), progress)
+            try:
+                state = _look_at_start(transport, kind)
+                _append_missing(transport, state, part, part.begin(state), progress)
+            except SourceError as error:
+                if not error.facts.get("by_download"):
+                    raise
+                state = _fetch_whole(transport, part, progress)
             known = digests.recall(transport.address, state)
             is_remote = not transport.address.is_local
             digest = _check(part.path, str(transport.address), kind, sha256 or known, digested=is_remote)
@@ -86,6 +92,25 @@ def download(
         if isinstance(error, DmdataError):
             raise
         raise DmdataError(f"{part.path} cannot be written: {error}; run the same again to go on") from error
+
+
+def _fetch_whole(
+    transport: Transport, part: "_Part", progress: Callable[[int, int], object] | Literal[False] | None
+) -> ObjectState:
+    """Download an object of a web server that does not answer ranges of it, in one request that cannot be resumed."""
+    part.discard()
+    n_bytes = 0
+    with whole_object(transport.address) as whole, part.path.open("wb") as file:
+        total = whole.n_bytes or 0
+        with shown(transport.artifact, total, lambda: 0.0, wanted=progress is None) as arrived:
+            for chunk in whole.chunks:
+                file.write(chunk)
+                n_bytes += len(chunk)
+                if arrived:
+                    arrived(len(chunk))
+                if progress:
+                    progress(n_bytes, max(total, n_bytes))
+        return ObjectState(n_bytes, whole.etag)
 
 
 def _look_at_start(transport: Transport, kind: Kind) -> ObjectState:

@@ -1,10 +1,13 @@
 """Whether S3 is AWS's here, or an endpoint of one's own: asked of the environment and the AWS config file alone."""
 
 import functools
+import hashlib
 import os
 from urllib.parse import urlsplit
 
-__all__ = ["own_endpoint"]
+from dmdata.address import Address
+
+__all__ = ["object_key", "own_endpoint"]
 
 _AWS_DOMAINS = ("amazonaws.com", "amazonaws.com.cn", "api.aws")
 # all that botocore looks at for it; asked for at every read, so no more of the environment is gone through
@@ -17,6 +20,15 @@ _VARIABLES = (
     "AWS_DEFAULT_PROFILE",
     "HOME",
 )
+
+
+def object_key(address: Address) -> str:
+    """Name an object for what is remembered of it: by endpoint too, for another server's bucket holds other objects.
+
+    A digest: whatever a catalog calls an object, what is remembered stays in its own folder.
+    """
+    endpoint = own_endpoint() if address.is_s3 else None
+    return hashlib.sha256(repr((endpoint or "", address.url, address.version or "")).encode()).hexdigest()
 
 
 def own_endpoint() -> str | None:

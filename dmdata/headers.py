@@ -8,13 +8,13 @@ own tells a memory that was damaged on disk, which would else point at other ele
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dmdata.address import Address, ObjectState
+from dmdata.endpoints import object_key
 from dmdata.errors import FormatError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, NPY, Kind, Layout, contents_of, kind_by_bytes, warn_of_trailing_bytes
@@ -112,10 +112,7 @@ def forget_header(address: Address) -> None:
 
 
 def _path(address: Address) -> Path:
-    # named by digest: whatever a catalog calls an object, the file stays in this folder
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    name = hashlib.sha256(f"{endpoint} {address.url} {address.version or ''}".encode()).hexdigest()
-    return home() / "headers" / f"{name}.json"
+    return home() / "headers" / f"{object_key(address)}.json"
 
 
 def _recall(address: Address) -> Header | None:

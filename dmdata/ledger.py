@@ -337,19 +337,19 @@ def budget(*, usd: float) -> Iterator[None]:
         From the read that would pass it, before its first byte.
     ValueError
         If `usd` is negative or not a number.
-    DmdataError
-        If the ledger cannot be written, in which the block must be entered for others to see.
     """
     if not (math.isfinite(usd) and usd >= 0):
         raise ValueError(f"a budget of {usd} dollars; give a number of at least 0")
     ledger, opened_by = Ledger(home()), os.getpid()
     block = open_here(f"block:{uuid.uuid4().hex}", _to_pico(usd))
-    ledger.commit(
-        lambda connection: connection.execute(
-            "INSERT OR IGNORE INTO block VALUES (?, ?, ?, ?, ?, NULL)",
-            (block.name, process_name(), block.pico, json.dumps(block.inside), time.time()),
+    # where the ledger cannot be written nothing that costs is read by anybody, and a block has nothing to hold
+    with contextlib.suppress(DmdataError):
+        ledger.commit(
+            lambda connection: connection.execute(
+                "INSERT OR IGNORE INTO block VALUES (?, ?, ?, ?, ?, NULL)",
+                (block.name, process_name(), block.pico, json.dumps(block.inside), time.time()),
+            )
         )
-    )
     put_in_force(block)
     try:
         yield

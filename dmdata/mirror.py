@@ -25,12 +25,12 @@ import zarr
 
 from dmdata.cluster import Carried, carried_along, run_on_cluster
 from dmdata.errors import DmdataError, FormatError
-from dmdata.fetch import Spool
 from dmdata.journal import JOURNAL, Block, Blocks, BlockWriter, Journal, Original, has_mirror, open_copy
 from dmdata.ledger import Ledger, home
 from dmdata.place import Place
 from dmdata.plan import ReadPlan
 from dmdata.progress_bar import shown
+from dmdata.reader import Spool
 from dmdata.selection import Selection
 from dmdata.spool import Landing, read_key, sweep
 

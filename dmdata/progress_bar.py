@@ -58,7 +58,7 @@ def shown(
         return
     within = _is_within.set(True)
     try:
-        if not wanted or not _can_show():
+        if not wanted or not can_show():
             yield None
             return
         read = _Read(name, n_bytes, price)
@@ -184,7 +184,7 @@ class _NotebookLine(_Line):
             self._context.run(self._handle.update, {"text/plain": text}, raw=True)
 
 
-def _can_show() -> bool:
+def can_show() -> bool:
     """Tell whether somebody may be looking: at a terminal or notebook, and not at a worker process."""
     if multiprocessing.parent_process() is not None:
         return False

@@ -12,8 +12,9 @@ from dmdata.errors import FormatError
 from dmdata.layouts import Layout, ReadAt, is_possible
 from dmdata.pickles import Found, StoredTensor, Unreadable, fills_its_extent, pickled_tensors
 
-PT_HEAD_BYTES = 64 << 10
-"""What is read first of a ``.pt``: the pickle of a few hundred tensors, which torch writes before the first tensor."""
+PT_HEAD_BYTES = 4096
+"""What is read first of a ``.pt``: the pickle of a few tensors, which torch writes before the first; a longer one is
+read on. A request costs about as much as this many bytes."""
 
 _LONGEST_PICKLE = 16 << 20
 _LONGEST_NOTE = 4096

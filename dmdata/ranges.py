@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmdata.address import Address
+from dmdata.endpoints import object_key
 from dmdata.plan import Offsets, ReadPlan, WantedBytes, overlaps, subtract, without
 from dmdata.segments import (
     FOLDER,
@@ -121,9 +122,7 @@ def kept_of(address: Address, etag: str | None, *, paid: bool) -> "Kept | None":
     """
     if not paid or not etag or etag.startswith("W/") or address.is_local or not bound_bytes():
         return None
-    # named by digest: whatever a catalog calls an object, its folder is in this one
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    key = hashlib.sha256(repr((endpoint, address.url, etag)).encode()).digest()
+    key = hashlib.sha256(f"{object_key(address)} {etag}".encode()).digest()
     folder = home() / FOLDER / key.hex()
     with _REGISTRY.lock:
         kept = _REGISTRY.kept.pop(folder, None) or Kept(folder, key[:16])

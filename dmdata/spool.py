@@ -44,7 +44,7 @@ def read_key(identity: str, plan: ReadPlan) -> str:
 class Landing:
     """The memory that one read after the other lands in; with a file beside it, for as long as one is attached.
 
-    A `dmdata.fetch.Spool`. Its size is that of the largest read so far.
+    A `dmdata.reader.Spool`. Its size is that of the largest read so far.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Landing:
         self._records = None
 
     def product(self, n_bytes: int) -> npt.NDArray[np.uint8]:
-        """Give the memory; see `dmdata.fetch.Spool`."""
+        """Give the memory; see `dmdata.reader.Spool`."""
         if len(self._memory) < n_bytes:
             self._memory = np.empty(n_bytes, np.uint8)
         return self._memory[:n_bytes]

@@ -337,6 +337,7 @@ class _WebSource(ByPieces):
                 f"is sent compressed (Content-Encoding: {coding}), so ranges of it are not ranges of the file; "
                 "download it with dmdata get and open the copy",
                 whole=answer.status == 200,
+                by_download=True,
             )
         if answer.status == 200:
             said = answer.headers.get("Content-Length", "")
@@ -347,11 +348,13 @@ class _WebSource(ByPieces):
                 "cannot be read by ranges, because its server does not answer ranges but sends the whole object; "
                 "download it with dmdata get and open the copy",
                 whole=True,
+                by_download=True,
             )
         if answer.headers.get("Content-Type", "").lower().startswith("multipart/byteranges"):
             raise self._error(
                 "was answered with several ranges (multipart/byteranges) where one was asked for; download it with "
-                "dmdata get and open the copy"
+                "dmdata get and open the copy",
+                by_download=True,
             )
         found = re.fullmatch(r"\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*", answer.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != start or not start <= int(found[2]) < stop:
@@ -359,7 +362,8 @@ class _WebSource(ByPieces):
         if found[3] == "*":
             raise self._error(
                 "is sent without its size (Content-Range: */*), so its end is not known; download it with dmdata get "
-                "and open the copy"
+                "and open the copy",
+                by_download=True,
             )
         said = answer.headers.get("Content-Length", "")
         n_sent = int(found[2]) + 1 - start

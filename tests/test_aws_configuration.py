@@ -26,10 +26,6 @@ def catalog(aws: PlayedAws, tmp_path: Path) -> str:
     return publish(aws.release, {NAME: VALUES}, tmp_path)  # type: ignore[arg-type] # has the same `put`
 
 
-def not_yet(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=reason, strict=False)
-
-
 def read_all(catalog: str) -> dmdata.LazyArray:
     """Open by boto3, and read by obstore."""
     opened = dmdata.open(NAME, catalog=catalog)
@@ -44,7 +40,6 @@ def signed_by(aws: PlayedAws) -> set[str | None]:
 # certificates and proxies
 
 
-@not_yet("obstore does not get the CA bundle")
 @pytest.mark.parametrize("origin", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle"])
 def test_a_ca_bundle_is_trusted_by_both_clients(
     aws: PlayedAws, catalog: str, monkeypatch: pytest.MonkeyPatch, origin: str
@@ -65,9 +60,9 @@ def test_a_ca_bundle_is_trusted_by_both_clients(
     [
         "127.0.0.1",
         "localhost,127.0.0.1",
-        pytest.param("127.0.0.1:{port}", marks=not_yet("obstore knows no port there")),
-        pytest.param("*", marks=not_yet("obstore takes it for names alone")),
-        pytest.param(" 127.0.0.1:{port} , elsewhere", marks=not_yet("obstore knows no port there")),
+        "127.0.0.1:{port}",
+        "*",
+        " 127.0.0.1:{port} , elsewhere",
     ],
 )
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
@@ -122,7 +117,6 @@ def test_a_proxy_is_found_by_either_spelling(
 # hosts
 
 
-@not_yet("obstore does not get it")
 @pytest.mark.parametrize(
     ("line", "host"),
     [
@@ -160,7 +154,6 @@ def test_an_endpoint_is_found_wherever_it_is_named(
     assert aws.log == ()
 
 
-@not_yet("obstore reads AWS_ENDPOINT_URL_S3 by itself")
 def test_an_endpoint_that_is_to_be_ignored_is(aws: PlayedAws, catalog: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
@@ -242,7 +235,6 @@ def test_credentials_of_every_origin_read(
     assert aws.bill(aws.release).n_bytes == VALUES.nbytes + 128
 
 
-@not_yet("clients keep the first keys they had")
 def test_a_new_credentials_file_is_used_by_the_same_process(
     aws: PlayedAws, catalog: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +252,6 @@ def test_a_new_credentials_file_is_used_by_the_same_process(
     assert signed_by(aws) == {old.key_id, new.key_id}
 
 
-@not_yet("clients keep the first keys they had")
 @pytest.mark.parametrize("legacy", [False, True], ids=["sso_session", "sso_start_url"])
 def test_who_signed_in_again_goes_on_in_the_same_process(
     aws: PlayedAws, catalog: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, legacy: bool
@@ -279,7 +270,6 @@ def test_who_signed_in_again_goes_on_in_the_same_process(
     read_all(catalog)
 
 
-@not_yet("clients keep the first keys they had")
 def test_a_process_that_prints_other_keys_is_asked_again(
     aws: PlayedAws, catalog: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -313,7 +303,6 @@ def public(aws: PlayedAws) -> str:
     return f"s3://{bucket.name}/x.npy"
 
 
-@not_yet("an address is held for requester pays")
 def test_a_public_bucket_is_read_without_keys(aws: PlayedAws, public: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_keys(monkeypatch)
     np.testing.assert_array_equal(dmdata.open(public)[...], VALUES)
@@ -321,7 +310,6 @@ def test_a_public_bucket_is_read_without_keys(aws: PlayedAws, public: str, monke
     assert dmdata.spend().usd == 0
 
 
-@not_yet("a refused signature is not left out")
 @pytest.mark.parametrize("lying_about", ["expired", "deleted", "wrong", "sso"])
 def test_a_public_bucket_is_read_whatever_keys_lie_about(
     aws: PlayedAws, public: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lying_about: str

@@ -280,7 +280,6 @@ def assert_said(world: World, case: Case, error: DmdataError) -> None:
         assert not value or (value not in text and value not in str(error.__cause__))
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_what_keeps_an_array_from_being_opened_is_named(world: World, case: Case) -> None:
     catalog = world.catalog(case.bucket)
@@ -305,7 +304,6 @@ BY_THE_SERVER = {
 }
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.name in BY_THE_SERVER],
@@ -322,7 +320,6 @@ def test_what_keeps_an_open_array_from_being_read_is_named(world: World, case: C
     assert dmdata.spend().n_bytes == n_bytes
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize("how", ["expired", "deleted", "not trusted", "dead proxy"])
 def test_what_ends_between_opening_and_reading_is_named(world: World, how: str) -> None:
     key = world.use(world.aws.keys.issue(READER, seconds=3600 if how == "expired" else None))
@@ -373,7 +370,6 @@ class _Page(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize("status", [200, 403, 404, 405])
 def test_a_server_that_is_not_s3_is_named(world: World, status: int) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Page)
@@ -418,7 +414,6 @@ def role_with_mfa(world: World) -> None:
     write_config(f"[default]\n{role}{mfa}[profile base]\n{base.file}")
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize(
     ("break_it", "exit_code", "words"),
     [
@@ -440,7 +435,6 @@ def test_a_command_ends_with_one_sentence_and_the_exit_code_of_the_cause(
     assert words in done.stderr
 
 
-@pytest.mark.xfail(reason="not told apart yet", strict=False)
 @pytest.mark.parametrize("legacy", [False, True], ids=["sso_session", "sso_start_url"])
 def test_doctor_sees_a_session_that_has_ended_without_paying(world: World, legacy: bool) -> None:
     sso_ended(world, legacy=legacy)

@@ -60,14 +60,12 @@ def assert_read(opened: dmdata.LazyArray, aws: PlayedAws, key: str) -> None:
     assert {request.status for request in aws.log if request.key} == {206}
 
 
-@pytest.mark.xfail(reason="keys are taken for URLs", strict=False)
 def test_a_key_of_a_catalog_is_asked_for_as_it_is(aws: PlayedAws, key: str, tmp_path: Path) -> None:
     about = document({NAME: values(0)}, url=f"s3://{aws.own.name}", requester_pays=True)
     about["datasets"]["toy"]["alphas"]["50pct"]["arrays"]["test_margins"]["key"] = key
     assert_read(dmdata.open(NAME, catalog=write_catalog(about, tmp_path)), aws, key)
 
 
-@pytest.mark.xfail(reason="keys are taken for URLs", strict=False)
 def test_a_key_in_an_address_is_asked_for_as_it_is(aws: PlayedAws, key: str, tmp_path: Path) -> None:
     address = f"s3://{aws.own.name}/{key}"
     assert_read(dmdata.open(address), aws, key)
@@ -85,7 +83,6 @@ def test_a_key_with_parts_that_browsers_take_away_is_read_or_refused(aws: Played
     np.testing.assert_array_equal(read, values(0))
 
 
-@pytest.mark.xfail(reason="versions are dropped", strict=False)
 def test_a_version_is_the_one_that_was_asked_for(aws: PlayedAws) -> None:
     kept = aws.make("kept", account=READER, versioning=True)
     kept.put("x.npy", npy(values(0)))
@@ -108,7 +105,6 @@ def test_an_object_that_is_replaced_is_noticed(aws: PlayedAws) -> None:
         opened[...]
 
 
-@pytest.mark.xfail(reason="addresses with a query are left to fsspec", strict=False)
 @pytest.mark.parametrize("key", ["x.npy", "a b#c.npy"])
 def test_a_presigned_address_is_read_by_ranges(aws: PlayedAws, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     aws.own.put(key, npy(values(0)))
@@ -128,7 +124,6 @@ def test_a_presigned_address_is_read_by_ranges(aws: PlayedAws, key: str, monkeyp
         opened[...]
 
 
-@pytest.mark.xfail(reason="keys are taken for URLs", strict=False)
 @pytest.mark.parametrize("prefix", ["a b", "a#b", "a%20b", "a+b", "é", "a?b"])
 def test_a_copy_is_made_below_the_prefix_that_was_named(aws: PlayedAws, tmp_path: Path, prefix: str) -> None:
     np.save(tmp_path / "x.npy", values(0))

@@ -109,7 +109,7 @@ def test_a_catalog_is_read_from_the_bucket_it_describes(aws: PlayedAws, catalog:
     [
         "path",
         "auto",
-        pytest.param("virtual", marks=pytest.mark.xfail(reason="obstore does not get it", strict=False)),
+        "virtual",
     ],
 )
 def test_the_addressing_style_of_the_config_file_is_kept_by_both_clients(

@@ -5,6 +5,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,12 @@ from dmdata.settings import set_in_file
 VALUES = np.arange(12_000, dtype=np.float32).reshape(40, 300)
 NAME = "toy/50pct/test_margins"
 MASKS = "toy/50pct/train_masks"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pay for what is read again."""
+    monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
 
 
 @pytest.fixture
@@ -314,10 +321,11 @@ def test_a_data_loader_with_persistent_workers_started_before_is_held(
     assert len(list(loader)) == 4
 
 
-def test_a_block_that_cannot_be_entered_in_the_ledger_does_not_begin() -> None:
+def test_where_the_ledger_cannot_be_written_a_block_begins_and_nothing_that_costs_is_read(lazy: LazyArray) -> None:
+    shutil.rmtree(home())
     home().write_text("a file")
-    with pytest.raises(DmdataError, match="cannot be used"), dmdata.budget(usd=1):
-        pytest.fail("others could not see it")
+    with dmdata.budget(usd=1), pytest.raises(DmdataError, match="cannot be used"):
+        read_row(lazy)
     assert "DMDATA_BUDGETS" not in os.environ
 
 
@@ -345,7 +353,7 @@ def shut(s3: LoopbackS3, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_reads_that_were_never_sent_are_not_booked(lazy: LazyArray, shut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmdata.fetch._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dmdata.reader._LONGEST_PAUSE_SECONDS", 0.01)
     before = dmdata.spend()
     for key in (np.s_[:], np.s_[0], np.s_[::2, 0]):
         with pytest.raises(SourceError):
@@ -360,7 +368,7 @@ def test_reads_that_were_never_sent_are_not_booked(lazy: LazyArray, shut: str, m
 def test_a_header_that_was_never_asked_for_is_not_booked(
     catalog: str, shut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmdata.fetch._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dmdata.reader._LONGEST_PAUSE_SECONDS", 0.01)
     with pytest.raises(SourceError) as caught:
         dmdata.open(NAME, catalog=catalog)
     assert caught.value.n_tries > 1

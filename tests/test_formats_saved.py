@@ -267,15 +267,15 @@ def resnet50() -> Any:
     return state
 
 
-def test_the_header_of_a_state_dict_of_hundreds_of_tensors_takes_two_requests(s3: LoopbackS3, tmp_path: Path) -> None:
+def test_the_header_of_a_state_dict_of_hundreds_of_tensors_takes_four_requests(s3: LoopbackS3, tmp_path: Path) -> None:
     state = resnet50()
     state["fc.weight"][7] = 1
     blob = saved(state, tmp_path / "resnet.pt").read_bytes()
     assert len(blob) > 40e6
     s3.put("resnet.pt", blob)
     lazy = dmdata.open("s3://madrylab-datamodels/resnet.pt/fc.weight")
-    assert s3.n_requests == 2, [request.range for request in s3.log]
-    assert s3.n_object_bytes <= 96 << 10
+    assert s3.n_requests <= 4, [request.range for request in s3.log]
+    assert s3.n_object_bytes <= 64 << 10
     np.testing.assert_array_equal(lazy[6:8, 5], [0, 1])
     assert len(pt_layouts(lambda start, stop: blob[start:stop], object_bytes=len(blob), url="x")) == len(state)
 

@@ -165,7 +165,7 @@ def test_a_column_is_exact_and_its_ledger_no_less_than_served_whatever_breaks_no
 def test_a_server_that_refuses_for_ever_is_given_up_and_all_requests_are_in_the_ledger(far: LoopbackS3) -> None:
     lazy, before = opened(far), dmdata.spend()
     far.inject(Fault(status=503, code="SlowDown"), when=is_data, times=math.inf)
-    with pytest.raises(SourceError, match="SlowDown; given up after 6 tries"):
+    with pytest.raises(SourceError, match=r"SlowDown\).* given up after 6 tries"):
         lazy[:, 42]
     assert dmdata.spend().n_requests - before.n_requests >= far.n_requests
 

@@ -19,8 +19,9 @@ from small_release import npy, publish
 
 import dmdata
 from dmdata.errors import AccessError, DmdataError
-from dmdata.fetch import CONNECTIONS, LEAST_RANGE_BYTES
+from dmdata.fetch import LEAST_RANGE_BYTES
 from dmdata.journal import DIGESTS, BlockWriter
+from dmdata.pace import CONNECTIONS
 from dmdata.place import SPOOL
 from dmdata.selection import select
 from dmdata.spool import Landing, read_key

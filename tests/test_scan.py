@@ -168,7 +168,7 @@ def test_a_scan_that_breaks_off_writes_nothing_and_pays_no_header_twice(
     bucket: LoopbackS3, dm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(bucket)
-    monkeypatch.setattr("dmdata.fetch._TRIES_WITHOUT_PROGRESS", 1)
+    monkeypatch.setattr("dmdata.reader._TRIES_WITHOUT_PROGRESS", 1)
     bucket.inject(Fault(status=500), when=lambda request: request.key.endswith("masks_50pct.npy"), times=1)
     output = tmp_path / "made.yaml"
     assert dm("catalog", "scan", f"s3://{BUCKET}", "-o", output, "-y")[0] == 5

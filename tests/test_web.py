@@ -338,7 +338,7 @@ def test_a_transfer_that_breaks_is_resumed_where_it_broke(web: WebServer) -> Non
 def test_each_answer_that_is_no_range_has_its_sentence(
     web: WebServer, page: Page, words: str, n_requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmdata.fetch._LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dmdata.reader._LONGEST_PAUSE_SECONDS", 0.01)
     web.pages["/x.npy?sig=5ec2e7"] = page
     error = refusal(f"{web.url}/x.npy?sig=5ec2e7")
     assert words in str(error)
