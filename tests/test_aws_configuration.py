@@ -26,6 +26,12 @@ def catalog(aws: PlayedAws, tmp_path: Path) -> str:
     return publish(aws.release, {NAME: VALUES}, tmp_path)  # type: ignore[arg-type] # has the same `put`
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the server for what is read again."""
+    monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
+
+
 def read_all(catalog: str) -> dmdata.LazyArray:
     """Open by boto3, and read by obstore."""
     opened = dmdata.open(NAME, catalog=catalog)

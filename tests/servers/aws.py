@@ -309,6 +309,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         context = aws.authority.context(host)
         plain = self.connection
+        try:
+            plain.getpeername()
+        except OSError:  # hung up already: what wraps such a socket may raise, and leave it open
+            self.close_connection = True
+            return
         self.connection = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         self.server.hold(self.connection)
         self.server.let_go(plain)
@@ -327,10 +332,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = False
 
     def finish(self) -> None:
-        super().finish()
-        if isinstance(self.connection, ssl.SSLSocket):
-            self.server.let_go(self.connection)
-            self.connection.close()
+        try:
+            super().finish()
+        finally:
+            if isinstance(self.connection, ssl.SSLSocket):
+                self.server.let_go(self.connection)
+                self.connection.close()
 
     def do_GET(self) -> None:
         body = self._body()
