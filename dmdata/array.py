@@ -511,4 +511,4 @@ def estimate_read(
     """
     plans = (rest_of(cheapest_plan(layout, selection, to=to)), rest_of(fastest_plan(layout, selection, to=to)))
     cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage, table=table) for plan in plans)
-    return Estimate(cheapest, fastest, to, (table or price_table()).date)
+    return Estimate(cheapest, fastest, to, (table or price_table()).date, table)

@@ -183,6 +183,8 @@ def print_estimate(talk: Talk, priced: list[Priced], *, to: str, usage: Usage = 
     if total.fastest != total.cheapest:
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
+    if not any(part.is_paid for part in priced):
+        talk.remark("reading these is free where they are; the figures say what the same costs at the prices below")
     link = assumed_link()
     low, high = readable_usd(total.usd_low), readable_usd(total.usd_high)
     open_ended = low != high and total.destination is Destination.INTERNET

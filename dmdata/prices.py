@@ -300,6 +300,7 @@ class Estimate:
     fastest: Quote
     destination: Destination
     price_date: str
+    table: PriceTable | None = None  # that it was priced by; None for the list prices in force
 
     @property
     def n_requests(self) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 from dmdata.array import estimate_read
 from dmdata.catalog import ArraySchema, Artifact
 from dmdata.download import START_BYTES, bytes_complete, n_requests_of
+from dmdata.endpoints import own_endpoint
 from dmdata.errors import FormatError, SelectionError
 from dmdata.formats import NPY_PREFIX_BYTES, PT_HEAD_BYTES, Layout, contiguous_strides, stored_as
 from dmdata.mirror import missing_reads
 from dmdata.place import Place
-from dmdata.prices import ANY_MONTH, Estimate, Usage, destination_of, price_table, quote
+from dmdata.prices import ANY_MONTH, Estimate, PriceTable, Quote, Usage, destination_of, own_prices, price_table, quote
 from dmdata.selection import Selection, parse_selection, select
 
 _LONGER_HEADER_BYTES = 1024
@@ -33,7 +34,12 @@ def price_artifacts(
     for artifact in artifacts:
         if key is None:
             n_requests = n_requests_of(artifact.n_bytes) + 1
-            priced.append((artifact, same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage)))
+            priced.append(
+                (
+                    artifact,
+                    same_both_ways(artifact.n_bytes, n_requests, to=to, usage=usage, table=named_prices(artifact)),
+                )
+            )
             continue
         if artifact.schema is None:
             arrays_of([artifact])  # says so where there are none
@@ -41,7 +47,8 @@ def price_artifacts(
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/{member}")
         layout = _claimed_layout(artifact)
         selection = parsed_selection(key, layout.shape)
-        data = estimate_read(layout, selection, to=destination_of(to), usage=usage)
+        table = named_prices(artifact)
+        data = estimate_read(layout, selection, to=destination_of(to), usage=usage, table=table)
         total = _totalled([(data, 1)], to=to, usage=usage, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)
         priced.append((artifact, total))
     return priced
@@ -68,7 +75,10 @@ def price_mirror(
             axis=max(range(len(layout.shape)), key=lambda axis: layout.strides[axis], default=0),
             memory_bytes=memory_bytes,
         )
-        data = [(estimate_read(layout, selection, to=destination_of(to)), count) for selection, count in reads]
+        table = named_prices(artifact)
+        data = [
+            (estimate_read(layout, selection, to=destination_of(to), table=table), count) for selection, count in reads
+        ]
         priced.append((artifact, _totalled(data, to=to, extra_bytes=NPY_PREFIX_BYTES, extra_requests=1)))
     return priced
 
@@ -77,7 +87,7 @@ def price_download(artifact: Artifact, path: Path, *, to: str | None) -> list[tu
     """Price what a download still lacks, by what the catalog claims and what is complete next to its final name."""
     n_missing = max(artifact.n_bytes - bytes_complete(path), 0)
     n_bytes = n_missing + START_BYTES[artifact.stored.format if artifact.stored.format != "zarr" else "bytes"]
-    return [(artifact, same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to))]
+    return [(artifact, same_both_ways(n_bytes, n_requests_of(n_missing) + 1, to=to, table=named_prices(artifact)))]
 
 
 def price_header(kind: str, *, to: str | None) -> Estimate:
@@ -154,10 +164,18 @@ def parsed_selection(key: Any, shape: tuple[int, ...]) -> Selection:
     return select(... if key is None else key, shape, orthogonal=True)
 
 
-def same_both_ways(n_bytes: int, n_requests: int, *, to: str | None, usage: Usage = ANY_MONTH) -> Estimate:
+def named_prices(artifact: Artifact) -> PriceTable | None:
+    """Take the prices that are named for an artifact's source; None where the list prices hold, if any do."""
+    has_endpoint = artifact.url.startswith("s3://") and own_endpoint() is not None
+    return own_prices(artifact.source.prices, has_endpoint=has_endpoint)
+
+
+def same_both_ways(
+    n_bytes: int, n_requests: int, *, to: str | None, usage: Usage = ANY_MONTH, table: PriceTable | None = None
+) -> Estimate:
     """Price a read that there is one way for."""
-    way = quote(n_bytes, n_requests, destination_of(to), usage=usage)
-    return Estimate(way, way, destination_of(to), price_table().date)
+    way = quote(n_bytes, n_requests, destination_of(to), usage=usage, table=table)
+    return Estimate(way, way, destination_of(to), (table or price_table()).date, table)
 
 
 def _totalled(
@@ -169,17 +187,22 @@ def _totalled(
     extra_requests: int = 0,
 ) -> Estimate:
     """Price several reads together, each as many times as is said."""
+    tables = list(dict.fromkeys(estimate.table for estimate, _ in estimates)) or [None]
 
-    def together(way: str) -> Any:
-        quotes = [(getattr(estimate, way), count) for estimate, count in estimates]
-        n_bytes = sum(q.n_bytes * count for q, count in quotes) + extra_bytes
-        n_requests = sum(q.n_requests * count for q, count in quotes) + extra_requests
-        return quote(n_bytes, n_requests, destination_of(to), usage=usage)
+    def together(way: str) -> Quote:
+        parts = []
+        for nth, table in enumerate(tables):
+            quotes = [(getattr(estimate, way), count) for estimate, count in estimates if estimate.table == table]
+            n_bytes = sum(q.n_bytes * count for q, count in quotes) + (extra_bytes if not nth else 0)
+            n_requests = sum(q.n_requests * count for q, count in quotes) + (extra_requests if not nth else 0)
+            parts.append(quote(n_bytes, n_requests, destination_of(to), usage=usage, table=table))
+        return Quote(*(sum(getattr(part, field.name) for part in parts) for field in fields(Quote)))
 
     ways = together("cheapest"), together("fastest")
     # part by part the fastest splits ranges for connections that all parts together keep busy anyway
     fastest = min(reversed(ways), key=lambda way: way.seconds)
-    return Estimate(ways[0], fastest, destination_of(to), price_table().date)
+    table = tables[0] if len(tables) == 1 else None
+    return Estimate(ways[0], fastest, destination_of(to), (table or price_table()).date, table)
 
 
 def _claimed_layout(artifact: Artifact) -> Layout:

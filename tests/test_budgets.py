@@ -429,6 +429,18 @@ def test_prices_named_for_endpoints_of_ones_own_count_there(own_store: LoopbackS
         array[:2], array[2:4]
 
 
+def test_what_is_asked_for_consent_is_priced_by_the_prices_that_are_named(
+    own_store: LoopbackS3, tmp_path: Path
+) -> None:
+    catalog = Path(publish(own_store, {NAME: VALUES, MASKS: VALUES > 6000}, tmp_path))
+    text = catalog.read_text().replace("requester_pays: true", "requester_pays: false\n  prices: {usd_per_get: 0.05}")
+    catalog.write_text(text)
+    both = dmdata.estimate([NAME, MASKS], catalog=str(catalog))
+    assert both.usd == pytest.approx(0.05 * both.n_requests)
+    one = dmdata.estimate(NAME, select="0:2", catalog=str(catalog))
+    assert one.usd == pytest.approx(0.10), "the header and the rows"
+
+
 def test_prices_of_a_catalog_count_where_nobody_is_charged_by_s3(own_store: LoopbackS3, tmp_path: Path) -> None:
     catalog = Path(publish(own_store, {NAME: VALUES}, tmp_path))
     text = catalog.read_text().replace("requester_pays: true", "requester_pays: false\n  prices: {usd_per_get: 0.05}")

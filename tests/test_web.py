@@ -249,6 +249,21 @@ def test_pythons_own_server_is_said_to_answer_no_ranges(tmp_path: Path) -> None:
             server.kill()
 
 
+@pytest.mark.parametrize(
+    "page", [Page(content=FILE, ranges=False), Page(content=FILE, coded=True)], ids=["whole", "gzip"]
+)
+def test_what_cannot_be_read_by_ranges_is_downloaded_whole(web: WebServer, tmp_path: Path, page: Page) -> None:
+    web.pages["/x.npy"] = page
+    with pytest.raises(SourceError, match="dmdata get"):
+        dmdata.open(f"{web.url}/x.npy")[:]
+    told: list[tuple[int, int]] = []
+    path = dmdata.get(f"{web.url}/x.npy", tmp_path / "x.npy", progress=lambda done, total: told.append((done, total)))
+    assert path.read_bytes() == FILE
+    assert told[-1] == (len(FILE), len(FILE))
+    np.testing.assert_array_equal(dmdata.open(path)[...], VALUES)
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_a_small_file_is_read_though_its_server_has_no_ranges(web: WebServer) -> None:
     web.pages["/x.bin"] = Page(content=b"abc", ranges=False)
     head, state = connect(Address(f"{web.url}/x.bin")).start(128)
