@@ -36,6 +36,12 @@ LINE = np.arange(40.0)
 MARK = np.ones((300, 20), np.float32)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the server for what is read again."""
+    monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
+
+
 @pytest.fixture
 def catalog(s3: LoopbackS3, tmp_path: Path) -> str:
     return publish(s3, {NAME: VALUES, LINE_NAME: LINE}, tmp_path)
