@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -69,6 +69,8 @@ class Terms:
         Whether the endpoint is one of AWS's own.
     client : S3Client
         boto3's, which tries each request once.
+    stores : dict
+        obstore's, by the etag that they send.
     """
 
     session: "boto3.Session"
@@ -78,6 +80,7 @@ class Terms:
     region: str
     is_aws: bool
     client: "S3Client"
+    stores: dict[str | None, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def current_credentials(self) -> tuple[str | None, str | None, str | None]:
         """Take the key id, secret and token in force, refreshed where that is due.

@@ -28,7 +28,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 # by process, terms and configuration; dropping those of a parent process would hang
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
-_CONFIGURING = ("AWS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HOME")
+# asked for at every read, so the rest of the environment is not gone through
+_CONFIGURING = tuple(
+    [
+        f"AWS_{name}"
+        for name in (
+            "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SECURITY_TOKEN", "PROFILE", "DEFAULT_PROFILE",
+            "REGION", "DEFAULT_REGION", "ENDPOINT_URL", "ENDPOINT_URL_S3", "IGNORE_CONFIGURED_ENDPOINT_URLS",
+            "CA_BUNDLE", "CONFIG_FILE", "SHARED_CREDENTIALS_FILE", "ROLE_ARN", "WEB_IDENTITY_TOKEN_FILE",
+            "USE_DUALSTACK_ENDPOINT", "USE_FIPS_ENDPOINT", "EC2_METADATA_DISABLED", "CONTAINER_CREDENTIALS_FULL_URI",
+            "CONTAINER_CREDENTIALS_RELATIVE_URI",
+        )
+    ]
+    + [name for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") for name in (proxy, proxy.lower())]
+    + ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HOME"]
+)  # fmt: skip
 
 
 def client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -137,9 +151,7 @@ def connection_options(url: str) -> dict[str, Any]:
 
 def configuration() -> tuple[object, ...]:
     """Collect what clients are configured by: variables, and the AWS files by size and time."""
-    variables = tuple(
-        sorted((name, value) for name, value in os.environ.items() if name.upper().startswith(_CONFIGURING))
-    )
+    variables = tuple(map(os.environ.get, _CONFIGURING))
     files = (
         os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
         os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",

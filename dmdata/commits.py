@@ -2,9 +2,9 @@
 
 A commit waits for the disk, and a thread that finds another one at it lays its work down instead of queueing for a
 commit of its own: when that one is done, the first of those who wait does all that has been laid down, in order, in one
-transaction, each in a savepoint, so that what is refused undoes itself alone. Work that nobody waits for rides along
-with the next, or is done within a moment. No thread of its own is needed for that but a short one, so that a fork loses
-nothing.
+transaction. Work that refuses does so before it writes anything, so that the others' is not undone. Work that nobody
+waits for rides along with the next, or is done within a moment. No thread of its own is needed for that but a short
+one, so that a fork loses nothing.
 """
 
 import contextlib
@@ -23,7 +23,11 @@ __all__ = ["FAILURES", "Commits", "Work"]
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[sqlite3.Connection], T]
-"""Reads and writes in a transaction. Done again if it was interrupted, so done twice it must do no harm."""
+"""Reads, may refuse, then writes, in a transaction with the work of others: it must not refuse once it has written.
+
+Done again if it was interrupted, so done twice it must do no harm. Each statement gives other threads a turn, and so
+costs more than it takes: the fewer, the better.
+"""
 
 FAILURES = (OSError, sqlite3.Error, ValueError, TypeError, OverflowError, AttributeError)
 """How a file that cannot be used shows: in what SQLite says, in text that is none, or in a value of another kind."""
@@ -192,13 +196,10 @@ class Commits:
         try:
             connection = self._begun()
             for laid in taken:
-                connection.execute("SAVEPOINT one")
                 try:
                     laid.result, laid.error = laid.work(connection), None
                 except FactualError as error:
                     laid.error = error
-                    connection.execute("ROLLBACK TO one")
-                connection.execute("RELEASE one")
             connection.execute("COMMIT")
             is_decided = True
         except FAILURES as error:

@@ -110,7 +110,7 @@ class Transport:
         ------
         BudgetError, AccessError, ObjectMissingError, SourceError
         """
-        source, meter = connect(self.address), self._meter(n_bytes, 1)
+        source, meter = connect(self.address), self._meter(n_bytes, 1, self.table)
         tally = meter.tally()
         try:
             for n_tries in itertools.count(1):
@@ -182,12 +182,13 @@ class Transport:
         """
         if not plan.n_requests:
             return np.empty(0, np.uint8)
-        kept = self.kept(etag) if cache and spool is None else None
+        table = self.table
+        kept = kept_of(self.address, etag, paid=table is not None) if cache and spool is None else None
         plan, filled = self._filled(kept, plan) if kept else (plan, None)
         n_bytes, n_requests = _missing(plan, spool)
         if not n_requests:
             return _product(plan, spool) if filled is None else filled
-        source, meter = connect(self.address), self._meter(n_bytes, n_requests, progress)
+        source, meter = connect(self.address), self._meter(n_bytes, n_requests, table, progress)
         meter.object_bytes = plan.layout.stop
         stopping = threading.Event()
         keeper = kept.keeper(plan) if kept else None
@@ -253,8 +254,10 @@ class Transport:
             usd = self.price_usd(n_bytes, n_requests)
             Ledger(home()).check(usd=usd, artifact=self.artifact, carried=self.held_by)
 
-    def _meter(self, n_bytes: int, n_requests: int, progress: Progress | None = None) -> Meter:
-        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged, table=self.table)
+    def _meter(
+        self, n_bytes: int, n_requests: int, table: PriceTable | None, progress: Progress | None = None
+    ) -> Meter:
+        meter = Meter(self.destination, n_bytes, n_requests, progress, self.charged, table=table)
         if meter.table is not None:
             meter.reservation = Ledger(home()).reserve(
                 usd=meter.usd(n_bytes, n_requests),

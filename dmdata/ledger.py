@@ -125,7 +125,8 @@ class Reservation:
         pico = _to_pico(amount.usd)
 
         def work(connection: sqlite3.Connection) -> None:
-            _commit(connection, self.scopes, pico, artifact=self.artifact)
+            _check(connection, self.scopes, pico, artifact=self.artifact)
+            _count(connection, self.scopes, pico)
             connection.execute("UPDATE reading SET pico = pico + ? WHERE id = ?", (pico, self.id))
             self._draw(connection, amount)
 
@@ -148,16 +149,19 @@ class Reservation:
         at = time.time()
 
         def work(connection: sqlite3.Connection) -> None:
+            settled = (
+                "UPDATE reading SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ?, charged = ? "
+                "WHERE id = ?"
+            )
+            receipt = (at, pico, n_bytes, n_requests, charged, self.id)
+            if pico == self.pico and connection.execute(f"{settled} AND pico = ?", (*receipt, pico)).rowcount:
+                return
             row = connection.execute("SELECT pico FROM reading WHERE id = ?", (self.id,)).fetchone()
             if row is None:
                 raise DmdataError(f"{self.ledger.path} has lost reservation {self.id}; was it removed meanwhile?")
             if row[0] != pico:
                 _release(connection, self.scopes, row[0] - pico)
-            connection.execute(
-                "UPDATE reading SET state = 'settled', at = ?, pico = ?, n_bytes = ?, n_requests = ?, charged = ? "
-                "WHERE id = ?",
-                (at, pico, n_bytes, n_requests, charged, self.id),
-            )
+            connection.execute(settled, receipt)
 
         if pico == self.pico:
             self.ledger.commit_later(work)
@@ -222,13 +226,14 @@ class Ledger:
 
         def work(connection: sqlite3.Connection) -> dict[str, int]:
             scopes = _scopes(connection, self.path, blocks, monthly)
+            _check(connection, scopes, pico, artifact=artifact)
             row = (name, at, process_name(), artifact, destination, pico, n_bytes, n_requests, json.dumps(list(scopes)))
             added = connection.execute(
                 "INSERT OR IGNORE INTO reading VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (*row, *drawn_picos),
             )
             if added.rowcount:  # else it is done again after an interrupt that came too late
-                _commit(connection, scopes, pico, artifact=artifact)
+                _count(connection, scopes, pico)
             return scopes
 
         try:
@@ -406,12 +411,12 @@ def _scopes(connection: sqlite3.Connection, path: Path, blocks: Held, monthly: i
     return limits
 
 
-def _commit(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *, artifact: str) -> None:
-    """Count an amount towards its budgets, or refuse it whole."""
-    _check(connection, scopes, pico, artifact=artifact)
-    connection.executemany(
-        "INSERT INTO budget VALUES (?, ?) ON CONFLICT (scope) DO UPDATE SET committed_pico = committed_pico + ?",
-        [(scope, pico, pico) for scope in scopes],
+def _count(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> None:
+    """Count an amount that was checked towards its budgets."""
+    connection.execute(
+        f"INSERT INTO budget VALUES {', '.join(['(?, ?)'] * len(scopes))} ON CONFLICT (scope) DO UPDATE "  # noqa: S608
+        "SET committed_pico = committed_pico + excluded.committed_pico",
+        [value for scope in scopes for value in (scope, pico)],
     )
 
 
@@ -428,9 +433,11 @@ def _check(connection: sqlite3.Connection, scopes: dict[str, int], pico: int, *,
 
 
 def _scope_passed(connection: sqlite3.Connection, scopes: dict[str, int], pico: int) -> tuple[str, int] | None:
+    marks = ", ".join("?" * len(scopes))
+    found = connection.execute(f"SELECT scope, committed_pico FROM budget WHERE scope IN ({marks})", list(scopes))  # noqa: S608
+    counted = dict(found.fetchall())
     for scope, limit in scopes.items():
-        row = connection.execute("SELECT committed_pico FROM budget WHERE scope = ?", (scope,)).fetchone()
-        committed = row[0] if row else 0
+        committed = counted.get(scope, 0)
         if limit >= 0 and committed + pico > limit:
             return scope, committed
     return None

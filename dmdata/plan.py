@@ -220,6 +220,14 @@ def plan_read(
     plan : ReadPlan
     """
     wanted = _wanted(layout, selection)
+    n_bytes = wanted.n_bytes
+    if not wanted.outer and len(wanted.starts) == 1 and n_bytes <= (least_range_bytes if n_at_once > 1 else 0):
+        # a row, as most small reads: one range, which need not be split
+        start = wanted.offset + int(wanted.starts[0])
+        window = max(max_range_bytes // layout.dtype.itemsize, 1) * layout.dtype.itemsize
+        if n_bytes <= window:
+            one = np.array([[start, start + n_bytes]], np.int64)
+            return ReadPlan(layout, selection, wanted, max_gap_bytes, window, 1, n_bytes, one)
     plan = _planned(layout, selection, wanted, max_gap_bytes, max_range_bytes)
     if 0 < plan.n_requests < n_at_once:
         window = max(-(-plan.n_bytes // n_at_once), min(least_range_bytes, max_range_bytes))

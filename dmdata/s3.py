@@ -19,7 +19,7 @@ import obstore.exceptions
 from dmdata.address import Address, Buffer, ByPieces, ObjectState, Put, Source, changed, ended_short
 from dmdata.aws import Terms, another_way, bucket_and_key, split_s3, terms_of, terms_to_write
 from dmdata.clients import CONNECT_SECONDS, client_once, connection_options, runtime_was_lost, transport_options
-from dmdata.errors import AccessError, DmdataError, SourceError
+from dmdata.errors import AccessError, SourceError
 from dmdata.refusals import botocore_error, not_by_range, not_s3, s3_refusal, store_error
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ _COMPLETING_SECONDS = 120
 def s3_source(address: Address) -> Source:
     """Make the reader of an object in S3; see `dmdata.source.connect`."""
     bucket, key = bucket_and_key(address)
-    terms_of(bucket, address)  # what is wrong with them is said before anything is sent
     if runtime_was_lost() or not _is_plain(key):
+        terms_of(bucket, address)  # what is wrong with them is said before anything is sent
         return _BotoSource(address, bucket, key)
     return _S3Source(address, bucket, key)
 
@@ -144,35 +144,39 @@ def writing(url: str) -> Iterator[None]:
         ) from None
 
 
-class _StoreSource:
-    """An object by ranges through obstore. Retries are fetch's, so that each request is counted.
+class _S3Source:
+    """An object in S3 by obstore, its start by boto3. Retries are fetch's, so that each request is counted.
 
-    A client is made for each etag, and sends it as If-Match with every request: a short range is then one call.
+    A client is made for each etag, and sends it as If-Match with every request: a short range is then one call. A weak
+    etag matches nothing by RFC 9110, so it is compared with that of each answer.
     """
 
-    # the client has no bound of its own, and keeps connections for the next read; get_ranges has ten in flight
     most_at_once = 512
     pieces_at_once = 10
 
-    def __init__(self, address: Address, key: str, store_of: Callable[[str | None], Any]) -> None:
+    def __init__(self, address: Address, bucket: str, key: str) -> None:
         self.address = address
-        self.key = key
-        self._store_of = store_of
+        self._bucket, self._key = bucket, key
+        # found again after a refusal: credentials may have been renewed meanwhile
+        self._terms: Terms | None = terms_of(bucket, address)
+
+    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
+        return _BotoSource(self.address, self._bucket, self._key).start(n_bytes)
 
     def piece(self, start: int, stop: int, *, etag: str | None) -> Buffer:
-        result = self.get(start, stop, etag=etag)
+        result = self._get(start, stop, etag=etag)
         with self._in_words():
             return result.bytes()  # type: ignore[no-any-return]
 
     def pieces(self, starts: Sequence[int], stops: Sequence[int], *, etag: str | None) -> Sequence[Buffer]:
-        if self.address.version:
+        if self.address.version or _is_weak(etag):
             return [self.piece(start, stop, etag=etag) for start, stop in zip(starts, stops, strict=True)]
         with self._in_words():
             # ranges that touch would still become one request, and a plan has none of those but where they are long
-            return obstore.get_ranges(self._store_of(etag), self.key, starts=starts, ends=stops, coalesce=0)  # type: ignore[return-value]
+            return obstore.get_ranges(self._store(etag), self._key, starts=starts, ends=stops, coalesce=0)  # type: ignore[return-value]
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
-        result = self.get(start, stop, etag=etag)
+        result = self._get(start, stop, etag=etag)
         with self._in_words():
             # every chunk as the connection gives it: where it breaks, nothing that arrived is lost
             for chunk in result.stream(min_chunk_size=1):
@@ -183,41 +187,35 @@ class _StoreSource:
         if start < stop:
             raise ended_short(self.address, start, transient=True)
 
-    def get(self, start: int, stop: int, *, etag: str | None) -> Any:
+    def _get(self, start: int, stop: int, *, etag: str | None) -> Any:
         """Ask for a range, and look at whose it is."""
         options: dict[str, Any] = {"range": (start, stop)}
         if self.address.version:
             options["version"] = self.address.version
         with self._in_words():
-            result = obstore.get(self._store_of(etag), self.key, options=options)  # type: ignore[arg-type]
+            result = obstore.get(self._store(None if _is_weak(etag) else etag), self._key, options=options)  # type: ignore[arg-type]
         if etag is not None and result.meta["e_tag"] != etag:
             raise changed(self.address)
         return result
 
+    def _store(self, etag: str | None) -> Any:
+        terms = self._terms
+        if terms is None:
+            terms = self._terms = terms_of(self._bucket, self.address)
+        store = terms.stores.get(etag)
+        if store is None:
+            store = terms.stores[etag] = _store(self._bucket, self.address, terms, etag)
+        return store
+
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
+        used = self._terms
         try:
             yield
         except (obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
-            raise self._otherwise(store_error(self.address, error)) from None
-
-    def _otherwise(self, refusal: DmdataError) -> DmdataError:
-        return refusal
-
-
-class _S3Source(_StoreSource):
-    """An object in S3."""
-
-    def __init__(self, address: Address, bucket: str, key: str) -> None:
-        super().__init__(address, key, lambda etag: _store(bucket, address, etag))
-        self._bucket = bucket
-        self._by_boto = _BotoSource(address, bucket, key)
-
-    def start(self, n_bytes: int) -> tuple[bytes, ObjectState]:
-        return self._by_boto.start(n_bytes)
-
-    def _otherwise(self, refusal: DmdataError) -> DmdataError:
-        return another_way(self._bucket, self.address, terms_of(self._bucket, self.address), refusal)
+            refusal = store_error(self.address, error)
+            used, self._terms = used or terms_of(self._bucket, self.address), None
+            raise another_way(self._bucket, self.address, used, refusal) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +267,7 @@ class _BotoSource(ByPieces):
         import botocore.exceptions
 
         terms = terms_of(self.bucket, self.address)
-        conditions: dict[str, Any] = {"IfMatch": etag} if etag is not None else {}
+        conditions: dict[str, Any] = {"IfMatch": etag} if etag is not None and not _is_weak(etag) else {}
         if self.address.requester_pays and terms.credentials is not None:
             conditions["RequestPayer"] = "requester"
         if self.address.version:
@@ -347,20 +345,24 @@ def _is_plain(key: str) -> bool:
     return key.isprintable() and not {"", ".", ".."}.intersection(key.split("/"))
 
 
-def _store(bucket: str, address: Address, etag: str | None) -> Any:
+def _store(bucket: str, address: Address, terms: Terms, etag: str | None) -> Any:
     """Make the obstore store of a bucket, once a process, its terms and an etag."""
     from obstore.store import S3Store
 
-    def make() -> Any:
-        terms = terms_of(bucket, address)
-        return S3Store(
+    known = (bucket, address.requester_pays, address.listed, address.region, etag, "obstore")
+    return client_once(
+        known,
+        lambda: S3Store(
             bucket,
             **_where(terms),
             request_payer=address.requester_pays and terms.credentials is not None,
             **transport_options(terms.endpoint, etag),
-        )
+        ),
+    )
 
-    return client_once((bucket, address.requester_pays, address.region, etag, "obstore"), make)
+
+def _is_weak(etag: str | None) -> bool:
+    return etag is not None and etag.startswith("W/")
 
 
 def _where(terms: Terms) -> dict[str, Any]:
