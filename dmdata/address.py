@@ -121,11 +121,14 @@ class ObjectState:
         None where the store has none.
     charged : bool or None
         Whether the store said that it charges the reader (``x-amz-request-charged``); None where it was not asked.
+    encoding : str or None
+        How its bytes are encoded ("gzip"), where that is not how they were saved.
     """
 
     n_bytes: int
     etag: str | None
     charged: bool | None = None
+    encoding: str | None = None
 
 
 SHORT_RANGE_BYTES = 256 << 10

@@ -116,6 +116,7 @@ def looked_up(
     patterns: Sequence[str],
     *,
     exclude: Sequence[str] = (),
+    whole: bool = False,
     to: str,
     catalog: str | None,
     dry_run: bool,
@@ -139,7 +140,7 @@ def looked_up(
         if headers:
             what = f"the header of {headers[0].name}" if len(headers) == 1 else f"{len(headers)} headers"
             agree_to(talk, headers, f"reading {what}", to=to, yes=yes)
-        yield release.look_up(patterns, exclude=exclude, to=to, catalog=catalog)
+        yield release.look_up(patterns, exclude=exclude, to=to, catalog=catalog, whole=whole)
 
 
 def agree_to(talk: Talk, paid: list[Priced], what: str, *, to: str, yes: bool) -> None:
@@ -207,7 +208,7 @@ def get(talk: Talk, name: str, output: str | None, **spending: Any) -> None:
         if is_address(name):
             # of a member the whole object is meant
             wanted = [url_and_member(name)[0]]
-            found = stack.enter_context(looked_up(talk, wanted, **spending))
+            found = stack.enter_context(looked_up(talk, wanted, whole=True, **spending))
             if found is None:
                 return
             artifact = found[0]

@@ -42,7 +42,7 @@ def download(
     transport: Transport,
     path: Path,
     *,
-    kind: Kind,
+    kind: Checked,
     sha256: str | None,
     progress: Callable[[int, int], object] | Literal[False] | None,
 ) -> None:
@@ -78,6 +78,8 @@ def download(
                 if not error.facts.get("by_download"):
                     raise
                 state = _fetch_whole(transport, part, progress)
+            if state.encoding:
+                kind = "bytes"  # what it holds shows when it is unpacked
             known = digests.recall(transport.address, state)
             is_remote = not transport.address.is_local
             digest = _check(part.path, str(transport.address), kind, sha256 or known, digested=is_remote)
@@ -113,7 +115,7 @@ def _fetch_whole(
         return ObjectState(n_bytes, whole.etag)
 
 
-def _look_at_start(transport: Transport, kind: Kind) -> ObjectState:
+def _look_at_start(transport: Transport, kind: Checked) -> ObjectState:
     """Learn an object's size and etag; refuse a ``.npy`` whose header does not fit its size before it is paid for."""
     head, state = transport.start(START_BYTES[kind])
 
@@ -121,7 +123,7 @@ def _look_at_start(transport: Transport, kind: Kind) -> ObjectState:
         missing = max(start, len(head))
         return head[start:stop] + (transport.read(missing, stop, etag=state.etag) if stop > missing else b"")
 
-    if kind == "npy":
+    if kind == "npy" and not state.encoding:
         npy_layout(read_at, object_bytes=state.n_bytes, url=str(transport.address))
     return state
 

@@ -20,6 +20,7 @@ from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, NPY, Kind, Layout, contents_of, kind_by_bytes, warn_of_trailing_bytes
 from dmdata.ledger import home
 from dmdata.npy import dtype_of_text, dtype_text
+from dmdata.refusals import encoded
 
 __all__ = ["NPY", "Header", "forget_header", "read_header"]
 
@@ -89,6 +90,8 @@ def read_header(transport: Transport, *, kind: Kind | None, wanted: str | None =
         missing = max(start, len(head))
         return head[start:missing] + transport.read(missing, stop, etag=state.etag)
 
+    if state.encoding:
+        raise encoded(transport.address, state.encoding)
     if state.n_bytes == 0:
         raise FormatError(f"{url} is empty; expected {f'a .{kind} object' if kind else 'an array'}", url=url)
     kind = kind or kind_by_bytes(head, object_bytes=state.n_bytes, url=url)

@@ -154,7 +154,11 @@ def botocore_error(address: Address, error: Exception) -> DmdataError:
             "AWS_ENDPOINT_URL (as https://HOST) or AWS_REGION (as us-east-1), or unset them",
             url=str(address), cause="configuration", unsent=True,
         )  # fmt: skip
-    if isinstance(error, botocore.parsers.ResponseParserError):
+    inner = getattr(error, "kwargs", {}).get("error")
+    if isinstance(error, botocore.parsers.ResponseParserError) or (
+        # an answer that botocore itself stumbles over, as 303
+        type(error) is by.HTTPClientError and isinstance(inner, TypeError | ValueError | LookupError)
+    ):
         return not_s3(address)
     if isinstance(error, _of_credentials()):
         return credentials_error("", error)
@@ -393,6 +397,18 @@ def not_by_range(address: Address) -> SourceError:
         url=str(address),
         transient=False,
         whole=True,
+    )
+
+
+def encoded(address: Address, encoding: str) -> SourceError:
+    """Say that an object is sent compressed, so that its ranges are not those of its elements."""
+    return SourceError(
+        f"{address} is stored or sent with Content-Encoding {encoding}, so its elements cannot be read by ranges; "
+        "download it as it is (dmdata get), unpack it, and read the file, or ask its publisher for another",
+        url=str(address),
+        cause="encoded",
+        by_download=True,
+        transient=False,
     )
 
 

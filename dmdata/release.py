@@ -19,7 +19,7 @@ import numpy as np
 from dmdata.address import Address, ObjectState, split_version
 from dmdata.array import InObject, InZarr, LazyArray, Preference
 from dmdata.catalog import ArraySchema, Artifact, Basis, Catalog, SourceEntry, StoredArray, bundled, load_file
-from dmdata.errors import CatalogError, FormatError, SelectionError
+from dmdata.errors import CatalogError, FormatError, SelectionError, SourceError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
 from dmdata.headers import NPY, Header, known_charge, read_header
@@ -300,7 +300,12 @@ def address_named(name: str) -> Address:
 
 
 def look_up(
-    patterns: str | Sequence[str], *, exclude: Sequence[str] = (), to: str | None = None, catalog: CatalogLike = None
+    patterns: str | Sequence[str],
+    *,
+    exclude: Sequence[str] = (),
+    to: str | None = None,
+    catalog: CatalogLike = None,
+    whole: bool = False,
 ) -> list[Artifact]:
     """Find artifacts by names and globs in the catalog, then describe what lies at addresses.
 
@@ -311,6 +316,8 @@ def look_up(
         Names or globs to leave out of what the catalog gives.
     to, catalog
         As in `open`.
+    whole : bool
+        Whether the objects will be downloaded as they are, so that what cannot be read by ranges is found too.
 
     Raises
     ------
@@ -322,10 +329,10 @@ def look_up(
     wanted = list(dict.fromkeys([patterns] if isinstance(patterns, str) else patterns))
     names = [pattern for pattern in wanted if not is_address(pattern)]
     listed = load_catalog(catalog).match(names, exclude=exclude) if names else []
-    return listed + [describe(pattern, to=to) for pattern in wanted if is_address(pattern)]
+    return listed + [describe(pattern, to=to, whole=whole) for pattern in wanted if is_address(pattern)]
 
 
-def describe(name: str, *, to: str | None = None) -> Artifact:
+def describe(name: str, *, to: str | None = None, whole: bool = False) -> Artifact:
     """Describe what lies at an address as a catalog would, by its header, which is read.
 
     Returns
@@ -351,7 +358,12 @@ def describe(name: str, *, to: str | None = None) -> Artifact:
             kind = kind_by_bytes(head, object_bytes=state.n_bytes, url=str(address))
         except FormatError:
             return _described(address, None, "bytes", state, {})
-    header = read_header(transport, kind=kind, wanted=None)
+    try:
+        header = read_header(transport, kind=kind, wanted=None)
+    except SourceError as error:
+        if whole and error.facts.get("by_download"):
+            return _described(address, None, kind, ObjectState(0, None), {})
+        raise
     if member:
         _layout_named(header, member, str(address))
     return _described(address, member, kind, header.state, header.layouts)

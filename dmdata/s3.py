@@ -251,7 +251,7 @@ class _BotoSource(ByPieces):
                 url=str(self.address),
                 transient=True,
             )
-        return head, ObjectState(size, answer.get("ETag"), charged)
+        return head, ObjectState(size, answer.get("ETag"), charged, _foreign_encoding(answer))
 
     def read(self, start: int, stop: int, *, etag: str | None, put: Put, stopped: Callable[[], bool]) -> None:
         answer, _ = self._get(start, stop, etag=etag)
@@ -288,9 +288,6 @@ class _BotoSource(ByPieces):
                 location=headers.get("location"),
             )
             raise another_way(self.bucket, self.address, terms, refusal) from None
-        if encoding := _foreign_encoding(answer):
-            answer["Body"].close()
-            raise encoded(self.address, encoding)
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
             answer["Body"].close()
             raise not_by_range(self.address) if "ETag" in answer else not_s3(self.address)
@@ -315,17 +312,6 @@ class _BotoSource(ByPieces):
             urllib3.exceptions.HTTPError,
         ) as error:
             raise botocore_error(self.address, error) from None  # it holds the token, and Dask pickles causes along
-
-
-def encoded(address: Address, encoding: str) -> SourceError:
-    """Say that an object is sent compressed, so that its ranges are not those of its elements."""
-    return SourceError(
-        f"{address} is stored or sent with Content-Encoding {encoding}, so its elements cannot be read by ranges; "
-        "download it (dmdata get), unpack it, and read the file, or ask its publisher for one that is not encoded",
-        url=str(address),
-        cause="encoded",
-        transient=False,
-    )
 
 
 def _foreign_encoding(answer: Any) -> str | None:
