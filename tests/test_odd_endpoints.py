@@ -124,7 +124,7 @@ def test_where_an_endpoint_redirects_to_is_named_after_one_request(serve: Callab
 @pytest.mark.parametrize("status", ["303", "405", "418"])
 def test_an_answer_that_s3_never_gives_is_named_after_one_request(serve: Callable[[str], Server], status: str) -> None:
     server = serve(status)
-    with pytest.raises(SourceError, match="AWS_ENDPOINT_URL|S3 endpoint|as S3 does") as caught:
+    with pytest.raises(SourceError, match=r"AWS_ENDPOINT_URL|S3 endpoint|as S3 does") as caught:
         dmdata.open(ADDRESS)
     assert (caught.value.exit_code, server.n_requests) == (1, 1)
 
