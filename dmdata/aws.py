@@ -150,6 +150,9 @@ def terms_to_write(bucket: str, url: str) -> Terms:
     """
     terms = terms_of(bucket, Address(url))
     if terms.credentials is None:
+        before = _UNSIGNED.get(_here(bucket))
+        if before is not None and before.facts.get("cause") == "bad_credentials":
+            raise before
         raise no_credentials(url, f"no AWS credentials were found to write {url}")
     return terms
 
@@ -175,7 +178,8 @@ def another_way(bucket: str, address: Address, used: Terms, refusal: DmdataError
         return _again(refusal, f"its bucket is in {region}")
     known = _here(bucket)
     if used.credentials is None:
-        before = _UNSIGNED.pop(known, None)
+        # nothing is public there: what kept the credentials from being used is the reason
+        before = _UNSIGNED.pop(known, None) if isinstance(refusal, AccessError) else None
         return before or refusal
     if refusal.facts.get("cause") != "bad_credentials":
         return refusal

@@ -11,11 +11,11 @@ import pytest
 from aws_profiles import configure_process, configure_sso, forget_keys, sign_in, write_config, write_credentials
 from servers.aws import READER, PlayedAws, Tunnel
 from servers.aws_calls import Key
-from servers.loopback import BUCKET, LoopbackS3
+from servers.loopback import BUCKET, Fault, LoopbackS3
 from small_release import npy, publish
 
 import dmdata
-from dmdata.errors import AccessError, DmdataError
+from dmdata.errors import AccessError, DmdataError, ObjectMissingError
 
 NAME = "toy/50pct/test_margins"
 VALUES = np.random.default_rng(0).normal(size=(200, 300)).astype(np.float16)
@@ -314,6 +314,32 @@ def test_a_public_bucket_is_read_without_keys(aws: PlayedAws, public: str, monke
     np.testing.assert_array_equal(dmdata.open(public)[...], VALUES)
     assert signed_by(aws) == {None}
     assert dmdata.spend().usd == 0
+
+
+def test_what_a_public_bucket_answers_without_keys_is_told_as_it_is(
+    aws: PlayedAws, public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_keys(monkeypatch)
+    opened = dmdata.open(public)
+    aws.inject(Fault(status=503, code="SlowDown"), times=2)
+    np.testing.assert_array_equal(opened[5], VALUES[5])
+    aws.inject(Fault(status=404, code="NoSuchKey"), times=1)
+    with pytest.raises(ObjectMissingError, match="nothing is at"):
+        opened[6]
+    with pytest.raises(AccessError, match="no AWS credentials were found to write"):
+        opened.mirror("s3://open-to-all/copy.zarr")
+
+
+def test_who_may_not_write_for_an_ended_session_is_told_so(
+    aws: PlayedAws, public: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configure_sso(aws, monkeypatch, tmp_path, legacy=False)
+    aws.identity.sign_out()
+    sign_in(aws, tmp_path, legacy=False, seconds=-60)
+    aws.identity.sign_out()
+    opened = dmdata.open(public)
+    with pytest.raises(AccessError, match="aws sso login"):
+        opened.mirror("s3://open-to-all/copy.zarr")
 
 
 @pytest.mark.parametrize("lying_about", ["expired", "deleted", "wrong", "sso"])
