@@ -350,7 +350,7 @@ def test_the_tensors_of_a_pt_of_any_size_are_found_by_few_and_short_reads(n_rows
     for name, values in {"bias": bias, "lam": lam}.items():
         stored = whole.read_at(layouts[name].offset, layouts[name].stop)
         np.testing.assert_array_equal(np.frombuffer(stored, np.float32), values.numpy())
-    assert reads == [32 << 10], "in addition to the first 64 KiB: the directory"
+    assert reads == [4096], "in addition to the first 4 KiB: the directory"
 
 
 @pytest.mark.parametrize("beside", [[], ["byteorder"], ["byteorder", ".format_version", ".storage_alignment"]], ids=str)
