@@ -171,13 +171,19 @@ class Authority:
         self.bundle = folder / "authority.pem"
         key, leaf = folder / "key.pem", folder / "leaf.pem"
         _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", key)
-        _openssl("req", "-x509", "-key", key, "-out", self.bundle, "-subj", "/CN=throw-away")
-        signing = ("-CA", self.bundle, "-CAkey", key, "-addext", "subjectAltName=IP:127.0.0.1")
-        # rustls takes no authority for a server
-        signing += ("-addext", "basicConstraints=critical,CA:FALSE")
+        # newer Pythons look at all that RFC 5280 asks for, and rustls takes no authority for a server
+        of_authority = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
+        of_server = ("basicConstraints=critical,CA:FALSE", "subjectAltName=IP:127.0.0.1")
+        of_server += ("keyUsage=critical,digitalSignature", "authorityKeyIdentifier=keyid")
+        _openssl("req", "-x509", "-key", key, "-out", self.bundle, "-subj", "/CN=throw-away", *_added(of_authority))
+        signing = ("-CA", self.bundle, "-CAkey", key, *_added(of_server))
         _openssl("req", "-x509", "-key", key, "-out", leaf, "-subj", "/CN=127.0.0.1", *signing)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(leaf, key)
+
+
+def _added(extensions: tuple[str, ...]) -> list[str]:
+    return [word for extension in extensions for word in ("-addext", extension)]
 
 
 def _openssl(*arguments: object) -> None:
