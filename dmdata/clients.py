@@ -23,9 +23,10 @@ CONNECT_SECONDS = 10
 """How long a connection may take to be made."""
 
 # making a client asks for its terms, which are made once, too
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+"""Held while a client is made, and over a fork."""
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 # by process, terms and configuration; dropping those of a parent process would hang
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 # asked for at every read, so the rest of the environment is not gone through
@@ -55,7 +56,7 @@ def client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
     make : callable
     """
     known = (os.getpid(), terms, configuration())
-    with _LOCK:
+    with LOCK:
         if known not in _CLIENTS:
             _CLIENTS[known] = make()
         return _CLIENTS[known]
@@ -63,7 +64,7 @@ def client_once(terms: tuple[object, ...], make: Callable[[], Any]) -> Any:
 
 def forget(bucket: str) -> None:
     """Drop this process's clients of a bucket, so that the next one is made of what the configuration says then."""
-    with _LOCK:
+    with LOCK:
         for known in [known for known in _CLIENTS if known[0] == os.getpid() and bucket in known[1]]:
             del _CLIENTS[known]
 

@@ -18,7 +18,7 @@ import obstore.exceptions
 
 from dmdata.address import Address, Buffer, ByPieces, ObjectState, Put, Source, changed, ended_short
 from dmdata.aws import Terms, another_way, bucket_and_key, split_s3, terms_of, terms_to_write
-from dmdata.clients import CONNECT_SECONDS, client_once, connection_options, runtime_was_lost, transport_options
+from dmdata.clients import CONNECT_SECONDS, LOCK, client_once, connection_options, runtime_was_lost, transport_options
 from dmdata.errors import AccessError, SourceError
 from dmdata.refusals import botocore_error, not_by_range, not_s3, s3_refusal, store_error
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _BOTO_CHUNK_BYTES = 128 << 10
 # S3 may be silent so long while it puts an object's parts together
 _COMPLETING_SECONDS = 120
+# objects of a bucket that are read by turns with the connections they have
+_MOST_STORES = 32
 
 
 def s3_source(address: Address) -> Source:
@@ -204,7 +206,12 @@ class _S3Source:
             terms = self._terms = terms_of(self._bucket, self.address)
         store = terms.stores.get(etag)
         if store is None:
-            store = terms.stores[etag] = _store(self._bucket, self.address, terms, etag)
+            with LOCK:  # of many threads that begin a read one makes it
+                store = terms.stores.get(etag)
+                if store is None:
+                    if len(terms.stores) >= _MOST_STORES:  # each keeps connections
+                        del terms.stores[next(iter(terms.stores))]
+                    store = terms.stores[etag] = _store(self._bucket, self.address, terms, etag)
         return store
 
     @contextlib.contextmanager
@@ -332,18 +339,15 @@ def _is_plain(key: str) -> bool:
 
 
 def _store(bucket: str, address: Address, terms: Terms, etag: str | None) -> Any:
-    """Make the obstore store of a bucket, once a process, its terms and an etag."""
+    """Make the obstore store of a bucket that sends an etag."""
     from obstore.store import S3Store
 
-    known = (bucket, address.requester_pays, address.listed, address.region, etag, "obstore")
-    return client_once(
-        known,
-        lambda: S3Store(
-            bucket,
-            **_where(terms),
-            request_payer=address.requester_pays and terms.credentials is not None,
-            **transport_options(terms.endpoint, etag),
-        ),
+    client_once(("obstore",), lambda: True)  # a forked child must know of it
+    return S3Store(
+        bucket,
+        **_where(terms),
+        request_payer=address.requester_pays and terms.credentials is not None,
+        **transport_options(terms.endpoint, etag),
     )
 
 

@@ -17,6 +17,7 @@ from small_release import npy, publish
 
 import dmdata
 from dmdata.address import Address, Source
+from dmdata.aws import terms_of
 from dmdata.errors import AccessError, CatalogError, DmdataError, IntegrityError, ObjectMissingError, SourceError
 from dmdata.source import connect
 
@@ -350,3 +351,13 @@ def test_a_catalog_is_read_from_a_bucket(s3: LoopbackS3, catalog: str, monkeypat
     s3.put("large/catalog.yaml", b"x" * ((4 << 20) + 1))
     with pytest.raises(CatalogError, match="at most"):
         dmdata.load_catalog(f"s3://{BUCKET}/large")
+
+
+def test_many_objects_of_a_bucket_do_not_keep_a_client_each(s3: LoopbackS3) -> None:
+    for nth in range(40):
+        s3.put(f"{nth}.bin", bytes([nth]) * 100)
+    for _ in range(2):
+        for nth in range(40):
+            source = connect(Address(f"s3://{s3.bucket}/{nth}.bin", requester_pays=True))
+            assert bytes(source.piece(10, 12, etag=s3.etag(f"{nth}.bin"))) == bytes([nth]) * 2
+    assert len(terms_of(s3.bucket, Address(f"s3://{s3.bucket}/0.bin", requester_pays=True)).stores) <= 32
