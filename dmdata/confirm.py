@@ -1,4 +1,4 @@
-"""What of a catalog's claims its source confirms: object by object, by reading headers anew.
+"""What of a catalog's claims its source confirms: object by object, by reading headers again.
 
 Size, ETag, shape and dtype are what the object's own header and the store say now. A digest is compared with the one
 that was recorded when the object was last read whole under this ``DMDATA_HOME``: nothing is read whole for that.
@@ -141,7 +141,7 @@ def _look_at(artifact: Artifact, destination: Destination) -> Answer | DmdataErr
             return error
         words = _differences("", artifact.schema, array.shape, np.dtype(array.dtype), "")
         return Answer(artifact.name, "differs" if words else "confirmed", tuple(words))
-    forget_header(address)  # what is remembered is no answer of the source's
+    forget_header(address)  # what is remembered is not an answer of the source
     try:
         header = read_header(transport_to(artifact, artifact.name, destination), kind=stored.format, wanted=None)
     except (AccessError, FormatError, SourceError) as error:
