@@ -100,6 +100,16 @@ class RunSpec(BaseModel):
         description="a dataset: digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder",
         examples=["digits"],
     )
+    task: Literal["classification", "regression", "tokens"] | None = Field(
+        default=None,
+        description="classification, regression or tokens; left out, what the labels leave no doubt of",
+        examples=["classification"],
+    )
+    inputs: Literal["standardised", "as-is", "tokens"] | None = Field(
+        default=None,
+        description="standardised, as-is, or tokens where whole numbers number words; left out, what suits the dataset",
+        examples=["standardised"],
+    )
     alpha: float = Field(
         default=0.5,
         ge=0.01,
@@ -213,7 +223,8 @@ class RunSpec(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the text of a run.yaml that reads back as this spec, every default spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        # what is left to the dataset is decided when a run is created
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -221,6 +221,29 @@ class Run:
         """
         return self._read("block_digests", slice(None))
 
+    def rows_digest(self, rows: slice) -> str:
+        """Tell in one digest what the blocks that hold some rows were stored with; nothing of the rows is read.
+
+        Parameters
+        ----------
+        rows : slice
+            Half-open, as those of `spec.rows`.
+
+        Returns
+        -------
+        digest : str
+            In hexadecimal; another one as soon as a row of these blocks was trained again to other bits.
+
+        Raises
+        ------
+        RunError
+            If the recorded digests are damaged.
+        """
+        step = self.spec.block_models
+        recorded = self._read("block_digests", slice(rows.start // step, -(-rows.stop // step)))
+        facts = f"{rows.start}-{rows.stop} of blocks of {step}: {', '.join(self.spec.arrays)}"
+        return hashlib.sha256(facts.encode() + np.ascontiguousarray(recorded).data).hexdigest()
+
     @property
     def n_rows_done(self) -> int:
         """Count of rows in finished blocks."""
