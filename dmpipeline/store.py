@@ -105,6 +105,7 @@ class Run:
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
         run = cls.open(path)
+        spec = spec.with_version_of(run.spec)
         there, wanted = (some.model_dump(mode="json") for some in (run.spec, spec))
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
