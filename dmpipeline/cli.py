@@ -16,7 +16,7 @@ from rich.text import Text
 from dmdata.completion import completion_command
 from dmdata.console import Talk, run, talk_options
 from dmdata.prices import readable_bytes
-from dmpipeline.errors import VerificationError, explain_missing_extra
+from dmpipeline.errors import SpecChangedError, VerificationError, explain_missing_extra
 from dmpipeline.plan_command import plan
 from dmpipeline.spec import RunSpec
 from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train
@@ -87,11 +87,15 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 def verify(talk: Talk, directory: Path) -> None:
     """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
     from dmpipeline.store import Run
-    from dmpipeline.verify import verify_run
+    from dmpipeline.verify import Finding, verify_run
 
-    opened = Run.open(directory)
-    with talk.counting("verifying", "models") as progress:
-        findings = verify_run(opened, progress)
+    try:
+        opened = Run.open(directory)
+    except SpecChangedError as error:
+        findings = [Finding("spec", passed=False, detail=str(error))]
+    else:
+        with talk.counting("verifying", "models") as progress:
+            findings = verify_run(opened, progress)
     passed = all(finding.passed for finding in findings)
     data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
     talk.print_data({"passed": passed, "findings": data}, _findings_table(findings))

@@ -29,7 +29,9 @@ from dmpipeline.errors import RunError, RunExistsError, explain_os_errors
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import masks_digest
 from dmpipeline.outputs import dims_of, output_of
+from dmpipeline.pinned import pin
 from dmpipeline.recipes import code_digest, find_recipe
+from dmpipeline.rows import DIGEST_BYTES
 from dmpipeline.spec import RunSpec
 from dmpipeline.train import Way
 
@@ -37,6 +39,9 @@ from dmpipeline.train import Way
 # present, and shares that with others; whoever extends a run must be alone.
 PROVENANCE_BYTE = 2**40
 PRESENCE_BYTE = 2**40 + 1
+
+PER_ROW = ("model_scores",)
+"""Arrays with a row for each model that are no outputs; a store may lack them."""
 
 _LARGEST_CHUNK_BYTES = 2**24
 _EXTENDED = ".extended"
@@ -91,7 +96,7 @@ def create(path: Path, spec: RunSpec, dataset: Dataset) -> None:
     RunExistsError
         If there is anything else but what a killed creation left.
     """
-    _require_vacant(path)
+    require_vacant(path)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "lock", "a+b") as lock, claimed(lock, 0, wait=True):
         if not (path / "run.yaml").exists():
@@ -118,15 +123,20 @@ def create_store(path: Path, spec: RunSpec, dataset: Dataset) -> zarr.Group:
             fill_value=float("nan") if dtype.startswith("float") else -1 if dtype.startswith("int") else False,
             dimension_names=("model", *dims),
         )
-    group.create_array(
-        "block_digests",
-        shape=(len(spec.blocks), 32),
-        dtype="uint8",
-        chunks=(1, 32),
-        compressors=None,
-        fill_value=0,
-        dimension_names=("block", "byte"),
-    )
+    block = min(spec.block_models, spec.n_rows)
+    for name, dim, n, chunk in (
+        ("block_digests", "block", len(spec.blocks), 1),
+        ("row_digests", "model", spec.n_rows, block),
+    ):
+        group.create_array(
+            name,
+            shape=(n, DIGEST_BYTES),
+            dtype="uint8",
+            chunks=(chunk, DIGEST_BYTES),
+            compressors=None,
+            fill_value=0,
+            dimension_names=(dim, "byte"),
+        )
     return group
 
 
@@ -145,6 +155,11 @@ def done_blocks(path: Path) -> dict[int, float]:
         with contextlib.suppress(OSError):  # the run is being extended
             done[int(file.parent.name)] = file.stat().st_mtime
     return done
+
+
+def cut_blocks(path: Path) -> set[int]:
+    """List the blocks of a run of which an extension left some rows, by the files of those rows' digests."""
+    return {int(file.parent.name) for file in (path / "store.zarr" / "row_digests" / "c").glob("*/0")}
 
 
 def put_extended(path: Path, staging: Path) -> None:
@@ -186,6 +201,7 @@ def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
     """State how a run comes about."""
     return {
         "created": now(),
+        **pin(spec),
         "versions": versions(),
         "machine": machine("cpu"),
         "dataset": {
@@ -289,8 +305,13 @@ def require_run(path: Path) -> None:
             raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
 
 
-def _require_vacant(path: Path) -> None:
-    """Refuse a place that holds anything but what a creation leaves that was killed between its renames."""
+def require_vacant(path: Path) -> None:
+    """Refuse a place that holds anything but what a creation leaves that was killed between its renames.
+
+    Raises
+    ------
+    RunExistsError
+    """
     if not path.exists():
         return
     if not path.is_dir():

@@ -7,7 +7,8 @@
     │   └── UserCodeError             fix the code of your own that the description names
     ├── RunError                      the run directory is not in the state the command needs
     │   ├── IncompleteRunError        train the missing rows first
-    │   └── RunExistsError            choose another directory, or resume
+    │   ├── RunExistsError            choose another directory, or resume
+    │   └── SpecChangedError          put run.yaml back, extend, or make a run of its own
     ├── TrainingError                 a model could not be trained
     ├── ClusterError                  the cluster is gone or idle: what is done stays, run the same again
     ├── VerificationError             what is stored is not what was specified
@@ -51,6 +52,10 @@ class IncompleteRunError(RunError):
 
 class RunExistsError(RunError):
     """Another run is already there; `path` names it."""
+
+
+class SpecChangedError(RunError):
+    """A run.yaml says something else than its rows were made by; `differences` has (then, now) by field."""
 
 
 class TrainingError(DmpipelineError):

@@ -35,7 +35,8 @@ from dmdata.uploads import EtagDigest, Uploads
 from dmpipeline.cataloguing import describe_datamodels
 from dmpipeline.directory import write_beside
 from dmpipeline.errors import RunError, VerificationError, explain_os_errors
-from dmpipeline.store import Progress, Run, block_digest
+from dmpipeline.rows import block_digest
+from dmpipeline.store import Progress, Run
 
 _COPIED_BYTES = 2**22
 _STALE_SECONDS = 7 * 86_400

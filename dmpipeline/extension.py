@@ -5,8 +5,10 @@ stay where they are as hard links; then they are put in place together. Killed a
 the new one.
 """
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import zarr
 from dmpipeline import directory
 from dmpipeline.directory import PRESENCE_BYTE, claimed, write_beside
 from dmpipeline.errors import RunError, SpecError, explain_os_errors
+from dmpipeline.pinned import pin
+from dmpipeline.rows import DIGEST_BYTES, PartialBlock, block_digest, row_digests, some
 from dmpipeline.spec import MASK_LAWS, RunSpec
-from dmpipeline.store import Run, block_digest
+from dmpipeline.store import Run
 
 
 def extend(run: Run, n_models: int) -> Run:
@@ -34,29 +38,22 @@ def extend(run: Run, n_models: int) -> Run:
     Returns
     -------
     run : Run
-        The same directory with its new spec. Rows that are done stay done, but those of blocks that the old end or
-        the new one cuts, which are trained again.
+        The same directory with its new spec. Rows that are done stay done, also of blocks that the old end or the new
+        one cuts; only rows that are damaged are trained again.
 
     Raises
     ------
     SpecError
         If the run has more models already, or is of given masks.
     RunError
-        If another process is training the run, or its directory cannot be written to.
+        If another process is training the run, its directory cannot be written to, or, as for `Run.train`, its dataset
+        or the user's own code has changed. The run is left as it was.
     """
-    old = run.spec
-    if n_models == old.n_models:
+    old, new = run.spec, extended_spec(run, n_models)
+    if new == old:
         return run
-    if n_models < old.n_models:
-        raise SpecError(
-            f"{run.path} has {old.n_models:,} models to fit on, more than {n_models:,}; a run never shrinks, but "
-            "may be read in part",
-            field="n_models",
-            value=n_models,
-        )
-    if old.masks not in MASK_LAWS:
-        raise SpecError(f"{run.path} is of the masks in {old.masks}; create another run for other masks", field="masks")
-    new = RunSpec(**(old.model_dump() | {"n_models": n_models}))
+    # whatever training would refuse, before anything is moved
+    dataset = run.require_unchanged()
     with (
         explain_os_errors(run.path),
         open(run.path / "lock", "a+b") as lock,
@@ -68,47 +65,113 @@ def extend(run: Run, n_models: int) -> Run:
             raise RunError(f"{run.path} was extended meanwhile; open it again", path=run.path)
         directory.remove_staging(run.path)
         staging = directory.staging_folder(run.path, "extending")
-        directory.create_store(staging / "store.zarr", new, run.dataset())
-        done = run.digests()
-        for number, rows in enumerate(new.blocks):
-            _carry_over(run, staging / "store.zarr", done, number, rows, n_new=n_models - old.n_models)
+        store = directory.create_store(staging / "store.zarr", new, dataset)
+        _carry_over(run, store, staging / "store.zarr", new)
         facts = run.provenance
         facts.setdefault("extensions", []).append(
             {"at": directory.now(), "n_models_before": old.n_models, "n_models": n_models}
         )
-        write_beside(staging / "provenance.json", directory.as_json(facts))
+        write_beside(staging / "provenance.json", directory.as_json(facts | pin(new)))
         write_beside(staging / "run.yaml", new.to_yaml())
         directory.put_extended(run.path, staging)
     return Run.open(run.path)
 
 
-def _carry_over(run: Run, path: Path, done: npt.NDArray[np.uint8], number: int, rows: range, *, n_new: int) -> None:
-    """Give a block of the store at `path` its rows, if the run's has all of them, as they were stored."""
-    old, store = run.spec, zarr.open_group(path, mode="r+", zarr_format=3)
-    sources = [row if row < old.n_models else row - n_new for row in rows]
-    if any(old.n_models <= row < old.n_models + n_new for row in rows):
+def extended_spec(run: Run, n_models: int) -> RunSpec:
+    """Give the spec of a run with more models to fit on; nothing is changed.
+
+    Raises
+    ------
+    SpecError
+        If the run has more models already, or is of given masks.
+    """
+    old = run.spec
+    if n_models < old.n_models:
+        raise SpecError(
+            f"{run.path} has {old.n_models:,} models to fit on, more than {n_models:,}; a run never shrinks, but "
+            "may be read in part",
+            field="n_models",
+            value=n_models,
+        )
+    if n_models > old.n_models and old.masks not in MASK_LAWS:
+        raise SpecError(f"{run.path} is of the masks in {old.masks}; create another run for other masks", field="masks")
+    return RunSpec(**(old.model_dump() | {"n_models": n_models}))
+
+
+def _carry_over(run: Run, store: zarr.Group, path: Path, new: RunSpec) -> None:
+    """Give each block of the new store at `path` the rows that the run's store has of it, as they were stored.
+
+    Blocks that stay what they are become hard links. Of others every sound row is written; where rows are missing, each
+    with a digest of its own instead of the block's. A block of the old store that is damaged has no sound rows.
+    """
+    old, n_new = run.spec, new.n_models - run.spec.n_models
+    done = run.digests()
+
+    @functools.lru_cache(maxsize=2)
+    def sound(number: int) -> PartialBlock | None:
+        rows = old.blocks[number]
+        try:
+            if not done[number].any():
+                return run.read_partial(rows) if number in cut else None
+            block = run.read_block(rows)
+        except RunError:
+            return None
+        is_sound = block_digest(block) == done[number].tobytes()
+        return PartialBlock(block, np.ones(len(rows), np.bool_)) if is_sound else None
+
+    cut = directory.cut_blocks(run.path)
+    for number, rows in enumerate(new.blocks):
+        # -1 for rows that are new
+        sources = np.array([row if row < old.n_models else row - n_new for row in rows])
+        sources[[old.n_models <= row < new.n_models for row in rows]] = -1
+        is_same = number < len(old.blocks) and old.blocks[number] == rows and (sources == list(rows)).all()
+        if is_same and done[number].any():
+            for name in (*old.arrays, *_per_row(run, store), "block_digests"):
+                chunks = Path(name, "c", str(number))
+                _link_files(run.path / "store.zarr" / chunks, path / chunks)
+            continue
+        _write_rows(run, store, number, rows, sources, sound)
+
+
+def _write_rows(
+    run: Run,
+    store: zarr.Group,
+    number: int,
+    rows: range,
+    sources: npt.NDArray[np.int64],
+    sound: Callable[[int], PartialBlock | None],
+) -> None:
+    """Write a block's rows that are there; `sources` says in which rows of the old store, -1 for none."""
+    step, names = run.spec.block_models, (*run.spec.arrays, *_per_row(run, store))
+    data = {name: np.asarray(_array(store, name)[rows.start : rows.stop]) for name in names}
+    is_there = np.zeros(len(rows), np.bool_)
+    for source in sorted({int(row) // step for row in sources[sources >= 0]}):
+        if (found := sound(source)) is None:
+            continue
+        places = np.flatnonzero((sources >= 0) & (sources // step == source))
+        taken = sources[places] - source * step
+        places, taken = places[found.is_done[taken]], taken[found.is_done[taken]]
+        for name, array in found.block.items():
+            data[name][places] = array[taken]
+        for name in _per_row(run, store):
+            data[name][places] = np.asarray(run.array(name)[source * step : (source + 1) * step])[taken]
+        is_there[places] = True
+    if not is_there.any():
         return
-    numbers = sorted({row // old.block_models for row in sources})
-    if not all(done[block].any() for block in numbers):
-        return
-    if numbers == [number] and old.blocks[number] == rows and sources == list(rows):
-        for name in (*old.arrays, "block_digests"):
-            chunks = Path(name, "c", str(number))
-            _link_files(run.path / "store.zarr" / chunks, path / chunks)
-        return
-    # what is damaged is trained again, not carried over as if it were right
-    try:
-        whole = {block: run.read_block(old.blocks[block]) for block in numbers}
-    except RunError:
-        return
-    if any(block_digest(block) != done[at].tobytes() for at, block in whole.items()):
-        return
-    first = old.blocks[numbers[0]].start
-    places = np.array(sources) - first
-    data = {name: np.concatenate([block[name] for block in whole.values()])[places] for name in old.arrays}
     for name, array in data.items():
         _array(store, name)[rows.start : rows.stop] = array
-    _array(store, "block_digests")[number] = np.frombuffer(block_digest(data), np.uint8)
+    block = {name: data[name] for name in run.spec.arrays}
+    if is_there.all():
+        _array(store, "block_digests")[number] = np.frombuffer(block_digest(block), np.uint8)
+        return
+    digests = np.zeros((len(rows), DIGEST_BYTES), np.uint8)
+    digests[is_there] = row_digests(some(block, np.flatnonzero(is_there)))
+    _array(store, "row_digests")[rows.start : rows.stop] = digests
+
+
+def _per_row(run: Run, store: zarr.Group) -> list[str]:
+    """Name arrays with a row for each model that are no outputs, where both stores have them."""
+    return [name for name in directory.PER_ROW if name in run.arrays and name in store]
 
 
 def _array(store: zarr.Group, name: str) -> "zarr.Array[Any]":

@@ -43,16 +43,15 @@ from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, Spec
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_size
 from dmpipeline.outputs import check_outputs, output_of
+from dmpipeline.pinned import pin, require_pinned, spec_digest
 from dmpipeline.probe import fastest_way
-from dmpipeline.recipes import Recipe, code_digest, find_recipe
+from dmpipeline.recipes import AnyRecipe, Recipe, code_digest, find_recipe
+from dmpipeline.rows import DIGEST_BYTES, Block, PartialBlock, block_digest
 from dmpipeline.spec import MASK_LAWS, RunSpec
-from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
+from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer, usable_device
 
 ARRAYS = RunSpec().arrays
 """Names of a run's arrays, unless its spec asks for other outputs: `RunSpec.arrays`."""
-
-Block = Mapping[str, npt.NDArray[Any]]
-"""Rows of each of a run's arrays."""
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
@@ -92,15 +91,25 @@ class Run:
         with explain_os_errors(path):
             if (path / "run.yaml").exists():
                 return cls._resume(path, spec)
-            dataset = load_dataset(spec.dataset)
-            if spec.masks == "exact":
-                subset_size(dataset.n_train, spec.alpha)
-            if spec.masks not in MASK_LAWS:
-                given_masks(spec, dataset.n_train)
-            check_outputs(spec.arrays[1:], dataset)
-            make_trainer(dataset, find_recipe(spec.recipe), seed=spec.seed)
-            directory.create(path, spec, dataset)
+            directory.create(path, spec, _usable_dataset(spec))
         return cls._resume(path, spec)
+
+    @classmethod
+    def require_creatable(cls, path: str | Path, spec: RunSpec) -> None:
+        """Refuse whatever `create` would refuse; nothing is written.
+
+        Raises
+        ------
+        SpecError, RunExistsError, RunError
+            As `create`.
+        """
+        path, spec = Path(path).absolute(), spec.located(Path.cwd())
+        with explain_os_errors(path):
+            if (path / "run.yaml").exists():
+                cls._resume(path, spec)
+                return
+            directory.require_vacant(path)
+        _usable_dataset(spec)
 
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
@@ -137,7 +146,9 @@ class Run:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # zarr takes a damaged zarr.json for what it should be, and stumbles in several ways
             raise RunError(f"{path} has no readable store.zarr ({error}); restore it", path=path) from error
-        return cls(path=path, spec=spec, arrays=arrays)
+        run = cls(path=path, spec=spec, arrays=arrays)
+        run._require_pinned()
+        return run
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Look up one of `spec.arrays`; rows that are not trained yet read as False, NaN or -1.
@@ -222,6 +233,16 @@ class Run:
         """
         return self._read("block_digests", slice(None))
 
+    def _require_pinned(self) -> None:
+        """Refuse a run.yaml that was edited since rows were made; see `pinned`."""
+        try:
+            facts = self.provenance
+        except RunError:  # said by whatever needs it
+            return
+        require_pinned(self.path, self.spec, facts)
+        if "dataset" in facts.get("spec", {}) and facts["spec"]["dataset"] != self.spec.dataset:
+            self.dataset()  # from another place, as long as it is the same
+
     def rows_digest(self, rows: slice) -> str:
         """Tell in one digest what the blocks that hold some rows were stored with; nothing of the rows is read.
 
@@ -247,13 +268,18 @@ class Run:
 
     @property
     def n_rows_done(self) -> int:
-        """Count of rows in finished blocks."""
-        return sum(len(self.spec.blocks[block]) for block in directory.done_blocks(self.path))
+        """Count of rows that are trained, those of blocks that an extension cut included."""
+        done = directory.done_blocks(self.path)
+        cut = directory.cut_blocks(self.path).difference(done)
+        return sum(len(self.spec.blocks[block]) for block in done) + sum(
+            int(self._row_digests(self.spec.blocks[block]).any(axis=1).sum()) for block in cut
+        )
 
     def require_complete(self) -> None:
         """Raise IncompleteRunError, with `n_missing`, unless every row is trained."""
         done = np.flatnonzero(self.digests().any(axis=1)).tolist()
-        if n_missing := self.spec.n_rows - sum(len(self.spec.blocks[block]) for block in done):
+        if len(done) < len(self.spec.blocks):
+            n_missing = self.spec.n_rows - self.n_rows_done
             raise IncompleteRunError(
                 f"{self.path} lacks {n_missing:,} of {self.spec.n_rows:,} models; "
                 f"train them with `dmpipeline run {self.path}`",
@@ -270,6 +296,17 @@ class Run:
             If some of it is damaged; `reason` says how, in the words of whoever could not read it.
         """
         return {name: self._read(name, slice(rows.start, rows.stop)) for name in self.spec.arrays}
+
+    def read_partial(self, rows: range) -> PartialBlock:
+        """Read a block that is not done, with what an extension left of it.
+
+        Raises
+        ------
+        RunError
+            If some of it is damaged.
+        """
+        digests = self._row_digests(rows)
+        return PartialBlock.sound(self.read_block(rows), digests)
 
     def train(
         self,
@@ -314,8 +351,8 @@ class Run:
             wanted = range(len(self.spec.blocks)) if blocks is None else blocks
             try:
                 with trainer.workers(), closing(self._train_missing(trainer, lock, wanted)) as stored:
-                    for block in stored:
-                        n_trained += len(self.spec.blocks[block])
+                    for n_rows in stored:
+                        n_trained += n_rows
                         report(self.n_rows_done, self.spec.n_rows)
             finally:
                 if n_trained:
@@ -360,19 +397,7 @@ class Run:
         RunError, SpecError
             As `train`.
         """
-        dataset, recipe = self.dataset(), find_recipe(self.spec.recipe)
-        if code_digest(recipe) != self.provenance.get("code"):
-            raise RunError(
-                f"the code that recipe {self.spec.recipe.name} of {self.path} names has changed since the run was "
-                "created, and its models would not be like those trained before; restore it, or create another run",
-                path=self.path,
-            )
-        if (recorded := self.provenance.get("masks")) and masks_digest(self.spec) != recorded:
-            raise RunError(
-                f"the masks in {self.spec.masks} have changed since {self.path} was created; restore the file, or "
-                "create another run",
-                path=self.path,
-            )
+        dataset, recipe = self.require_unchanged(), find_recipe(self.spec.recipe)
         if not isinstance(recipe, Recipe):
             return make_trainer(dataset, recipe, seed=self.spec.seed)
         if lock is None:
@@ -386,6 +411,46 @@ class Run:
                     facts.setdefault("ways", {})[device.partition(":")[0]] = asdict(way)
                     write_beside(self.path / "provenance.json", directory.as_json(facts))
         return GradientTrainer(dataset, recipe, seed=self.spec.seed, way=way, device=device)
+
+    def require_unchanged(self) -> Dataset:
+        """Make sure that rows trained now are like those trained before; return the dataset.
+
+        Raises
+        ------
+        RunError
+            If the dataset, the user's own code or masks have changed since the run was created.
+        SpecError
+            If the recipe or its code cannot be used.
+        """
+        dataset, recipe = self.dataset(), find_recipe(self.spec.recipe)
+        if code_digest(recipe) != self.provenance.get("code"):
+            raise RunError(
+                f"the code that recipe {self.spec.recipe.name} of {self.path} names has changed since the run was "
+                "created, and its models would not be like those trained before; restore it, or create another run",
+                path=self.path,
+            )
+        if (recorded := self.provenance.get("masks")) and masks_digest(self.spec) != recorded:
+            raise RunError(
+                f"the masks in {self.spec.masks} have changed since {self.path} was created; restore the file, or "
+                "create another run",
+                path=self.path,
+            )
+        return dataset
+
+    def require_trainable(self, device: str = "cpu", method: Method | None = None) -> None:
+        """Refuse now whatever would be refused when models are trained; nothing is trained, or measured.
+
+        Raises
+        ------
+        RunError, SpecError
+            As `train`.
+        """
+        usable_device(device)
+        dataset, recipe = self.require_unchanged(), find_recipe(self.spec.recipe)
+        if isinstance(recipe, Recipe):
+            GradientTrainer(dataset, recipe, seed=self.spec.seed, way=Way(method or "loop", 1), device=device)
+        elif method:
+            raise _trains_itself(recipe)
 
     def find_way(self, device: str = "cpu", method: Method | None = None, n_models: int | None = None) -> Way:
         """Settle how to train: by what is given, what is on record, and what is measured, in this order.
@@ -404,7 +469,7 @@ class Run:
         """
         dataset, recipe = self.dataset(), find_recipe(self.spec.recipe)
         if not isinstance(recipe, Recipe):
-            raise SpecError(f"recipe {recipe.name} trains its models itself, one by one; leave out how", field="method")
+            raise _trains_itself(recipe)
         found = Way(method, n_models or 1) if method and (n_models or method == "loop") else None
         recorded = self._recorded_way(device)
         if found is None and recorded is not None and method in (None, recorded.method):
@@ -430,8 +495,8 @@ class Run:
         """Tell whether a block is trained and stored."""
         return bool(self._read("block_digests", slice(block, block + 1)).any())
 
-    def train_block(self, trainer: Trainer, block: int) -> None:
-        """Train and store one block; its digest last.
+    def train_block(self, trainer: Trainer, block: int) -> int:
+        """Train and store one block, its digest last; return how many rows were trained.
 
         Whoever calls has claimed the block, or does not mind that another process does the same: both write the same
         bytes, and each file is put in place whole.
@@ -442,7 +507,9 @@ class Run:
             Whatever went wrong in training; its traceback is on record.
         """
         with trainer.workers():
-            self._finish(block, self._start_block(trainer, block))
+            n_rows, trained = self._start_block(trainer, block)
+            self._finish(block, trained)
+        return n_rows
 
     def failures(self) -> dict[int, str]:
         """Read what went wrong with blocks that are not done, a traceback each, by block."""
@@ -495,21 +562,27 @@ class Run:
                 reason=str(error),
             ) from error
 
+    def _row_digests(self, rows: range) -> npt.NDArray[np.uint8]:
+        """Read what rows of blocks that are not done are known by, zeros for those that are missing."""
+        if "row_digests" not in self.arrays:
+            return np.zeros((len(rows), DIGEST_BYTES), np.uint8)
+        return self._read("row_digests", slice(rows.start, rows.stop))
+
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)
 
     def _train_missing(self, trainer: Trainer, lock: IO[bytes], wanted: Sequence[int]) -> Generator[int]:
-        """Train blocks that are not done, and yield each when it is stored; those that others have claimed come last.
+        """Train blocks that are not done, and yield how many rows each took; those that others have claimed come last.
 
         It waits for no claim of others while it has any.
         """
-        started: deque[tuple[int, Callable[[], Block], ExitStack]] = deque()
+        started: deque[tuple[int, int, Callable[[], Block], ExitStack]] = deque()
 
         def finish_first() -> int:
-            block, trained, claim = started.popleft()
+            block, n_rows, trained, claim = started.popleft()
             with claim:
                 self._finish(block, trained)
-            return block
+            return n_rows
 
         try:
             for wait, n_ahead in ((False, trainer.n_ahead), (True, 1)):
@@ -519,7 +592,7 @@ class Run:
                         continue
                     with ExitStack() as claim:
                         if claim.enter_context(claimed(lock, block, wait=wait)) and not self.is_done(block):
-                            started.append((block, self._start_block(trainer, block), claim.pop_all()))
+                            started.append((block, *self._start_block(trainer, block), claim.pop_all()))
                     if len(started) == n_ahead:
                         yield finish_first()
                 while started:
@@ -533,9 +606,17 @@ class Run:
         trained = trainer.start(masks, self.spec.model_indices(rows), rows)
         return lambda: self._outputs(trainer.dataset, masks, trained())
 
-    def _start_block(self, trainer: Trainer, block: int) -> Callable[[], Block]:
+    def _start_block(self, trainer: Trainer, block: int) -> tuple[int, Callable[[], Block]]:
+        """Have the rows of a block trained that are missing; tell how many, and what gives the whole block."""
+        rows = self.spec.blocks[block]
         with self._failure_on_record(block):
-            return self._start(trainer, self.spec.blocks[block])
+            if block not in directory.cut_blocks(self.path):
+                return len(rows), self._start(trainer, rows)
+            there = self.read_partial(rows)
+            if not there.missing:
+                return 0, lambda: there.block
+            trained = self._start(trainer, [rows[place] for place in there.missing])
+            return len(there.missing), lambda: there.filled(trained())
 
     @contextmanager
     def _failure_on_record(self, block: int) -> Iterator[None]:
@@ -573,17 +654,26 @@ class Run:
         recorded = self.provenance.get("ways", {}).get(device.partition(":")[0])
         return Way(**recorded) if recorded else None
 
-    def record_sessions(self, lock: IO[bytes], sessions: Sequence[Mapping[str, Any]]) -> None:
+    def record_sessions(self, lock: IO[bytes], sessions: Sequence[dict[str, Any]]) -> None:
         """Put on record what was trained where; see `directory.session`. The caller is present."""
         with claimed(lock, PROVENANCE_BYTE, wait=True):
             facts = self.provenance
-            facts["sessions"] += sessions
+            facts["sessions"] += [session | {"spec_digest": spec_digest(self.spec)} for session in sessions]
+            facts |= {} if "spec" in facts else pin(self.spec)  # a run made before specs were pinned
             write_beside(self.path / "provenance.json", directory.as_json(facts))
 
 
-def block_digest(block: Block) -> bytes:
-    """Digest a block: SHA-256 over the elements of each array, in C order and the order given; 32 bytes."""
-    digest = hashlib.sha256()
-    for array in block.values():
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.digest()
+def _trains_itself(recipe: AnyRecipe) -> SpecError:
+    return SpecError(f"recipe {recipe.name} trains its models itself, one by one; leave out how", field="method")
+
+
+def _usable_dataset(spec: RunSpec) -> Dataset:
+    """Load a spec's dataset and make sure that its models can be trained."""
+    dataset = load_dataset(spec.dataset)
+    if spec.masks == "exact":
+        subset_size(dataset.n_train, spec.alpha)
+    if spec.masks not in MASK_LAWS:
+        given_masks(spec, dataset.n_train)
+    check_outputs(spec.arrays[1:], dataset)
+    make_trainer(dataset, find_recipe(spec.recipe), seed=spec.seed)
+    return dataset

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+from click.core import ParameterSource
 from rich.table import Table
 
 from dmdata.console import Talk, talk_options
@@ -67,7 +68,9 @@ class _Setting(click.ParamType[tuple[str, Any]]):
 
 @click.command("init")
 @DIRECTORY
-@click.option("--spec", type=click.Path(path_type=Path), help="Take everything from this run.yaml.")
+@click.option(
+    "--spec", type=click.Path(path_type=Path), help="A run.yaml; options that are given count over what it says."
+)
 @click.option(
     "--dataset",
     default="digits",
@@ -92,42 +95,54 @@ class _Setting(click.ParamType[tuple[str, Any]]):
 @click.option("--retrainings", type=int, default=10, show_default=True, help="Trainings of each held-out subset.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @talk_options
-def init(
-    talk: Talk,
-    directory: Path,
-    spec: Path | None,
-    dataset: str,
-    alphas: tuple[float, ...],
-    masks: str,
-    recipe: str,
-    settings: tuple[tuple[str, Any], ...],
-    outputs: str | None,
-    models: int,
-    held_out: int,
-    retrainings: int,
-    seed: int,
-) -> None:
+@click.pass_context
+def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | None, **options: Any) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
-    from dmpipeline.datasets import load_dataset
-    from dmpipeline.outputs import default_outputs
     from dmpipeline.store import Run
 
-    if spec:
-        specs = [RunSpec.read(spec)]
-    else:
-        values = {"dataset": dataset, "masks": masks, "n_models": models, "seed": seed}
-        values |= {"recipe": {"name": recipe, **dict(settings)}}
-        values |= {"held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
-        specs = [RunSpec(**values, alpha=alpha) for alpha in dict.fromkeys(alphas)]
-        stored = outputs.split(",") if outputs else default_outputs(load_dataset(specs[0].located(Path.cwd()).dataset))
-        specs = [RunSpec(**values, alpha=wanted.alpha, outputs=stored) for wanted in specs]
+    given = {
+        name: value
+        for name, value in options.items()
+        if spec is None or context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    specs = _specs(RunSpec.read(spec) if spec else None, given)
     places = [directory] if len(specs) == 1 else [directory / wanted.alpha_name for wanted in specs]
+    # all of them, or none
+    for place, wanted in zip(places, specs, strict=True):
+        Run.require_creatable(place, wanted)
     made = [Run.create(place, wanted) for place, wanted in zip(places, specs, strict=True)]
     facts = [{"directory": str(run.path), "n_rows": run.spec.n_rows} for run in made]
     talk.print_data(
         facts[0] if len(made) == 1 else {"runs": facts}, *(facts_table({"run": str(run.path)}) for run in made)
     )
     talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; next: dmpipeline run {directory}")
+
+
+def _specs(base: RunSpec | None, given: Mapping[str, Any]) -> list[RunSpec]:
+    """Make a spec for each alpha of the options that were given, and of a file's spec where they say nothing."""
+    from dmpipeline.datasets import load_dataset
+    from dmpipeline.outputs import default_outputs
+
+    values: dict[str, Any] = base.model_dump() if base else {}
+    values |= {name: given[option] for option, name in _FIELDS.items() if option in given}
+    held_out = {name: given[option] for option, name in _HELD_OUT_FIELDS.items() if option in given}
+    values["held_out"] = values.get("held_out", {}) | held_out
+    recipe = values.get("recipe", {})
+    if (name := given.get("recipe")) not in (None, recipe.get("name")):
+        recipe = {"name": name}  # another's hyperparameters are not its
+    values["recipe"] = recipe | dict(given.get("settings", ()))
+    if given.get("outputs"):
+        values["outputs"] = given["outputs"].split(",")
+    elif base is None or "outputs" not in base.model_fields_set:
+        values.pop("outputs", None)
+        wanted = RunSpec(**values).located(Path.cwd())
+        values["outputs"] = default_outputs(load_dataset(wanted.dataset))
+    alphas = dict.fromkeys(given.get("alphas", (values.get("alpha"),)))
+    return [RunSpec(**(values | {"alpha": alpha})) for alpha in alphas]
+
+
+_FIELDS = {"dataset": "dataset", "masks": "masks", "models": "n_models", "seed": "seed"}
+_HELD_OUT_FIELDS = {"held_out": "n_subsets", "retrainings": "n_retrainings"}
 
 
 @click.command("run")
@@ -154,7 +169,8 @@ def train(
     replay: int | None,
 ) -> None:
     """Train what is missing in the run at DIRECTORY, or in all runs there. Run it again at any time to go on."""
-    from dmpipeline.extension import extend
+    from dmdata.cluster import connect
+    from dmpipeline.extension import extend, extended_spec
     from dmpipeline.status import runs_in
     from dmpipeline.store import Run
 
@@ -168,12 +184,22 @@ def train(
         way = opened[0].find_way(device, method, at_once) if method or at_once else None
         _print_replay(talk, opened[0], replay, device, way)
         return
-    if models is not None:
-        opened = [extend(run, models) for run in opened]
+    # whatever can be refused is, before any run is touched
+    for run in opened:
+        if models is not None:
+            extended_spec(run, models)
+            run.require_unchanged()
+        if workers is None and scheduler is None:
+            run.require_trainable(device, method)
     with contextlib.ExitStack() as stack:
         cluster, n_threads = scheduler, None
         if workers is not None:
             cluster, n_threads = stack.enter_context(_processes(workers, device))
+        elif scheduler is not None:
+            with connect(scheduler):
+                pass
+        if models is not None:
+            opened = [extend(run, models) for run in opened]
         for run in opened:
             with talk.counting("training", "models") as progress:
                 if cluster is not None:

@@ -17,8 +17,9 @@ from dmpipeline.directory import dims_of_array
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError
 from dmpipeline.masks import subset_masks, subset_size
 from dmpipeline.outputs import output_of
+from dmpipeline.rows import Block, block_digest
 from dmpipeline.spec import MASK_LAWS
-from dmpipeline.store import Block, Progress, Run, block_digest
+from dmpipeline.store import Progress, Run
 from dmpipeline.train import GradientTrainer, Way
 
 CHECKS = {

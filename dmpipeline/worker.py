@@ -113,12 +113,12 @@ def _train(order: Order, opened: _Opened, trainer: Trainer) -> dict[str, Any]:
         if not is_ours and order["heeds_claims"]:
             return {"state": "claimed"}
         try:
-            run.train_block(trainer, block)
+            n_rows = run.train_block(trainer, block)
         except (RunError, SpecError):
             raise  # no other block would fare better here
         except Exception:  # noqa: BLE001 - a user's own code may raise anything, which may not even pickle
             return {"state": "failed"}
-    seconds, n_rows = _seconds_since(clock), len(run.spec.blocks[block])
+    seconds = _seconds_since(clock)
     return {"state": "done", "session": directory.session(began, seconds, n_rows, trainer.way, order["device"])}
 
 

@@ -15,7 +15,7 @@ from dmpipeline.errors import RunError, SpecError
 from dmpipeline.extension import extend
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
-from dmpipeline.train import Way
+from dmpipeline.train import GradientTrainer, Way
 from dmpipeline.verify import verify_run
 
 WAY = Way("products", 8)
@@ -48,18 +48,36 @@ def trained(path, spec, blocks=None):
 
 
 def contents(run):
+    """All arrays of a run, NaN for what is not trained."""
     return {name: run.array(name)[:] for name in (*run.spec.arrays, "block_digests")}
 
 
 def same(one, other):
-    return all(np.array_equal(one[name], other[name]) for name in one)
+    return all(np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind == "f") for name in one)
 
 
 def rows_done(run):
     """The rows that are done, as the numbers their models are drawn from, which an extension leaves as they are."""
-    blocks = np.flatnonzero(run.digests().any(1)).tolist()
-    rows = [row for block in blocks for row in run.spec.blocks[block]]
+    rows = []
+    for block, block_rows in enumerate(run.spec.blocks):
+        whole = np.ones(len(block_rows), bool)
+        is_done = whole if run.digests()[block].any() else run.read_partial(block_rows).is_done
+        rows += [row for row, done in zip(block_rows, is_done, strict=True) if done]
     return set(run.spec.model_indices(rows).tolist())
+
+
+def rows_trained_by(run, monkeypatch):
+    """Train a run; return the numbers of the models that were trained for it."""
+    trained, original = [], GradientTrainer.start
+
+    def start(trainer, masks, model_indices, rows):
+        trained.extend(model_indices.tolist())
+        return original(trainer, masks, model_indices, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientTrainer, "start", start)
+        run.train(way=WAY)
+    return trained
 
 
 @pytest.mark.parametrize("n_models", [11, 12, 14, 18, 30])
@@ -73,26 +91,38 @@ def test_an_extended_run_is_the_larger_run_made_from_scratch_to_the_bit(tmp_path
     assert all(finding.passed for finding in verify_run(run))
 
 
-def test_blocks_of_another_size_than_the_runs_are_no_obstacle(tmp_path, spec):
-    run = extend(trained(tmp_path / "run", spec(block_models=250)), 20)
-    assert run.n_rows_done == 0  # the one block has new rows in it
-    run.train()
-    assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=20, block_models=250))))
+@pytest.mark.parametrize("block_models", [3, 7, 250])
+def test_an_extension_trains_the_new_rows_and_no_other_whatever_the_size_of_blocks(
+    tmp_path, monkeypatch, spec, block_models
+):
+    run = extend(trained(tmp_path / "run", spec(block_models=block_models)), 15)
+    assert run.n_rows_done == 16
+    assert sorted(rows_trained_by(run, monkeypatch)) == [10, 11, 12, 13, 14]
+    assert run.provenance["sessions"][-1]["n_rows"] == 5
+    assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=15, block_models=block_models))))
+    assert all(finding.passed for finding in verify_run(run))
 
 
 @pytest.mark.parametrize("blocks", [[], [0], [1, 3], [0, 1, 2, 3], [2, 3]])
 @pytest.mark.parametrize("n_models", [13, 18])
-def test_rows_that_are_done_stay_done_but_those_of_blocks_that_are_cut(tmp_path, spec, blocks, n_models):
+def test_rows_that_are_done_stay_done(tmp_path, monkeypatch, spec, blocks, n_models):
     before = trained(tmp_path / "run", spec(), blocks)
     done = rows_done(before)
     run = extend(before, n_models)
-    kept = rows_done(run)
-    assert kept <= done
-    # a block stays if all of its rows were done, wherever they lay
-    indices = [set(run.spec.model_indices(rows).tolist()) for rows in run.spec.blocks]
-    assert kept == set().union(*(rows for rows in indices if rows <= done))
-    run.train()
-    assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=n_models))))
+    assert rows_done(run) == done
+    assert run.n_rows_done == len(done)
+    again = extend(run, n_models + 3)  # extended once more before its missing rows were trained
+    assert rows_done(again) == done
+    wanted = set(again.spec.model_indices(range(again.spec.n_rows)).tolist())
+    assert sorted(rows_trained_by(again, monkeypatch)) == sorted(wanted - done)
+    assert same(contents(again), contents(trained(tmp_path / "whole", spec(n_models=n_models + 3))))
+
+
+def test_a_row_of_a_cut_block_that_was_damaged_is_trained_again_and_it_alone(tmp_path, monkeypatch, spec):
+    run = extend(trained(tmp_path / "run", spec()), 13)
+    run.array("test_margins")[9] += 1
+    assert sorted(rows_trained_by(run, monkeypatch)) == [9, 10, 11, 12]
+    assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=13))))
 
 
 def test_many_extensions_end_as_one(tmp_path, spec):
@@ -147,7 +177,9 @@ def test_a_damaged_block_that_would_move_is_trained_again(tmp_path, spec, damage
 def test_a_block_that_was_altered_is_not_carried_over_as_if_it_were_right(tmp_path, spec):
     run = trained(tmp_path / "run", spec(n_models=8))
     run.array("test_margins")[9] += 1
+    done = rows_done(run)
     run = extend(run, 13)
+    assert len(done - rows_done(run)) == 4  # the whole block: its digest does not say which row
     run.train()
     assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=13))))
 
