@@ -57,6 +57,13 @@ class Way:
     compiled: bool = False
 
     @property
+    def in_words(self) -> str:
+        """As people are told of it: "products, 64 models at once"."""
+        if self.method == "loop":
+            return f"one model at a time{', compiled' * self.compiled}"
+        return f"{self.method}, {self.n_models} models at once"
+
+    @property
     def keeps_company(self) -> bool:
         """Whether a model's rounding may hang on which others are in its group."""
         return self.method == "vmap"
