@@ -1,8 +1,9 @@
-"""The manners of both commands: what is data and what is for people, progress, consent, and how they end.
+"""Shared behaviour of both commands: what is data and what is for people, progress, consent, and how they end.
 
-Standard output is data: a table or, with ``--json``, one object. Everything else, progress bars and questions
-included, goes to standard error. A command ends with the exit code of its error (see `dmdata.errors`), 2 for a wrong
-command line, 6 where consent is needed and there is no terminal to ask at, and 130 when interrupted.
+Standard output is data: a table or, with ``--json``, one object. Everything else, progress and questions and whatever
+a user's own code prints included, goes to standard error. A command ends with the exit code of its error (see
+`dmdata.errors`), 2 for a wrong command line, 6 where consent is needed and there is no terminal to ask at, and 130 when
+interrupted.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TextIO
 
 import click
 import click.shell_completion
@@ -25,10 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dmdata.errors import FactualError
+from dmdata import phases, streams
+from dmdata.errors import FactualError, SettingsError
 from dmdata.prices import Estimate, prices_in_words, readable_bytes, readable_usd
 from dmdata.progress_bar import hidden
 from dmdata.settings import settings
+from dmdata.watch import Count, Rate, Watch
 
 EXIT_USAGE = 2
 EXIT_CONSENT = 6
@@ -67,68 +70,148 @@ class Talk:
         No progress and no remarks.
     verbose : bool
         Whatever is cut short otherwise is shown whole.
+    out : text stream, optional
+        Where data go, if not to `sys.stdout`.
+    watch : Watch, optional
+        What shows what the command is doing.
     """
 
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    out: TextIO | None = field(default=None, repr=False, compare=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def print_data(self, data: dict[str, Any], *tables: Table) -> None:
         """Print the command's result: as JSON, or as the tables made for people."""
         if self.as_json:
-            click.echo(json.dumps(data, indent=2, allow_nan=False))
+            self.print_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
             return
+        out = sys.stdout if self.out is None else self.out
         # names and paths may hold brackets, which are no markup
-        if sys.stdout.isatty():
-            console = Console(markup=False, highlight=False)
-            for table in tables:
-                console.print(table)
+        if out.isatty():
+            console = Console(file=out, markup=False, highlight=False)
+            with self._aside():
+                for table in tables:
+                    console.print(table)
             return
         # whoever reads lines wants them whole
-        console = Console(width=10_000, markup=False, highlight=False)
+        console = Console(file=out, width=10_000, markup=False, highlight=False)
         with console.capture() as captured:
             for table in tables:
                 console.print(table)
-        click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        self.print_text("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+
+    def print_text(self, text: str) -> None:
+        """Print the command's result where it is text as it is; no newline is added."""
+        with self._aside():
+            click.echo(text, nl=False, file=self.out)
 
     def remark(self, text: str) -> None:
         """Tell a person something, on standard error."""
         if not self.quiet:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+            with self._aside():
+                Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+    def confirm(self, question: str) -> bool:
+        """Ask a person on standard error; the answer is no unless they say yes."""
+        with self._aside():
+            return click.confirm(question, default=False, err=True)
+
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.watch is None else self.watch.aside()
 
     @contextlib.contextmanager
     def progress(self, *columns: ProgressColumn) -> Iterator[Progress]:
-        """Show progress bars on standard error while the block runs; none when quiet, set so or not at a terminal."""
+        """Show progress on standard error while the block runs: bars at a terminal, elsewhere lines far apart.
+
+        None when quiet or set so. A task with the field `sums_up` stands for all others in lines.
+        """
         console = Console(stderr=True)
         shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
-        is_off = self.quiet or not console.is_terminal or not settings().progress
-        with hidden(), Progress(*shown, console=console, disable=is_off) as progress:
-            yield progress
+        is_wanted = not self.quiet and settings().progress
+        is_off = not is_wanted or not console.is_terminal
+        with contextlib.ExitStack() as stack:
+            watch = self.watch or stack.enter_context(Watch("working", wanted=is_wanted))
+            stack.enter_context(hidden())
+            bars = Progress(*shown, console=console, disable=is_off, speed_estimate_period=_RATE_SECONDS)
+            stack.enter_context(watch.showing(bars, columns))
+            yield stack.enter_context(bars)
 
     @contextlib.contextmanager
     def stages(self, units: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
-        """Show a bar for each stage of a work; yields what to call with (stage, done, in all).
+        """Show each stage of a work; yields what to call with (stage, done, in total).
+
+        What the block tells `dmdata.phases` is shown as well: what is done, and parts of what is counted.
 
         Parameters
         ----------
         units : dict of str to str
             What each stage counts, by its name.
         """
-        with self.progress(TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}")) as bars:
-            tasks: dict[str, TaskID] = {}
-
-            def show(stage: str, done: int, in_all: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=in_all, unit=units[stage])
-                bars.update(tasks[stage], completed=done, total=in_all)
-
-            yield show
+        with self.progress(Count(), Rate()) as bars:
+            shown = _Stages(bars, units)
+            with phases.listening(shown):
+                yield shown.show
 
     @contextlib.contextmanager
     def counting(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """Show one bar; yields what to call with (done, in all)."""
+        """Show one count; yields what to call with (done, in total)."""
         with self.stages({what: unit}) as show:
             yield lambda done, in_all: show(what, done, in_all)
+
+
+# blocks may take long, and between two of them nothing is known
+_RATE_SECONDS = 3600.0
+
+
+class _Stages:
+    """Tasks of a progress display, one a stage, and what is done just now in the one that came last."""
+
+    def __init__(self, bars: Progress, units: dict[str, str]) -> None:
+        self._bars, self._units, self._lock = bars, units, threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
+        self._reported: dict[str, int] = {}
+        self._phase = ""
+        # what comes before anything is counted is shown under the name of the work, or for want of one as a start
+        alone = next(iter(units)) if len(units) == 1 else "starting"
+        self._first: TaskID | None = bars.add_task(alone, total=None, unit="")
+        self._last = alone
+
+    def show(self, stage: str, done: int, in_all: int) -> None:
+        with self._lock:
+            if stage not in self._tasks:
+                # a task is timed from when it is made, so that the one before says nothing of this one's rate
+                if self._first is not None:
+                    self._bars.remove_task(self._first)
+                    self._first = None
+                self._tasks[stage] = self._bars.add_task(stage, total=in_all, unit=self._units[stage])
+                self._reported[stage] = -1
+            task = self._tasks[stage]
+            if stage != self._last:
+                self._last, self._phase = stage, ""
+            if done != self._reported[stage]:
+                so_far = self._bars.tasks[self._bars.task_ids.index(task)].completed
+                self._bars.update(task, completed=done if done >= in_all else max(done, so_far), total=in_all)
+                self._reported[stage] = done
+            self._bars.update(task, description=self._words())
+
+    def phase(self, text: str) -> None:
+        with self._lock:
+            self._phase = text
+            self._bars.update(self._tasks.get(self._last, self._first or TaskID(0)), description=self._words())
+
+    def advance(self, amount: float) -> None:
+        with self._lock:
+            if (task := self._tasks.get(self._last)) is None:
+                return
+            its = self._bars.tasks[self._bars.task_ids.index(task)]
+            # what was begun is not done before it is stored
+            if its.total is not None:
+                self._bars.update(task, completed=min(its.completed + amount, max(its.completed, its.total - 1)))
+
+    def _words(self) -> str:
+        return f"{self._last}, {self._phase}" if self._phase else self._last
 
 
 def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +229,17 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
             logging.getLogger().handlers[0].setFormatter(_OneLine())
         if flags["quiet"]:
             context.with_resource(hidden())
-        return context.invoke(command, talk=Talk(flags["as_json"], flags["quiet"], flags["verbose"]), **options)
+        is_kept = flags["as_json"] or _runs_user_code
+        kept: contextlib.AbstractContextManager[TextIO | None] = contextlib.nullcontext()
+        if is_kept:
+            kept = streams.kept_for_results(for_good=_is_own_process)
+        with (
+            kept as out,
+            Watch(context.command_path, wanted=not flags["quiet"] and _may_show()) as watch,
+            phases.listening(watch),
+        ):
+            talk = Talk(flags["as_json"], flags["quiet"], flags["verbose"], out, watch)
+            return context.invoke(command, talk=talk, **options)
 
     begin.__doc__ = command.__doc__
     begin.__name__ = command.__name__
@@ -179,17 +272,31 @@ def ask_consent(talk: Talk, price: Estimate, *, what: str, agreed: bool) -> None
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConsentError(f"{sentence}; there is no terminal to ask at: add -y to agree", usd=price.usd)
-    if not click.confirm(f"{sentence}. Go on?", default=False, err=True):
+    if not talk.confirm(f"{sentence}. Go on?"):
         raise ConsentError("nothing was fetched and nothing was spent", usd=price.usd)
 
 
-def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -> NoReturn:
-    """Run a command and end the process as it should end: with one line for a person, whatever went wrong."""
+def run(
+    command: click.Command, arguments: Sequence[str] | None, *, name: str, runs_user_code: bool = False
+) -> NoReturn:
+    """Run a command and end the process as it should end: with one line for a person, whatever went wrong.
+
+    Parameters
+    ----------
+    command : click.Command
+    arguments : sequence of str or None
+        None: those of the process, which is then the command's.
+    name : str
+    runs_user_code : bool
+        Keep what is printed by others off standard output even where no ``--json`` asks for it.
+    """
     warnings.showwarning = _show_warning
     if instruction := os.environ.get(complete_variable(name)):
         sys.exit(click.shell_completion.shell_complete(command, {}, name, complete_variable(name), instruction))
+    global _is_own_process, _runs_user_code
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = "--debug" in words
+    _is_own_process, _runs_user_code = arguments is None, runs_user_code
     if arguments is None and not is_debug:  # the process is this command's
         threading.excepthook = _show_failed_thread
         sys.unraisablehook = _show_nothing  # what a library could not clean up changes no answer
@@ -214,8 +321,22 @@ def run(command: click.Command, arguments: Sequence[str] | None, *, name: str) -
         if is_debug:
             click.echo(without_keys(traceback.format_exc()), err=True)
         text, exit_code = _last_words(error, name)
+        # lines of the user's own code that led to it, if that is what failed
+        frames = error.facts.get("frames", "") if isinstance(error, FactualError) else ""
         click.echo(f"{name}: {without_keys(text)}", err=True)
+        click.echo(without_keys(frames), err=True, nl=False)
         sys.exit(exit_code)
+
+
+# whether the process ends with the command, and whether it may run code of the user's
+_is_own_process, _runs_user_code = False, False
+
+
+def _may_show() -> bool:
+    try:
+        return settings().progress
+    except SettingsError:
+        return False  # the command may be the one that corrects it, and any other says so
 
 
 def _last_words(error: BaseException, name: str) -> tuple[str, int]:

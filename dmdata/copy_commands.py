@@ -382,7 +382,7 @@ class _Bars:
             self._tasks[part.name] = bars.add_task(part.name, total=part.estimate.n_bytes, usd=usd[part.name])
         if len(priced) > 1:
             n_bytes = sum(part.estimate.n_bytes for part in priced)
-            self._total = bars.add_task("total", total=n_bytes, usd=sum(usd.values()))
+            self._total = bars.add_task("total", total=n_bytes, usd=sum(usd.values()), sums_up=True)
 
     def received(self, name: str, n_bytes: int) -> None:
         """Count bytes that have just arrived."""

@@ -142,7 +142,7 @@ def path(talk: Talk) -> None:
     if talk.as_json:
         talk.print_data({"path": str(config_path())})
     else:
-        click.echo(config_path())
+        talk.print_text(f"{config_path()}\n")
 
 
 @config.command("set")

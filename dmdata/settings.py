@@ -120,6 +120,11 @@ class Settings(_Record):
     progress: bool = Field(
         default=True, description="whether to show progress bars of what takes long", examples=["false"]
     )
+    progress_seconds: Annotated[Limit, Field(ge=0.1, allow_inf_nan=False)] = Field(
+        default=60.0,
+        description="seconds between two lines of a command's progress where there is no terminal",
+        examples=["300"],
+    )
     prices: PriceOverrides = Field(
         default=PriceOverrides(),
         description="what differs from the list prices",

@@ -43,7 +43,7 @@ class _Counts(click.ParamType[list[int]]):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the entry point of ``dmpipeline``."""
-    run(commands, arguments, name="dmpipeline")
+    run(commands, arguments, name="dmpipeline", runs_user_code=True)
 
 
 class _Commands(click.Group):

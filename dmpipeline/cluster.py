@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from dmdata import phases
 from dmdata.cluster import connect, dask_distributed
 from dmdata.errors import FactualError
-from dmpipeline import worker
+from dmpipeline import directory, worker
 from dmpipeline.compute import available_threads
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import ClusterError, SpecError, TrainingError
@@ -87,6 +88,7 @@ def train_on_cluster(
     report(run.n_rows_done, run.spec.n_rows)
     with run.presence() as lock, quiet(), _explained(scheduler), connect(scheduler) as client, client.as_current():
         # other workers than those that are there now may take part; each asks for itself whether it may
+        phases.phase("waiting for workers")
         try:
             client.wait_for_workers(1, timeout=wait_seconds)
         except TimeoutError as error:
@@ -101,10 +103,16 @@ def train_on_cluster(
             "n_threads": n_threads,
         }
         order |= {"versions": worker.code_versions(), "method": method, "n_models": n_models}
+        order |= {"folder": os.getcwd()}
+        phases.phase("finding the fastest way to train, on a worker")
         order["way"] = client.submit(worker.settle, order, pure=False).result()
         handing = Handing(run, client, order, wait_seconds)
+        phases.phase(f"first block of {len(run.spec.blocks) - len(directory.done_blocks(run.path))}")
+        if (listener := phases.heard_by()) is not None:
+            client.subscribe_topic(worker.PROGRESS_TOPIC, lambda event: listener.advance(event[1]))
         try:
             for n_done in handing.until_done():
+                phases.phase("")
                 report(n_done, run.spec.n_rows)
         finally:
             if handing.sessions:
@@ -197,11 +205,13 @@ def visible_gpus() -> list[str]:
 
 def _failure(run: Run, failed: set[int]) -> TrainingError:
     blocks = [run.spec.blocks[block] for block in sorted(failed)]
+    *frames, cause = directory.cause_of_failure(run.failures().get(min(failed), "")).splitlines() or [""]
     ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in blocks)
     return TrainingError(
-        f"rows {ranges} of {run.path} could not be trained; see why with `dmpipeline status -v {run.path}`, mend it, "
-        "and run the same again",
+        f"rows {ranges} of {run.path} could not be trained{cause and f' ({cause})'}; see all of it with `dmpipeline "
+        f"status -v {run.path}`",
         rows=[row for rows in blocks for row in rows],
+        frames="".join(f"{line}\n" for line in frames),
     )
 
 

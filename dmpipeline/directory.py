@@ -25,6 +25,7 @@ import torch
 import zarr
 from zarr.codecs import BloscCodec
 
+from dmdata.errors import FactualError
 from dmpipeline.errors import RunError, RunExistsError, explain_os_errors
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import masks_digest
@@ -250,11 +251,21 @@ def session(began: str, seconds: float, n_rows: int, way: Way, device: str) -> d
 
 
 def record_failure(path: Path, block: int, rows: range, error: Exception) -> None:
-    """Keep the traceback of a block that could not be trained, with its rows, when and where."""
+    """Keep the traceback of a block that could not be trained, with its rows, when and where.
+
+    What people look for comes last, behind an empty line: the frames of their own code, if that failed, and the cause.
+    """
     failure = _failure_path(path, block)
     failure.parent.mkdir(exist_ok=True)
     where = f"rows {rows.start} to {rows.stop - 1}, {now()}, {platform.node()}\n"
-    write_beside(failure, where + "".join(traceback.format_exception(error)))
+    frames = error.facts.get("frames", "") if isinstance(error, FactualError) else ""
+    cause = f"{frames}{type(error).__name__}: {error}\n"
+    write_beside(failure, f"{where}{''.join(traceback.format_exception(error))}\n{cause}")
+
+
+def cause_of_failure(record: str) -> str:
+    """Take from a block's record the frames of the user's own code, if that failed, and the cause."""
+    return record.rstrip().rpartition("\n\n")[2]
 
 
 def forget_failure(path: Path, block: int) -> None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from dmpipeline.augmentation import augmented, normalised, tta_views
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import SpecError, UserCodeError
 from dmpipeline.examples import Dataset, as_features
 from dmpipeline.layers import StackedNetworks, State, can_stack, laid_out, n_models_of, true_outputs
 from dmpipeline.networks import build_network, named_tensors
-from dmpipeline.recipes import LogisticRegression, Perceptron, Recipe
+from dmpipeline.recipes import LogisticRegression, Module, Perceptron, Recipe
+from dmpipeline.usercode import explained
 
 Method = Literal["products", "vmap", "loop"]
 """How a group is trained."""
@@ -354,16 +355,13 @@ def _check_network(material: Material) -> None:
     twin = copy.deepcopy(material.network).eval()
     wanted = (2, *dataset.train_labels.shape[1:], *(() if dataset.is_regression else (dataset.n_classes,)))
     of = f"of {dataset.name}, {inputs.dtype} of shape {tuple(inputs.shape)} for two examples"
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            outputs = twin(inputs)
-    except Exception as error:
-        raise SpecError(
-            f"recipe {recipe.name} cannot take the inputs {of} ({str(error).splitlines()[0]}); choose another recipe, "
-            "or mend its network",
-            field="recipe.name",
-            value=recipe.name,
-        ) from error
+    path = recipe.network if isinstance(recipe, Module) else ""
+    remedy = "fix its network" if path else "choose another recipe"
+    facts: dict[str, Any] = {"field": "recipe.name", "value": recipe.name}
+    what = f"recipe {recipe.name}{path and f' {path!r}'} cannot take the inputs {of}: it"
+    kind = UserCodeError if path else SpecError
+    with explained(what, path, kind=kind, remedy=remedy, **facts), torch.random.fork_rng(devices=[]), torch.no_grad():
+        outputs = twin(inputs)
     found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != wanted and not (dataset.is_regression and found == (2, dataset.n_classes)):
         raise SpecError(
@@ -386,7 +384,7 @@ def _vmaps(network: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype)
 
     try:
         torch.func.vmap(forward)({name: tensor.clone() for name, tensor in state.items()}, inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except Exception:  # noqa: BLE001 - a user's network may raise anything when it meets what it was not written for
         return False
     return True
 

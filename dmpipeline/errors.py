@@ -3,7 +3,8 @@
 ::
 
     DmpipelineError
-    ├── SpecError (ValueError)        mend the run's description, or the arrays handed in
+    ├── SpecError (ValueError)        correct the run's description, or the arrays handed in
+    │   └── UserCodeError             fix the code of your own that the description names
     ├── RunError                      the run directory is not in the state the command needs
     │   ├── IncompleteRunError        train the missing rows first
     │   ├── RunExistsError            choose another directory, or resume
@@ -35,6 +36,12 @@ class SpecError(DmpipelineError, ValueError):
     exit_code = 2
 
 
+class UserCodeError(SpecError):
+    """Code of the user's own raised an error as it was imported or built; `frames` shows where, in lines of text."""
+
+    exit_code = 1
+
+
 class RunError(DmpipelineError):
     """A run directory in the wrong state; `path` names it."""
 
@@ -52,7 +59,10 @@ class SpecChangedError(RunError):
 
 
 class TrainingError(DmpipelineError):
-    """A model could not be trained, or its outputs are not finite; `rows` lists the model rows."""
+    """A model could not be trained, or its outputs are not finite; `rows` lists the model rows.
+
+    Where code of the user's own failed, `frames` shows where, in lines of text.
+    """
 
 
 class ClusterError(DmpipelineError):

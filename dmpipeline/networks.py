@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import SpecError, UserCodeError
 from dmpipeline.masks import Purpose, draw_bits, draw_uniform
 from dmpipeline.recipes import (
     CifarFast,
@@ -24,8 +24,8 @@ from dmpipeline.recipes import (
     Recipe,
     Resnet9Release,
     Resnet18Release,
-    import_object,
 )
+from dmpipeline.usercode import explained, import_object
 
 State = dict[str, torch.Tensor]
 
@@ -216,11 +216,9 @@ class UserNetwork(nn.Module):
     def _built(self) -> nn.Module:
         path, arguments = self.recipe.network, self.recipe.arguments
         build: Callable[..., object] = import_object(path)
-        try:
+        what, remedy = f"recipe.network {path!r} called with {arguments}", "fix it, or recipe.arguments"
+        with explained(what, path, kind=UserCodeError, remedy=remedy, field="recipe.network", value=path):
             network = build(**arguments)
-        except Exception as error:
-            wrong = f"recipe.network {path!r} called with {arguments} fails with {type(error).__name__}: {error}"
-            raise SpecError(f"{wrong}; mend it, or recipe.arguments", field="recipe.network", value=path) from error
         if not isinstance(network, nn.Module):
             wrong = f"recipe.network {path!r} returned a {type(network).__name__}, not a torch.nn.Module"
             raise SpecError(f"{wrong}; return a module", field="recipe.network", value=path)

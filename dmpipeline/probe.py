@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from dmdata import phases
 from dmpipeline.ensembles import Material, Method, possible_methods, stacked_networks
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Dataset
@@ -73,6 +74,7 @@ def fastest_way(
             )
     if (methods or possible) == ("loop",) and not _compiles(material):
         return Way("loop", 1)
+    phases.phase("finding the fastest way to train")
     began, rates = time.perf_counter(), dict[Way, float]()
     masks = _of_one_kind(material, masks)
 
@@ -82,11 +84,13 @@ def fastest_way(
         is_late = rates and time.perf_counter() - began > _SHARE_OF_RUN * n_models / fastest
         if way not in rates and not is_late and _fits(material, way, len(masks)):
             trainer = GradientTrainer(dataset, recipe, seed=seed, way=way, device=device, material=material)
+            phases.phase(f"finding the fastest way to train, trying {way.in_words}")
             try:
                 rates[way] = trained_a_second(trainer, masks[: way.n_models])
             except RuntimeError:
                 if not way.compiled:
-                    raise
+                    with trainer.user_code():
+                        raise
                 rates[way] = 0.0  # torch cannot compile it, or has no compiler here
             if tell is not None:
                 tell(way, rates[way])

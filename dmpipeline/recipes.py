@@ -9,7 +9,6 @@ when models are trained: reading a spec runs nothing.
 import hashlib
 import importlib
 import inspect
-import keyword
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dmpipeline.errors import SpecError
 from dmpipeline.spec import RecipeSpec, nearest_name, spec_error
+from dmpipeline.usercode import import_object, is_import_path
 
 # what pictures are shifted and scaled by is single precision; exact in Python, for whole numbers of any size
 LARGEST_NUMBER = 2**127
@@ -52,7 +52,7 @@ def _named(value: Any) -> Any:
 
 
 def _import_path(value: Any) -> Any:
-    if not isinstance(value, str) or not _is_import_path(value):
+    if not isinstance(value, str) or not is_import_path(value):
         raise ValueError("not an import path")
     return value
 
@@ -354,14 +354,21 @@ class Function(BaseModel):
     """A learner of the user's own, whatever it is: a function that is given a subset and returns logits.
 
     `function` is its import path; for each model it is called as `function(dataset, mask, seed, **arguments)`, with the
-    `datasets.Dataset`, the bool mask (n_train,) and a number of 64 bits that is the model's own, and returns the pair
-    (train_logits, test_logits), of shapes (n_train, n_classes) and (n_test, n_classes).
+    `datasets.Dataset`, the bool mask (n_train,) and a number that is the model's own, and returns the pair
+    (train_logits, test_logits), of shapes (n_train, n_classes) and (n_test, n_classes): of all examples, whether in the
+    subset or not, and with a column for every class of the dataset, also those that the subset lacks. For a regression
+    these are predictions, (n_train,) and (n_test,) where one number is predicted.
+
+    `seed` is from 0 to 2**32 - 1, as scikit-learn's `random_state`, `numpy.random.seed` and `random.seed` take it. A
+    function with a parameter named `seed64` is given a number from 0 to 2**64 - 1 there as well, which no two models
+    are likely ever to share. torch's global generators are seeded by that number before each call, and put back. Of
+    version 1 `seed` is that number of 64 bits; runs that were created with it keep it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Literal["function"] = "function"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     function: ImportPath = ""
     arguments: Arguments = Field(default_factory=dict)
 
@@ -377,6 +384,7 @@ type_of_recipe: dict[tuple[str, int], type[AnyRecipe]] = {
     ("cifar-fast", 1): CifarFast,
     ("module", 1): Module,
     ("function", 1): Function,
+    ("function", 2): Function,
 }
 
 
@@ -392,42 +400,9 @@ def find_recipe(spec: RecipeSpec) -> AnyRecipe:
     if kind is None:
         raise _unknown_recipe(spec)
     try:
-        return kind(**spec.overrides)
+        return kind.model_validate({"version": spec.version} | spec.overrides)
     except ValidationError as error:
         raise spec_error(error, kind, within="recipe.") from error
-
-
-def import_object(path: str) -> Any:
-    """Import a class or function by its path, `package.module:name`.
-
-    Raises
-    ------
-    SpecError
-        If the path has another form, the module cannot be imported, has no such name, or the name cannot be called.
-    """
-    if not _is_import_path(path):
-        raise SpecError(f"import path {path!r} is not of the form package.module:name; correct it", value=path)
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        remedy = f"install it, or put the folder it lies in on PYTHONPATH; {error.name} was not found"
-        raise SpecError(
-            f"import path {path!r}: module {module_name} cannot be imported; {remedy}", value=path
-        ) from error
-    except Exception as error:
-        wrong = f"import path {path!r}: importing {module_name} fails with {type(error).__name__}: {error}; mend it"
-        raise SpecError(wrong, value=path) from error
-    if not hasattr(module, name):
-        nearest = nearest_name(name, (public for public in vars(module) if not public.startswith("_")))
-        raise SpecError(f"import path {path!r}: {module_name} has no {name}; choose {nearest or 'another'}", value=path)
-    found = getattr(module, name)
-    if not callable(found):
-        wrong = (
-            f"import path {path!r} is a {type(found).__name__}, not a class or function; name one that can be called"
-        )
-        raise SpecError(wrong, value=path)
-    return found
 
 
 def code_digest(recipe: AnyRecipe) -> str | None:
@@ -460,12 +435,6 @@ def code_digest(recipe: AnyRecipe) -> str | None:
     except OSError as error:
         wrong = f"import path {path!r} has no source file that can be read; put it into a module of your own"
         raise SpecError(wrong, value=path) from error
-
-
-def _is_import_path(path: str) -> bool:
-    module_name, colon, name = path.partition(":")
-    parts = [*module_name.split("."), name]
-    return bool(colon) and all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
 
 
 def _unknown_recipe(spec: RecipeSpec) -> SpecError:

@@ -66,7 +66,7 @@ def sbatch_script(run: Path, jobs: Jobs, command: list[str]) -> str:
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in facts.items() if value is not None)]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append", "set -euo pipefail", ""]
-    train = f"{shlex.join([*command, 'run', str(run)])} --quiet"
+    train = shlex.join([*command, "run", str(run)])
     if jobs.gpus_per_job <= 1:
         device = " --device cuda" if jobs.gpus_per_job else ""
         return "\n".join([*lines, f'{train} --shard "$SLURM_ARRAY_TASK_ID/{jobs.n_jobs}"{device}', ""])

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dmpipeline.errors import SpecError
 
@@ -62,13 +62,26 @@ class HeldOutSpec(BaseModel):
     )
 
 
+_DEFAULT_VERSIONS = {"function": 2}
+
+
 class RecipeSpec(BaseModel):
-    """A recipe's name, version and whichever hyperparameters are to differ; for `recipes.find_recipe`."""
+    """A recipe's name, version and whichever hyperparameters are to differ; for `recipes.find_recipe`.
+
+    Where no version is given, the newest is meant; `model_fields_set` tells whether one was.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     name: str = Field(default="perceptron", description="a recipe's name", examples=["perceptron"])
     version: int = Field(default=1, ge=1, description="a recipe's version, from 1", examples=[1])
+
+    @model_validator(mode="after")
+    def _newest_version(self) -> Self:
+        if "version" not in self.model_fields_set:
+            # a frozen model is still being made here
+            self.__dict__["version"] = _DEFAULT_VERSIONS.get(self.name, 1)
+        return self
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -220,6 +233,14 @@ class RunSpec(BaseModel):
             return self
         located = f"{form}:{path.resolve()}" if form else str(path.resolve())
         return self.model_copy(update={"dataset": located})
+
+    def with_version_of(self, other: Self) -> Self:
+        """Return the spec with the version that `other` has of the same recipe, unless this one was given its own."""
+        if "version" in self.recipe.model_fields_set or self.recipe.name != other.recipe.name:
+            return self
+        recipe = self.recipe.model_copy()
+        recipe.__dict__["version"] = other.recipe.version
+        return self.model_copy(update={"recipe": recipe})
 
     def to_yaml(self) -> str:
         """Return the text of a run.yaml that reads back as this spec, every default spelled out."""

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from dmdata import phases
 from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
 from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamodels
@@ -114,6 +115,7 @@ class Run:
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
         run = cls.open(path)
+        spec = spec.with_version_of(run.spec)
         there, wanted = (some.model_dump(mode="json") for some in (run.spec, spec))
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
@@ -212,6 +214,7 @@ class Run:
         RunError
             If the dataset has changed since.
         """
+        phases.phase("loading the dataset")
         dataset = load_dataset(self.spec.dataset)
         recorded = self.provenance["dataset"]["fingerprint"]
         if dataset.fingerprint != recorded:
@@ -348,10 +351,13 @@ class Run:
             trainer = self.trainer(device, way, lock=lock)
             began, clock, n_trained = directory.now(), time.monotonic(), 0
             wanted = range(len(self.spec.blocks)) if blocks is None else blocks
+            n_left = len(set(wanted) - directory.done_blocks(self.path).keys())
+            phases.phase(f"first block of {n_left}")
             try:
                 with trainer.workers(), closing(self._train_missing(trainer, lock, wanted)) as stored:
                     for n_rows in stored:
                         n_trained += n_rows
+                        phases.phase("")
                         report(self.n_rows_done, self.spec.n_rows)
             finally:
                 if n_trained:

@@ -8,10 +8,11 @@ Networks that draw numbers of their own, as dropout does, are trained by one thr
 """
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dmdata import phases
 from dmpipeline.augmentation import draw_augmentation
 from dmpipeline.compute import Shared
 from dmpipeline.ensembles import Group, Material, Method, begin_group, possible_methods, repeatable
@@ -28,7 +30,9 @@ from dmpipeline.layers import State
 from dmpipeline.masks import Purpose, draw_bits, draw_orders
 from dmpipeline.networks import initial_states, is_whitened, stacked, whitened
 from dmpipeline.outputs import LARGEST_LOGIT
-from dmpipeline.recipes import AnyRecipe, Function, Recipe, import_object
+from dmpipeline.recipes import AnyRecipe, Function, Module, Recipe
+from dmpipeline.returned import checked_outputs, output_shapes
+from dmpipeline.usercode import explained, import_object, in_words
 
 # Whitening is made of the first of a subset's pictures: so many tell a layer of 24 filters all there is to know.
 _WHITENED_PICTURES = 5000
@@ -51,6 +55,13 @@ class Way:
     method: Method
     n_models: int
     compiled: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """As people are told of it: "products, 64 models at once"."""
+        if self.method == "loop":
+            return f"one model at a time{', compiled' * self.compiled}"
+        return f"{self.method}, {self.n_models} models at once"
 
     @property
     def keeps_company(self) -> bool:
@@ -184,16 +195,21 @@ class GradientTrainer(Trainer):
     ) -> Callable[[], Logits]:
         """Have a block of models trained; see `Trainer`."""
         found = _Block.empty(self.dataset, len(masks))
+        # threads that train do not know who listens
+        listener = phases.heard_by()
 
         def train_group(members: npt.NDArray[np.intp]) -> list[int]:
-            train, test = self._trained(masks[members], model_indices[members]).outputs()
+            with self.user_code([rows[i] for i in members]):
+                done = phases.Share(listener)
+                train, test = self._trained(masks[members], model_indices[members], done).outputs()
             return [rows[i] for i in found.store(members, train, test)]
 
         with self.workers() as (each, n_workers):
             diverged = each(train_group, self.groups(masks, n_workers))
 
         def finish() -> Logits:
-            found.require_finite(sorted(row for lost in diverged for row in lost))
+            if lost := sorted(row for of_group in diverged for row in of_group):
+                raise _diverged(self.dataset, self.recipe, lost, len(masks))
             return Logits(train=found.train, test=found.test)
 
         return finish
@@ -203,7 +219,8 @@ class GradientTrainer(Trainer):
         states: list[dict[str, Any]] = [{}] * len(masks)
 
         def train_group(members: npt.NDArray[np.intp]) -> None:
-            learned = self._trained(masks[members], model_indices[members]).states()
+            with self.user_code():
+                learned = self._trained(masks[members], model_indices[members]).states()
             for member, state in zip(members.tolist(), learned, strict=True):
                 states[member] = state
 
@@ -262,6 +279,16 @@ class GradientTrainer(Trainer):
         """Count the steps of a model on so many examples."""
         return self.recipe.epochs * self._steps(size)[1]
 
+    def user_code(self, rows: Sequence[int] = ()) -> AbstractContextManager[None]:
+        """Have what goes wrong in training a network of the user's told as an error of its code; see `usercode`."""
+        if not isinstance(self.recipe, Module):
+            return nullcontext()
+        path = self.recipe.network
+        where = f"{in_words(rows)}: " if rows else ""
+        return explained(
+            f"{where}training recipe.network {path!r}", path, remedy=FIX_IN_ANOTHER_RUN, rows=list(rows), value=path
+        )
+
     def mode(self) -> AbstractContextManager[None]:
         """Have torch keep no account of what is done meanwhile, where gradients are written out."""
         return torch.inference_mode(self.way.method == "products")
@@ -290,12 +317,17 @@ class GradientTrainer(Trainer):
             stack.callback(pool.shutdown, cancel_futures=True)
             yield pool.map, n_threads
 
-    def _trained(self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64]) -> Group:
+    def _trained(
+        self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], done: phases.Share | None = None
+    ) -> Group:
+        done = done or phases.Share(None)
+        models_a_step = len(masks) / self.n_steps(int(masks[0].sum()))
         with self.mode():
             group = self.begin(masks, model_indices)
             with self._drawing(int(model_indices[0])):
                 for examples, words, lr in self.steps(masks, model_indices):
                     group.step(examples, words, lr)
+                    done.add(models_a_step)
         return group
 
     @contextmanager
@@ -341,16 +373,26 @@ class FunctionTrainer(Trainer):
     def _train(
         self, masks: npt.NDArray[np.bool_], model_indices: npt.NDArray[np.uint64], rows: Sequence[int]
     ) -> Logits:
-        found = _Block.empty(self.dataset, len(masks))
-        diverged: list[int] = []
+        found, done = _Block.empty(self.dataset, len(masks)), phases.Share(phases.heard_by())
+        too_large: list[int] = []
+        path = self.recipe.function
         for place, (mask, model) in enumerate(zip(masks, model_indices.tolist(), strict=True)):
+            row, what = rows[place], f"row {rows[place]}: recipe.function {path!r}"
             number = int(draw_bits(self.seed, Purpose.TORCH_SEED, model, 1)[0])
             with torch.random.fork_rng():
                 torch.manual_seed(number)
-                outputs = self.function(self.dataset, mask, number, **self.recipe.arguments)
-            train, test = self._checked(outputs)
-            diverged += [rows[i] for i in found.store(np.array([place]), train[None], test[None])]
-        found.require_finite(diverged)
+                with explained(what, path, remedy=FIX_IN_ANOTHER_RUN, rows=[row], value=path):
+                    returned = self.function(self.dataset, mask, *self._seeds(number), **self._arguments(number))
+            train, test = checked_outputs(returned, self.dataset, mask, row=row, path=path)
+            outputs = [torch.from_numpy(part)[None] for part in (train, test)]
+            too_large += [rows[i] for i in found.store(np.array([place]), *outputs)]
+            done.add(1)
+        if too_large:
+            raise TrainingError(
+                f"recipe.function {path!r} returned {_too_large(self.dataset)} at {in_words(too_large)}; return "
+                "smaller ones, as logarithms of probabilities are",
+                rows=too_large,
+            )
         return Logits(train=found.train, test=found.test)
 
     @contextmanager
@@ -358,22 +400,21 @@ class FunctionTrainer(Trainer):
         """One model is trained after the other, by whatever the function does."""
         yield None, 1
 
-    def _checked(self, outputs: Any) -> list[torch.Tensor]:
-        shapes = [shape[1:] for shape in _output_shapes(self.dataset, 1)]
-        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
-            raise SpecError(
-                f"recipe.function {self.recipe.function!r} returned a {type(outputs).__name__}; return two arrays, "
-                f"of shapes {shapes[0]} and {shapes[1]}",
-                field="recipe.function",
-            )
-        tensors = [torch.as_tensor(np.asarray(part, np.float32)) for part in outputs]
-        if [tuple(tensor.shape) for tensor in tensors] != shapes:
-            raise SpecError(
-                f"recipe.function {self.recipe.function!r} returned shapes {[tuple(t.shape) for t in tensors]}; "
-                f"return outputs of all train and of all test examples, {shapes[0]} and {shapes[1]}",
-                field="recipe.function",
-            )
-        return tensors
+    def _seeds(self, number: int) -> tuple[int]:
+        # the upper half, for a number's bits are all equally good
+        return (number if self.recipe.version == 1 else number >> 32,)
+
+    def _arguments(self, number: int) -> dict[str, Any]:
+        return self.recipe.arguments | ({"seed64": number} if self._takes_seed64 else {})
+
+    @functools.cached_property
+    def _takes_seed64(self) -> bool:
+        if self.recipe.version == 1 or "seed64" in self.recipe.arguments:
+            return False
+        try:
+            return "seed64" in inspect.signature(self.function).parameters
+        except (TypeError, ValueError):  # as of some functions in C
+            return False
 
 
 def make_trainer(
@@ -435,16 +476,45 @@ class _Block:
             into[members] = stored.numpy().reshape(len(members), *into.shape[1:])
         return [int(members[i]) for i in torch.nonzero(~usable)]
 
-    def require_finite(self, diverged: Sequence[int]) -> None:
-        if diverged:
-            raise TrainingError(
-                f"{len(diverged)} of {len(self.train)} models, row {diverged[0]} first, have outputs that are not "
-                f"finite, or logits that pass {LARGEST_LOGIT:,.0f}, too large for float16 margins; lower the recipe's "
-                "lr or momentum",
-                rows=list(diverged),
-            )
+
+FIX_IN_ANOTHER_RUN = (
+    "fix it; a run keeps the code it was created with, so train with the new code in another: "
+    "dmpipeline init OTHER --spec RUN/run.yaml"
+)
+"""The remedy where the user's own code fails."""
+
+_INPUTS_LOOKED_AT = 4096
+_LARGE_INPUT = 10.0
+
+
+def _too_large(dataset: Dataset) -> str:
+    if dataset.is_regression:
+        return "predictions that are not finite in single precision"
+    return f"logits that pass {LARGEST_LOGIT:,.0f}, too large for float16"
+
+
+def _diverged(dataset: Dataset, recipe: Recipe, rows: Sequence[int], n_models: int) -> TrainingError:
+    """Say of models whose outputs cannot be stored what they are, and how to train others."""
+    if dataset.is_regression:
+        what = "their predictions are not finite numbers"
+    else:
+        what = f"their logits are not finite, or pass {LARGEST_LOGIT:,.0f}, too large for float16 margins"
+    largest = _largest_input(dataset)
+    scale = f"inputs reach {largest:,.4g}, so give that run inputs: standardised, or " if largest > _LARGE_INPUT else ""
+    return TrainingError(
+        f"{in_words(rows)}: {len(rows)} of {n_models} models diverged in training: {what}; all rows of a run are "
+        f"trained alike, so make another: {scale}lower the recipe's lr, which is {recipe.lr:g}, as dmpipeline init "
+        f"OTHER --spec RUN/run.yaml --set lr={recipe.lr / 10:.3g}",
+        rows=list(rows),
+    )
+
+
+def _largest_input(dataset: Dataset) -> float:
+    """Find how large inputs are that are numbers of the user's; 0 of pictures and tokens."""
+    if dataset.train_inputs.dtype.kind != "f":
+        return 0.0
+    return float(np.abs(dataset.train_inputs[:_INPUTS_LOOKED_AT]).max(initial=0.0))
 
 
 def _output_shapes(dataset: Dataset, n_models: int) -> list[tuple[int, ...]]:
-    positions = dataset.train_labels.shape[1:] if dataset.is_sequence else ()
-    return [(n_models, n, *positions, dataset.n_classes) for n in (dataset.n_train, dataset.n_test)]
+    return [(n_models, *shape) for shape in output_shapes(dataset)]

@@ -278,7 +278,7 @@ def submit(
         if talk.as_json:
             talk.print_data({"script": script})
         else:
-            click.echo(script, nl=False)
+            talk.print_text(script)
         return
     from dmpipeline.cluster import train_on_cluster
 

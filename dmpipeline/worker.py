@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dmdata import phases
 from dmdata.cluster import dask_distributed
 from dmpipeline import directory
 from dmpipeline.compute import Shared
@@ -25,6 +26,10 @@ from dmpipeline.directory import claimed
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.store import Run
 from dmpipeline.train import Trainer, Way
+from dmpipeline.usercode import look_in
+
+PROGRESS_TOPIC = "dmpipeline-progress"
+"""Topic of Dask events by which workers say how much more of their blocks they have trained, in models."""
 
 Order = dict[str, Any]
 """What a worker is told: plain values, so that one with other code understands enough to refuse."""
@@ -76,12 +81,14 @@ def train(order: Order) -> dict[str, Any]:
     _require_same_code(order)
     n_cores = _n_cores(order)
     opened, trainer = _alone.submit(_trainer, order, n_cores).result()
+    here = dask_distributed().get_worker()
+    listener = _Reporter(here)
     if trainer.n_ahead > 1:
         torch.set_num_threads(n_cores)
-        outcome = _train(order, opened, trainer)
+        outcome = _train(order, opened, trainer, listener)
     else:
-        outcome = _alone.submit(_train, order, opened, trainer).result()
-    return outcome | {"worker": str(dask_distributed().get_worker().address)}
+        outcome = _alone.submit(_train, order, opened, trainer, listener).result()
+    return outcome | {"worker": str(here.address)}
 
 
 @cache
@@ -104,7 +111,21 @@ def _settle(order: Order, n_cores: int) -> dict[str, Any]:
         return asdict(run.trainer(order["device"], way, lock=lock).way)
 
 
-def _train(order: Order, opened: _Opened, trainer: Trainer) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Reporter:
+    """Tells a cluster's clients how much more is trained."""
+
+    worker: Any
+
+    def phase(self, text: str) -> None:
+        """What one of many workers does just now is not told."""
+
+    def advance(self, amount: float) -> None:
+        """Tell it."""
+        self.worker.log_event(PROGRESS_TOPIC, amount)
+
+
+def _train(order: Order, opened: _Opened, trainer: Trainer, listener: _Reporter) -> dict[str, Any]:
     run, block = opened.run, order["block"]
     began, clock = directory.now(), time.monotonic()
     with opened.presence() as lock, claimed(lock, block, wait=False) as is_ours:
@@ -113,7 +134,8 @@ def _train(order: Order, opened: _Opened, trainer: Trainer) -> dict[str, Any]:
         if not is_ours and order["heeds_claims"]:
             return {"state": "claimed"}
         try:
-            n_rows = run.train_block(trainer, block)
+            with phases.listening(listener):
+                n_rows = run.train_block(trainer, block)
         except (RunError, SpecError):
             raise  # no other block would fare better here
         except Exception:  # noqa: BLE001 - a user's own code may raise anything, which may not even pickle
@@ -151,6 +173,7 @@ def _open(order: Order) -> _Opened:
                 path=order["path"],
                 host=platform.node(),
             )
+        look_in(order["folder"])
         run = Run.open(order["path"])
         _opened = _Opened(key, run, _presence(order["path"], order["spec"]), None)
     return _opened

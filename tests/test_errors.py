@@ -25,6 +25,7 @@ TREE = {
     "IntegrityError": ("DmdataError", 3),
     "DmpipelineError": ("FactualError", 1),
     "SpecError": ("DmpipelineError ValueError", 2),
+    "UserCodeError": ("SpecError", 1),
     "RunError": ("DmpipelineError", 1),
     "IncompleteRunError": ("RunError", 1),
     "RunExistsError": ("RunError", 1),
