@@ -31,6 +31,7 @@ from dmpipeline.masks import masks_digest
 from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.spec import RunSpec
+from dmpipeline.subsets import subsets_on_record
 from dmpipeline.train import Way
 
 # Bytes of the lock file; one for each block lies below them, and creation takes that of the first. Whoever trains is
@@ -198,6 +199,7 @@ def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
         },
         "code": code_digest(find_recipe(spec.recipe)),
         "masks": masks_digest(spec),
+        "subsets": subsets_on_record(spec, dataset.n_train),
         "ways": {},
         "sessions": [],
     }

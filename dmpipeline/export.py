@@ -260,7 +260,7 @@ def _export(
 
 def _describe(run: Run, datamodels: Path | None) -> dict[str, StoredArray]:
     """Describe all files before any is written; their digests are not known yet."""
-    names, dataset, alpha_name = run.spec.arrays, run.dataset().name, run.spec.alpha_name
+    names, dataset, alpha_name = run.spec.arrays, run.dataset().name, run.alpha_name
     stored = {}
     for name in names:
         n_bytes = len(_header(run, name)) + run.array(name).nbytes
@@ -334,7 +334,10 @@ def _catalog_of(run: Run, stored: Mapping[str, StoredArray], *, requester_pays: 
     catalog, spec = run.catalog(stored), run.spec
     ((dataset, entry),) = catalog.datasets.items()
     recipe = f"{spec.recipe.name}@{spec.recipe.version}, seed {spec.seed}"
-    alphas = {name: alpha.model_copy(update={"note": recipe}) for name, alpha in entry.alphas.items()}
+    alphas = {
+        name: alpha.model_copy(update={"note": "; ".join(filter(None, [recipe, alpha.note]))})
+        for name, alpha in entry.alphas.items()
+    }
     entry = entry.model_copy(update={"alphas": alphas, "note": _FINGERPRINT + run.dataset().fingerprint})
     source = catalog.source.model_copy(update={"requester_pays": requester_pays})
     return catalog.model_copy(update={"source": source, "datasets": {dataset: entry}})
@@ -416,7 +419,7 @@ def _merged(listed: Catalog | None, ours: Catalog, dataset: str, alpha_name: str
     entry = ours.datasets[dataset]
     if there := others.datasets.get(dataset):
         alphas = {**there.alphas, **entry.alphas}
-        alphas = dict(sorted(alphas.items(), key=lambda item: item[1].alpha or 0.0))
+        alphas = dict(sorted(alphas.items(), key=lambda item: (item[1].alpha is None, item[1].alpha or 0.0)))
         entry = there.model_copy(update={"alphas": alphas})
     datasets = {**others.datasets, dataset: entry}
     title = listed.title

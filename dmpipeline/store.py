@@ -46,6 +46,7 @@ from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
 from dmpipeline.spec import MASK_LAWS, RunSpec
+from dmpipeline.subsets import alpha_name_of, sizes_of
 from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
 
 ARRAYS = RunSpec().arrays
@@ -191,7 +192,12 @@ class Run:
     @property
     def datamodels_path(self) -> Path:
         """Where this run's datamodels of test examples belong; `write_catalog` lists them if they are there."""
-        return self.path / "datamodels" / f"test_{self.spec.alpha_name}.pt"
+        return self.path / "datamodels" / f"test_{self.alpha_name}.pt"
+
+    @property
+    def alpha_name(self) -> str:
+        """How names of this run's artifacts spell its subsets, as `50pct`, or `given` for masks of one's own."""
+        return self.spec.alpha_name if self.spec.masks in MASK_LAWS else alpha_name_of(self.spec, self.provenance)
 
     def dataset(self) -> Dataset:
         """Load the dataset and make sure that it is the one the run was created with.
@@ -479,7 +485,8 @@ class Run:
 
     def catalog(self, stored: Mapping[str, StoredArray]) -> Catalog:
         """Catalog artifacts of this run under `dataset/alpha/name`; their keys start at the catalog's folder."""
-        return catalog_of(self.spec, self.dataset(), stored)
+        sizes = sizes_of(self.spec, self.provenance)
+        return catalog_of(self.spec, self.dataset(), stored, alpha_name=self.alpha_name, sizes=sizes)
 
     def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
         array = self.array(name)

@@ -310,11 +310,16 @@ def _print_status(talk: Talk, runs: list["Run"]) -> None:
 
 
 def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
+    from dmpipeline.subsets import law_in_words, sizes_of
+
     spec, rate = run.spec, facts["models_per_second"]
     return facts_table(
         {
             "run": facts["run"],
-            "what": f"{facts['recipe']} on {spec.dataset} at alpha {spec.alpha:.0%}",
+            "what": f"{facts['recipe']} on {spec.dataset} {law_in_words(spec)}",
+            "subsets": sizes.in_words
+            if (sizes := sizes_of(run.spec, run.provenance))
+            else "of sizes that are not known",
             "models": f"{facts['n_rows_done']:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
             "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
             "left": _left(facts),

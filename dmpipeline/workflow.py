@@ -43,6 +43,7 @@ from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run
+from dmpipeline.subsets import law_in_words, sizes_of
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
@@ -314,7 +315,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
     margins = _open(run, run.fitted_array, held_out)[0 : held_out.stop].astype(np.float32)
     return write_report(
         run.path / "report.html",
-        title=f"Datamodels of {dataset.name} at alpha {spec.alpha:.0%}",
+        title=f"Datamodels of {dataset.name} {law_in_words(spec)}",
         evaluation=evaluation,
         datamodels=datamodels,
         predicted=datamodels.predict(masks[::n_retrainings]),
@@ -404,7 +405,7 @@ def probe_seconds_per_model(run: Run) -> float:
 
 def artifact_name(run: Run, array: str) -> str:
     """Name one of a run's arrays as its catalog does."""
-    return f"{run.provenance['dataset']['name']}/{run.spec.alpha_name}/{array}"
+    return f"{run.provenance['dataset']['name']}/{run.alpha_name}/{array}"
 
 
 def _how_it_was_made(run: Run) -> dict[str, object]:
@@ -414,7 +415,7 @@ def _how_it_was_made(run: Run) -> dict[str, object]:
     return {
         "dataset": f"{provenance['dataset']['name']}, {provenance['dataset']['fingerprint'][:16]}",
         "training examples": provenance["dataset"]["n_train"],
-        "examples in a subset": round(spec.alpha * provenance["dataset"]["n_train"]),
+        "examples in a subset": sizes.in_words if (sizes := sizes_of(run.spec, run.provenance)) else "not known",
         "recipe": f"{spec.recipe.name}, version {spec.recipe.version}",
         "seed": spec.seed,
         "models to fit on": spec.n_models,
