@@ -22,7 +22,7 @@ ROOMS_IN_ORDER = {
         errors compute philox regeneration spec masks subsets examples folders cifar fmow datasets recipes outputs
         augmentation networks lines convolution layers ensembles train probe directory cataloguing store extension
         worker handing
-        cluster status slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal
+        cluster status slurm attribution repeats verify tensors binary moments checkpoints spaces descent lasso proximal
         datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
         workflow demo plan_command train_commands cli
     """,
