@@ -22,7 +22,7 @@ from dmdata.errors import FactualError
 from dmpipeline import worker
 from dmpipeline.compute import available_threads
 from dmpipeline.ensembles import Method
-from dmpipeline.errors import ClusterError, SpecError, TrainingError
+from dmpipeline.errors import ClusterError, SpecError, TrainingError, quoted
 from dmpipeline.handing import Handing
 from dmpipeline.store import Progress, Run
 
@@ -199,8 +199,8 @@ def _failure(run: Run, failed: set[int]) -> TrainingError:
     blocks = [run.spec.blocks[block] for block in sorted(failed)]
     ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in blocks)
     return TrainingError(
-        f"rows {ranges} of {run.path} could not be trained; see why with `dmpipeline status -v {run.path}`, mend it, "
-        "and run the same again",
+        f"rows {ranges} of {run.path} could not be trained; see why with `dmpipeline status -v {quoted(run.path)}`, "
+        "fix it, and run the same again",
         rows=[row for rows in blocks for row in rows],
     )
 

@@ -34,7 +34,7 @@ from dmdata.formats import npy_header
 from dmdata.uploads import EtagDigest, Uploads
 from dmpipeline.cataloguing import describe_datamodels
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import RunError, VerificationError, explain_os_errors
+from dmpipeline.errors import RunError, VerificationError, explain_os_errors, quoted
 from dmpipeline.store import Progress, Run, block_digest
 
 _COPIED_BYTES = 2**22
@@ -305,7 +305,7 @@ def _write_arrays(run: Run, outputs: Mapping[str, _Output], progress: Progress |
         block = run.read_block(rows)
         if block_digest(block) != digest.tobytes():
             wrong = f"rows {rows.start} to {rows.stop - 1} of {run.path} are not what was stored"
-            raise VerificationError(f"{wrong}; see `dmpipeline verify {run.path}`", findings=[wrong])
+            raise VerificationError(f"{wrong}; see `dmpipeline verify {quoted(run.path)}`", findings=[wrong])
         for name, output in outputs.items():
             output.write(_elements(block[name]))
         if progress is not None:

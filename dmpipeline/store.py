@@ -39,12 +39,13 @@ from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamode
 from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
-from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
+from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors, quoted
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_size
 from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
+from dmpipeline.relocation import load_recorded, read_spec, remember
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.subsets import alpha_name_of, sizes_of
 from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
@@ -112,32 +113,36 @@ class Run:
             more = f" --models {wanted[name]}" if name == "n_models" and wanted[name] > there[name] else ""
             raise RunExistsError(
                 f"{path} holds a run with {name} {there[name]!r}, not {wanted[name]!r}; "
-                f"choose another directory, or go on with that run by `dmpipeline run {path}{more}`",
+                f"choose another directory, or go on with that run by `dmpipeline run {quoted(path)}{more}`",
                 path=path,
             )
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open a run, complete or not.
+    def open(cls, path: str | Path, *, dataset: str | None = None) -> Self:
+        """Open a run, complete or not; `dataset` says, once for all, where its dataset is now if that was moved.
 
         Raises
         ------
         RunError
-            If there is no run, or its store cannot be opened.
+            If there is no run, its store cannot be opened, or the dataset is another one.
         SpecError
-            If its run.yaml was damaged.
+            If its run.yaml was damaged, or there is no such dataset.
         """
         path = Path(path).absolute()
         directory.require_run(path)
         directory.finish_extension(path)
-        spec = RunSpec.read(path / "run.yaml")
+        spec = read_spec(path, dataset)
         try:
             arrays = zarr.open_group(path / "store.zarr", mode="r+", zarr_format=3)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # zarr takes a damaged zarr.json for what it should be, and stumbles in several ways
             raise RunError(f"{path} has no readable store.zarr ({error}); restore it", path=path) from error
-        return cls(path=path, spec=spec, arrays=arrays)
+        run = cls(path=path, spec=spec, arrays=arrays)
+        if dataset is not None:
+            run.dataset()  # refuses another one
+            remember(path, run.spec)
+        return run
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Look up one of `spec.arrays`; rows that are not trained yet read as False, NaN or -1.
@@ -204,18 +209,10 @@ class Run:
 
         Raises
         ------
-        RunError
-            If the dataset has changed since.
+        RunError, SpecError
+            If the dataset has changed since, or is not there any more.
         """
-        dataset = load_dataset(self.spec.dataset)
-        recorded = self.provenance["dataset"]["fingerprint"]
-        if dataset.fingerprint != recorded:
-            raise RunError(
-                f"dataset {self.spec.dataset} has fingerprint {dataset.fingerprint[:12]}, but the run at {self.path} "
-                f"was created with {recorded[:12]}; restore the dataset, or create another run",
-                path=self.path,
-            )
-        return dataset
+        return load_recorded(self.path, self.spec, self.provenance["dataset"])
 
     def digests(self) -> npt.NDArray[np.uint8]:
         """Read the blocks' recorded digests, shape (n_blocks, 32); all zeros where a block is not done.
@@ -261,7 +258,7 @@ class Run:
         if n_missing := self.spec.n_rows - sum(len(self.spec.blocks[block]) for block in done):
             raise IncompleteRunError(
                 f"{self.path} lacks {n_missing:,} of {self.spec.n_rows:,} models; "
-                f"train them with `dmpipeline run {self.path}`",
+                f"train them with `dmpipeline run {quoted(self.path)}`",
                 path=self.path,
                 n_missing=n_missing,
             )
@@ -346,7 +343,7 @@ class Run:
             open(self.path / "lock", "a+b") as lock,
             claimed(lock, PRESENCE_BYTE, wait=True, shared=True),
         ):
-            if not directory.is_settled(self.path) or RunSpec.read(self.path / "run.yaml") != self.spec:
+            if not directory.is_settled(self.path) or read_spec(self.path) != self.spec:
                 raise RunError(f"{self.path} was extended meanwhile; open it again", path=self.path)
             yield lock
 
@@ -496,7 +493,7 @@ class Run:
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"{self.path} has a damaged array {name} ({error}); find out which rows are affected with "
-                f"`dmpipeline verify {self.path}`",
+                f"`dmpipeline verify {quoted(self.path)}`",
                 path=self.path,
                 reason=str(error),
             ) from error

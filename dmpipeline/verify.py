@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import dims_of_array
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError
+from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
 from dmpipeline.masks import subset_masks, subset_size
 from dmpipeline.outputs import output_of
 from dmpipeline.recipes import Recipe, find_recipe
@@ -160,7 +160,9 @@ def replay(run: Run, row: int, *, device: str = "cpu", way: Way | None = None) -
     rows = spec.blocks[number]
     if not run.digests()[number].any():
         raise IncompleteRunError(
-            f"row {row} is not trained yet; train it with `dmpipeline run {run.path}`", path=run.path, n_missing=1
+            f"row {row} is not trained yet; train it with `dmpipeline run {quoted(run.path)}`",
+            path=run.path,
+            n_missing=1,
         )
     trainer = run.trainer(device, way)
     company = [row]

@@ -37,7 +37,7 @@ from dmpipeline.curves import Estimate, LearningCurve, default_counts, draw_curv
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError
+from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments
@@ -294,7 +294,7 @@ def load_curves(run: Run) -> dict[str, LearningCurve]:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {run.path}`", path=run.path
+            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {quoted(run.path)}`", path=run.path
         ) from error
 
 
@@ -341,13 +341,14 @@ def load_datamodels(run: Run) -> Datamodels:
     """
     if not run.datamodels_path.exists():
         raise IncompleteRunError(
-            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {run.path}`", path=run.path
+            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {quoted(run.path)}`", path=run.path
         )
     try:
         return Datamodels.load(run.datamodels_path)
     except FormatError as error:
         raise RunError(
-            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {run.path}`", path=run.path
+            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {quoted(run.path)}`",
+            path=run.path,
         ) from error
 
 
@@ -510,12 +511,15 @@ def _explained(run: Run) -> Iterator[None]:
         yield
     except FormatError as error:
         raise RunError(
-            f"{error}; find out which rows of the run are affected with `dmpipeline verify {run.path}`", path=run.path
+            f"{error}; find out which rows of the run are affected with `dmpipeline verify {quoted(run.path)}`",
+            path=run.path,
         ) from error
 
 
 def _damaged_notes(run: Run, how: str) -> RunError:
-    return RunError(f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {run.path}`", path=run.path)
+    return RunError(
+        f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {quoted(run.path)}`", path=run.path
+    )
 
 
 def _curve_path(run: Run) -> Path:

@@ -19,12 +19,12 @@ ROOMS_IN_ORDER = {
         upkeep_commands cli
     """,
     "dmpipeline": """
-        errors compute philox regeneration spec masks subsets examples folders cifar fmow datasets recipes outputs
-        augmentation networks lines convolution layers ensembles train probe directory cataloguing store extension
-        worker handing
+        errors compute philox regeneration spec masks subsets places examples folders cifar fmow datasets recipes
+        outputs augmentation networks lines convolution layers ensembles train probe directory relocation cataloguing
+        store extension worker handing
         cluster status slurm attribution repeats verify tensors binary moments checkpoints spaces descent lasso proximal
         datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
-        workflow demo plan_command train_commands cli
+        workflow demo plan_command run_commands train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
