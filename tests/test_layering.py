@@ -11,12 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors settings layouts npy archives pickles pt npz safetensors formats locate catalog selection prices
-        progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients aws s3 uploads
-        connections web source meter pace reader fetch locks headers digests place spool journal cluster mirror
-        download interop view array_protocols array pricing release copies verify listing scan confirm filesystem
-        xarray_engine console cache doctor completion copy_commands money_commands catalog_commands
-        upkeep_commands cli
+        errors settings layouts npy archives pickles pt npz safetensors formats locate catalog catalogued selection
+        prices progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients aws s3 uploads
+        connections web source meter pace reader fetch locks headers digests place spool journal cluster mirror download
+        interop view array_protocols array pricing release copies verify listing scan confirm filesystem xarray_engine
+        console cache doctor completion copy_commands money_commands catalog_commands upkeep_commands cli
     """,
     "dmpipeline": """
         errors compute philox regeneration spec masks subsets places examples folders cifar fmow datasets recipes
