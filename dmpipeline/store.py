@@ -46,8 +46,9 @@ from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
 from dmpipeline.relocation import load_recorded, read_spec, remember
+from dmpipeline.shown import Shown
 from dmpipeline.spec import MASK_LAWS, RunSpec
-from dmpipeline.subsets import alpha_name_of, sizes_of
+from dmpipeline.subsets import alpha_name_of, sizes_of, spec_facts
 from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
 
 ARRAYS = RunSpec().arrays
@@ -60,8 +61,8 @@ Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+@dataclass(frozen=True, slots=True, repr=False)
+class Run(Shown):
     """A run on disk; made by `create` or `open`.
 
     Attributes
@@ -143,6 +144,10 @@ class Run:
             run.dataset()  # refuses another one
             remember(path, run.spec)
         return run
+
+    def _facts(self) -> tuple[str, dict[str, object]]:
+        done = f"{self.n_rows_done:,} of {self.spec.n_rows:,} models"
+        return f"Run {self.path}", {**spec_facts(self.spec), "trained": done}
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Look up one of `spec.arrays`; rows that are not trained yet read as False, NaN or -1.

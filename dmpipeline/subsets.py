@@ -97,3 +97,14 @@ def sizes_of(spec: RunSpec, provenance: Mapping[str, Any]) -> SubsetSizes | None
 def law_in_words(spec: RunSpec) -> str:
     """Say for people how subsets came about, as "at alpha 50%" or "on the subsets of mine.npy"."""
     return f"at alpha {spec.alpha:.0%}" if spec.masks in MASK_LAWS else f"on the subsets of {Path(spec.masks).name}"
+
+
+def spec_facts(spec: RunSpec) -> dict[str, str]:
+    """State for people what is trained: on what, how, and how many models."""
+    held_out = spec.held_out
+    return {
+        "dataset": spec.dataset,
+        "subsets": law_in_words(spec).removeprefix("on the subsets ").removeprefix("at "),
+        "recipe": f"{spec.recipe.name}@{spec.recipe.version}",
+        "models": f"{spec.n_models:,} to fit on, {held_out.n_subsets:,} subsets of {held_out.n_retrainings:,} held out",
+    }

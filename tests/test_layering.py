@@ -18,12 +18,11 @@ ROOMS_IN_ORDER = {
         console cache doctor completion copy_commands money_commands catalog_commands upkeep_commands cli
     """,
     "dmpipeline": """
-        errors compute philox regeneration spec masks subsets places examples folders cifar fmow datasets recipes
+        errors shown compute philox regeneration spec masks subsets places examples folders cifar fmow datasets recipes
         outputs augmentation networks lines convolution layers ensembles train probe directory relocation cataloguing
-        store extension worker handing
-        cluster status slurm attribution repeats verify tensors binary moments checkpoints spaces descent lasso proximal
-        datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
-        workflow demo plan_command run_commands train_commands cli
+        store extension worker handing cluster status slurm attribution repeats verify tensors binary moments
+        checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings evaluate alternatives
+        figures curves applications export report workflow demo plan_command run_commands train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
