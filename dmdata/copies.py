@@ -1,6 +1,7 @@
 """Copies of artifacts, found by name or address: as a Zarr store or as the object they are; resumable and checked."""
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -169,7 +170,8 @@ def get_artifact(
     path = download_path(artifact, destination)
     if artifact.stored.format == "zarr":
         raise CatalogError(
-            f"{artifact.name} is an array of a Zarr store, not one object; use dmdata mirror {artifact.name}"
+            f"{artifact.name} is an array of a Zarr store, not one object; "
+            f"use dmdata mirror {shlex.quote(artifact.name)}"
         )
     if path.exists():
         raise DmdataError(f"{path} exists; remove it, or name another file")

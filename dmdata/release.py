@@ -6,6 +6,7 @@ what the authors released are opened by the same call.
 """
 
 import os
+import shlex
 import threading
 import time
 import warnings
@@ -204,15 +205,14 @@ def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to
         As in `open`.
     """
     is_path, name = isinstance(name, os.PathLike), os.fspath(name)
-    below = artifact_below(name)
-    if below is None and (is_path or is_address(name)):
+    artifact = artifact_below(name) if is_path or is_address(name) else _listed_or_local(name, catalog)
+    if artifact is None:
         url, member = url_and_member(name)
         if member:
             raise CatalogError(f"{name} is a part of the object {_address_of_url(url)}; open that", name=name)
         address = _address_of_url(url)
         transport = Transport(address, str(address), destination_of(to))
         return _octets(transport, read_header(transport, kind=kind_by_suffix(path_of(url))))
-    artifact = below or load_catalog(catalog).find(name)
     if artifact.stored.format == "zarr":
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
@@ -428,7 +428,7 @@ def object_named(name: str, catalog: CatalogLike = None) -> Artifact:
     url, _ = url_and_member(name)
     address = _address_of_url(url)
     if address.is_local and address.local_path.is_dir():
-        raise CatalogError(f"{name} is a folder, not one object; use dmdata mirror {name}", name=name)
+        raise CatalogError(f"{name} is a folder, not one object; use dmdata mirror {shlex.quote(name)}", name=name)
     return _described(address, None, kind_by_suffix(path_of(url)) or "bytes", ObjectState(0, None), {})
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from dmdata import cache as remembering
 from dmdata import ranges, release
 from dmdata.address import Address
+from dmdata.catalogued import artifact_below
 from dmdata.completion import complete_artifacts
 from dmdata.console import AMOUNT, Talk, ask_consent, talk_options
 from dmdata.doctor import Finding, examine, probe
@@ -41,12 +42,16 @@ def doctor(
     NAME is of the catalog, or an address. Without it the first object of the catalog is looked at. Nothing is spent
     without --probe.
     """
-    if name is not None and is_address(name):
+    below = artifact_below(name) if name is not None else None
+    if name is not None and is_address(name) and below is None:
         address = release.address_named(name)
         looked_at, n_bytes = str(address), None
     else:
         known = release.load_catalog(catalog)
-        artifact = known.find(name) if name else next(known.artifacts())
+        if below is not None and name is not None and (is_address(name) or not known.has(name)):
+            artifact = below
+        else:
+            artifact = known.find(name) if name else next(known.artifacts())
         address, looked_at, n_bytes = release.address_of(artifact), artifact.name, artifact.n_bytes
     findings = examine(address, n_bytes=n_bytes, destination=Path(destination))
     if probing:

@@ -317,6 +317,9 @@ def require_run(path: Path) -> None:
     """Raise RunError unless there is a run."""
     with explain_os_errors(path, "opened"):
         if not (path / "run.yaml").is_file():
+            if found := [file.parent for file in sorted(path.glob("*/run.yaml"))]:
+                shown = ", ".join(str(place) for place in found[:3]) + (" and so on" if found[3:] else "")
+                raise RunError(f"{path} is not one run, but holds {len(found)}; name one, as {shown}", path=path)
             raise RunError(f"{path} is no run: it has no run.yaml; create one with `dmpipeline init`", path=path)
 
 

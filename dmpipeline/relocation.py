@@ -136,7 +136,7 @@ def _with_places(spec: RunSpec, **places: str) -> RunSpec:
 
 
 def _relative_places(path: Path) -> dict[str, Any]:
-    """Read what is on record; nothing where the record is damaged, which whoever needs it will say."""
+    """Read what is on record; nothing where the record is damaged, which those who need it say."""
     try:
         facts = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

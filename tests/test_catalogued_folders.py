@@ -126,6 +126,7 @@ def test_commands_take_such_paths(export: Path, capsys: pytest.CaptureFixture[st
     assert call(capsys, "estimate", "my export/digits/50pct/*", "--json")[0] == 0
     assert call(capsys, "get", "my export/digits/50pct/test_margins", "-o", "got.npy", "-q")[0] == 0
     assert (np.load("got.npy") == np.load(export / "digits/data/test_margins_50pct.npy")).all()
+    assert call(capsys, "doctor", "my export/digits/50pct/test_margins", "--json")[1].count("digits/50pct/test_margins")
     code, _, err = call(capsys, "ls", "my export/none")
     assert (code, "dataset 'none' is not in this catalog" in err) == (2, True)
 

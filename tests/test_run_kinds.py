@@ -94,18 +94,18 @@ def whole_circle(run, way, folder):
     catalog = load_file(run.path)
     name = run.provenance["dataset"]["name"]
     listed = {artifact.name for artifact in catalog.artifacts()}
-    assert {f"{name}/50pct/{array}" for array in run.spec.arrays} <= listed
+    assert {f"{name}/{run.alpha_name}/{array}" for array in run.spec.arrays} <= listed
     for array in run.spec.arrays:
-        artifact = catalog.find(f"{name}/50pct/{array}")
+        artifact = catalog.find(f"{name}/{run.alpha_name}/{array}")
         assert artifact.schema.shape == run.array(array).shape
         assert (zarr.open_array(artifact.url, mode="r")[:] == run.array(array)[:]).all()
     files = export_run(run, folder, run.datamodels_path)
     keys = {file.key for file in files}
-    assert keys == {f"{name}/data/{array}_50pct.npy" for array in run.spec.arrays} | {
-        f"{name}/datamodels/test_50pct.pt"
+    assert keys == {f"{name}/data/{array}_{run.alpha_name}.npy" for array in run.spec.arrays} | {
+        f"{name}/datamodels/test_{run.alpha_name}.pt"
     }
     for array in run.spec.arrays:
-        assert (np.load(folder / name / f"data/{array}_50pct.npy") == run.array(array)[:]).all()
+        assert (np.load(folder / name / f"data/{array}_{run.alpha_name}.npy") == run.array(array)[:]).all()
     return load_file(folder)
 
 

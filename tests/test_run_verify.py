@@ -168,7 +168,7 @@ def test_a_dataset_that_changed_or_is_gone_is_found_and_the_rest_is_still_checke
         sign_again(run)
         assert set(failed(run)) == {"dataset", "margins", "masks"}
         letters.unlink()
-        assert "correct the path" in failed(run)["dataset"]
+        assert "say where it is now: `dmpipeline status" in failed(run)["dataset"]
     finally:
         letters.write_bytes(before)
 
