@@ -36,7 +36,6 @@ import zarr
 from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
 from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamodels
-from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
@@ -45,6 +44,7 @@ from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_siz
 from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import Recipe, code_digest, find_recipe
+from dmpipeline.settling import dataset_of_run, settle, settled_as
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer
 
@@ -92,7 +92,7 @@ class Run:
         with explain_os_errors(path):
             if (path / "run.yaml").exists():
                 return cls._resume(path, spec)
-            dataset = load_dataset(spec.dataset)
+            spec, dataset = settle(spec)
             if spec.masks == "exact":
                 subset_size(dataset.n_train, spec.alpha)
             if spec.masks not in MASK_LAWS:
@@ -105,6 +105,9 @@ class Run:
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
         run = cls.open(path)
+        if run.spec.task and run.spec.inputs:  # decided when it was created
+            n_train = run.provenance["dataset"]["n_train"]
+            spec = settled_as(spec, run.spec.task, run.spec.inputs, n_train)
         there, wanted = (some.model_dump(mode="json") for some in (run.spec, spec))
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
@@ -201,7 +204,7 @@ class Run:
         RunError
             If the dataset has changed since.
         """
-        dataset = load_dataset(self.spec.dataset)
+        dataset = dataset_of_run(self.spec)
         recorded = self.provenance["dataset"]["fingerprint"]
         if dataset.fingerprint != recorded:
             raise RunError(

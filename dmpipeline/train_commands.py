@@ -75,6 +75,16 @@ class _Setting(click.ParamType[tuple[str, Any]]):
     help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
 )
 @click.option(
+    "--task",
+    type=click.Choice(["classification", "regression", "tokens"]),
+    help="What is learned. [default: what the labels leave no doubt of]",
+)
+@click.option(
+    "--inputs",
+    type=click.Choice(["standardised", "as-is", "tokens"]),
+    help="How inputs are taken. [default: tables standardised, others as they are]",
+)
+@click.option(
     "--alpha",
     "alphas",
     type=float,
@@ -97,6 +107,8 @@ def init(
     directory: Path,
     spec: Path | None,
     dataset: str,
+    task: str | None,
+    inputs: str | None,
     alphas: tuple[float, ...],
     masks: str,
     recipe: str,
@@ -108,25 +120,32 @@ def init(
     seed: int,
 ) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
-    from dmpipeline.datasets import load_dataset
+    from dmpipeline.introduction import dataset_facts, dataset_tables
     from dmpipeline.outputs import default_outputs
+    from dmpipeline.settling import settle
     from dmpipeline.store import Run
 
     if spec:
         specs = [RunSpec.read(spec)]
     else:
         values = {"dataset": dataset, "masks": masks, "n_models": models, "seed": seed}
+        values |= {"task": task, "inputs": inputs}
         values |= {"recipe": {"name": recipe, **dict(settings)}}
         values |= {"held_out": {"n_subsets": held_out, "n_retrainings": retrainings}}
         specs = [RunSpec(**values, alpha=alpha) for alpha in dict.fromkeys(alphas)]
-        stored = outputs.split(",") if outputs else default_outputs(load_dataset(specs[0].located(Path.cwd()).dataset))
+        stored = outputs.split(",") if outputs else default_outputs(settle(specs[0].located(Path.cwd()))[1])
         specs = [RunSpec(**values, alpha=wanted.alpha, outputs=stored) for wanted in specs]
     places = [directory] if len(specs) == 1 else [directory / wanted.alpha_name for wanted in specs]
     made = [Run.create(place, wanted) for place, wanted in zip(places, specs, strict=True)]
     facts = [{"directory": str(run.path), "n_rows": run.spec.n_rows} for run in made]
+    learned = dataset_facts(made[0].dataset(), made[0].spec)
     talk.print_data(
-        facts[0] if len(made) == 1 else {"runs": facts}, *(facts_table({"run": str(run.path)}) for run in made)
+        (facts[0] if len(made) == 1 else {"runs": facts}) | learned,
+        *(facts_table({"run": str(run.path)}) for run in made),
+        *dataset_tables(learned),
     )
+    for warning in learned["warnings"]:
+        talk.remark(f"warning: {warning}")
     talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; next: dmpipeline run {directory}")
 
 

@@ -19,11 +19,12 @@ ROOMS_IN_ORDER = {
         upkeep_commands cli
     """,
     "dmpipeline": """
-        errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
-        networks lines convolution layers ensembles train probe directory cataloguing store extension worker handing
-        cluster status slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal
-        datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
-        workflow demo plan_command train_commands cli
+        errors compute philox regeneration spec masks scaling examples conversion labels tasks folders cifar fmow
+        datasets recipes outputs settling augmentation networks lines convolution layers ensembles train probe
+        directory cataloguing store extension worker handing cluster status slurm attribution verify tensors binary
+        moments checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings evaluate
+        alternatives figures curves applications export report workflow demo introduction plan_command train_commands
+        cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
