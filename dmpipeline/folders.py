@@ -179,6 +179,9 @@ def _mapped(folder: Path, name: str) -> npt.NDArray[Any]:
     except FileNotFoundError as error:
         raise unusable(folder, "a folder", f"lacks {path.name}; `dmpipeline.save_dataset` writes all four") from error
     except (OSError, ValueError, EOFError) as error:
+        if "Python objects" in str(error):
+            why = "cannot be read, for nothing is unpickled; write plain arrays, text as by labels.astype(str)"
+            raise unusable(folder, f"{path.name}, an array of Python objects,", why) from error
         raise unusable(folder, f"{path.name}, {error},", "cannot be read; write it with numpy.save") from error
 
 
@@ -403,8 +406,9 @@ def _differing_columns(folder: Path, of: str, train: tuple[str, ...], test: tupl
         for name in ours
         if name not in theirs
     ]
-    found = f"columns of train_{of} and test_{of} differ: " + (", ".join(alone[:6]) or "they are in another order")
-    return unusable(folder, found, "; give both the same columns in the same order, as test[train.columns]")
+    how = ", ".join(alone[:6]) or "they are in another order"
+    found = f"columns of train_{of} and test_{of}"
+    return unusable(folder, found, f"differ, {how}; give both the same in the same order, as test[train.columns]")
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -1,9 +1,9 @@
 """What labels mean: classes by name, numbers of a regression, or tokens; inferred only where there is no doubt.
 
 Text, bools and one-hot rows are classes. Whole numbers are classes where they are few, or number many examples each
-from 0 or 1 without a gap; floats are numbers of a regression unless all of them are whole. What is in doubt is refused,
-with how to say it. Classes are numbered by their sorted names, those that are numbers by size, over train and test
-together.
+from 0 or 1 without a gap. Floats are numbers of a regression, unless all of them are whole and several examples share
+each. What is in doubt is refused, with how to say it. Classes are numbered by their sorted names, or by size where
+those are numbers, over train and test together.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from dmpipeline.examples import Task, unusable
 # So many different whole numbers are surely classes; more are if each has so many examples, and none is left out.
 _SURELY_CLASSES = 20
 _EXAMPLES_A_CLASS = 10
+# Whole floats that fewer examples share than this, on average, are surely amounts.
+_SHARED_BY = 5
 
 _SAY = "--task {0} on the command line, task: {0} in run.yaml, or task={0!r} of save_dataset"
 
@@ -100,6 +102,8 @@ def _inferred(
         values = np.unique(np.concatenate([np.unique(train), np.unique(test)]))
         if kind in "iu" and _are_surely_classes(values, len(train)):
             return "classification"
+        if kind == "f" and len(values) > _SURELY_CLASSES and len(train) < _SHARED_BY * len(values):
+            return "regression"
         raise _doubt(source, train, f"with {len(values):,} different whole numbers", values, "classification")
     if kind == "f" and not ({*np.unique(train)} <= {0, 1}):
         return "regression"
@@ -196,11 +200,11 @@ def _called(labels: npt.NDArray[Any]) -> str:
 def _doubt(
     source: str | Path, labels: npt.NDArray[Any], found: str, values: npt.NDArray[Any], first: str | None
 ) -> SpecError:
-    either = " or ".join(filter(None, [first and {"tokens": "tokens", "classification": "classes"}[first], "amounts"]))
-    says = "; or ".join(_SAY.format(task) for task in filter(None, [first, "regression"]))
+    either = f"{'tokens' if first == 'tokens' else 'classes'} or amounts"
     return SpecError(
         f"dataset {source}: train_labels of {labels.dtype}, shape {labels.shape}, {found} from {values[0]:g} to "
-        f"{values[-1]:g}, may be {either}; say which: {says}",
+        f"{values[-1]:g}, may be {either}; say which by --task {first} or --task regression (task: in run.yaml, task= "
+        "of save_dataset)",
         field="task",
         value=str(source),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_PIECE_ROWS_BYTES = 2**24
+_PIECE_BYTES = 2**24
 _LISTED_VALUES = 256
 
 
@@ -88,6 +88,6 @@ class Scaling:
 
 
 def _pieces(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.float64]]:
-    step = max(1, _PIECE_ROWS_BYTES // max(1, values[:1].size * 8))
+    step = max(1, _PIECE_BYTES // max(1, values[:1].size * 8))
     for start in range(0, len(values), step):
         yield values[start : start + step].astype(np.float64)
