@@ -295,7 +295,8 @@ def _check_inputs(
     elif inputs.dtype != np.uint8:
         if inputs.ndim != 2:
             found = f"{name} of {inputs.dtype}, shape {inputs.shape}"
-            raise unusable(source, found, "is to be (n_examples, n_positions) for tokens; give pictures as uint8")
+            why = "is to be (n_examples, n_positions); give pictures as uint8, other numbers as floats"
+            raise unusable(source, found, why)
         _check_range(source, name, inputs, least=0, below=_TOKENS_BELOW, what="tokens")
 
 
