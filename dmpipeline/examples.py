@@ -329,7 +329,7 @@ def _check_none_missing(
         in_column += is_missing.sum(0)
     if not n_examples:
         return
-    found = f"{name} with NaN, which is no number, in {n_examples:,} of {len(inputs):,} examples"
+    found = f"{name} with NaN, a missing value, in {n_examples:,} of {len(inputs):,} examples"
     if inputs.ndim == 2:
         columns = np.flatnonzero(in_column)
         called = [repr(feature_names[column]) if feature_names else str(column) for column in columns.tolist()]

@@ -196,7 +196,7 @@ class _Written:
 
 
 def _check_readable(folder: Path) -> None:
-    """Read back what was written; a doubt about the task is left to whoever creates a run."""
+    """Read back what was written; a doubt about the task is settled when a run is created."""
     try:
         load_folder(folder)
     except SpecError as error:
@@ -311,7 +311,9 @@ def _write_examples(staging: Path, part: str, examples: Any, where: str, keys: t
                     keys = keys or _found_keys(item)
                     item = _picked(item, keys)
                 if not isinstance(item, tuple | list):
-                    raise SpecError(f"a {type(item).__name__} is no example; give (input, label), or a dict of both")
+                    raise SpecError(
+                        f"a {type(item).__name__} is not an example; give (input, label), or a dict of both"
+                    )
                 if len(item) != 2:
                     raise SpecError(f"{part} gives {len(item)} values an example; give (input, label)")
                 values = [

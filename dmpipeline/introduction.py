@@ -1,6 +1,6 @@
 """What is told of a dataset when a run of it is created: the task, classes with their counts, and how inputs are taken.
 
-The task and the classes are inferred, so they are always shown: whoever sees a class that is none, or 442 classes where
+The task and the classes are inferred, so they are always shown: a user who sees a class that is none, or 442 classes where
 amounts were meant, can say so before anything is trained.
 """
 

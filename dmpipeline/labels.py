@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dmpipeline.errors import SpecError
 from dmpipeline.examples import Task, unusable
 
-# So many different whole numbers are surely classes; more are if each has so many examples, and none is left out.
+# Up to 20 different whole numbers are surely classes; more are if each has 10 examples, and none is left out.
 _SURELY_CLASSES = 20
 _EXAMPLES_A_CLASS = 10
 # Whole floats that fewer examples share than this, on average, are surely amounts.

@@ -38,7 +38,7 @@ _LARGEST_OF_PICTURES = 10.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Said:
-    """What is said of a dataset, by its files or by whoever names it.
+    """What is said of a dataset, by its files or by its user.
 
     Attributes
     ----------

@@ -336,7 +336,7 @@ def truncated(index):
             lambda i: {"a": 1} if i == 7 else {"x": PICTURES[i], "y": i},
             "item 7 of train: a dict with the keys 'a' lacks",
         ),
-        (lambda i: PICTURES[i], "item 0 of train: a ndarray is no example; give"),
+        (lambda i: PICTURES[i], "item 0 of train: a ndarray is not an example; give"),
     ],
 )
 def test_an_item_that_cannot_be_had_is_named_with_its_own_error(tmp_path, make, words):
