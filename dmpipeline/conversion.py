@@ -26,8 +26,8 @@ def input_array(value: Any, where: str, *, picture_axes: int) -> tuple[npt.NDArr
     where : str
         What an error calls them, as `dataset wine: train_inputs`.
     picture_axes : int
-        A tensor with this many axes, the third from the end of length 1, 3 or 4, holds pictures with channels first; they
-        are moved last.
+        A tensor with this many axes, the third from the end of length 1, 3 or 4, holds pictures with channels first;
+        they are moved last.
 
     Returns
     -------
@@ -239,7 +239,7 @@ def _numbers_of_objects(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]
     wrong = [value for value in values if not _is_missing(value) and _kind(value) not in _NUMERIC]
     if wrong:
         raise SpecError(
-            f"{where} hold {wrong[0]!r}, a {type(wrong[0]).__name__}, among their values, which is not a number; encode "
+            f"{where} hold {wrong[0]!r}, a {type(wrong[0]).__name__}, among their values, not a number; encode "
             "text and categories as numbers, for example by pandas.get_dummies, and give examples of one shape",
             field="dataset",
         )

@@ -1,7 +1,7 @@
 """What is told of a dataset when a run of it is created: the task, classes with their counts, and how inputs are taken.
 
-The task and the classes are inferred, so they are always shown: a user who sees a class that is none, or 442 classes where
-amounts were meant, can say so before anything is trained.
+The task and the classes are inferred, so they are always shown: a user who sees a class that is none, or 442 classes
+where amounts were meant, can say so before anything is trained.
 """
 
 from collections.abc import Mapping

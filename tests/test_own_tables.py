@@ -257,6 +257,7 @@ def test_init_refuses_a_doubt_and_takes_the_users_word(tmp_path, capsys):
         (lambda _: [[1, 2], [3]], "give examples of one shape"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about the first sparse tensor of a process
 def test_inputs_that_cannot_be_used_name_the_column_and_the_remedy(tmp_path, change, words):
     with pytest.raises(SpecError, match=words):
         save_dataset(tmp_path / "table", (change(TABLE), CLASSES), (TABLE[:9], CLASSES[:9]))
