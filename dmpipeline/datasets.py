@@ -9,16 +9,26 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dmpipeline.cifar import load_cifar
 from dmpipeline.errors import SpecError
-from dmpipeline.examples import Dataset, as_features, checked_dataset, checked_name, unusable
+from dmpipeline.examples import (
+    Dataset,
+    InputsForm,
+    Task,
+    as_features,
+    checked_dataset,
+    checked_name,
+    unusable,
+)
 from dmpipeline.fmow import load_fmow
 from dmpipeline.folders import ARRAYS, load_folder, save_dataset
 from dmpipeline.masks import Purpose, draw_permutation
 from dmpipeline.spec import DATASET_FORMS, DATASET_NAMES, nearest_name, split_dataset
+from dmpipeline.tasks import FACTS, Said, check_said, dataset_of, said_in_files
 
 __all__ = ["Dataset", "as_features", "load_dataset", "save_dataset"]
 
@@ -27,8 +37,10 @@ DIGITS_TRAIN = 1437
 _LOADERS: dict[str, Callable[[Path], Dataset]] = {"cifar10": load_cifar, "fmow": load_fmow}
 
 
-def load_dataset(name: str) -> Dataset:
-    """Load a dataset by name or from files.
+def load_dataset(
+    name: str, *, task: Task | None = None, inputs: InputsForm | None = None, as_before: bool = False
+) -> Dataset:
+    """Load a dataset by name or from files, and settle what is learned of it and how its inputs are taken.
 
     Parameters
     ----------
@@ -39,9 +51,17 @@ def load_dataset(name: str) -> Dataset:
         - `cifar10:PATH`: a folder with CIFAR-10's own files; see `dmpipeline.cifar.load_cifar`.
         - `fmow:PATH`: the folder of WILDS's FMoW; see `dmpipeline.fmow.load_fmow`.
         - The path of an .npz file with `train_inputs`, `train_labels`, `test_inputs` and `test_labels`, as
-          `dmpipeline.examples.Dataset` describes them. Nothing in it is unpickled. The dataset's name is the file's
-          stem.
+          `dmpipeline.examples.Dataset` describes them, labels also as text, bools, one-hot rows or any whole numbers;
+          perhaps `class_names` and `feature_names`. Nothing in it is unpickled. The dataset's name is the file's stem.
         - The path of a folder with the same as .npy files, which stay on disk; see `save_dataset`.
+    task : {"classification", "regression", "tokens"}, optional
+        What is learned; left out, what the files say, or what the labels leave no doubt of.
+    inputs : {"standardised", "as-is", "tokens"}, optional
+        How inputs are taken; left out, a table of numbers is standardised by the full training set, while pictures
+        and tokens are taken as they are.
+    as_before : bool
+        Whether to read arrays as the runs do that were created before there were tasks: floats are a regression, whole
+        numbers classes, whole inputs tokens, and nothing is scaled. Not with `task` or `inputs`.
 
     Returns
     -------
@@ -50,20 +70,21 @@ def load_dataset(name: str) -> Dataset:
     Raises
     ------
     SpecError
-        If there is no such dataset, or its files cannot be used.
+        If there is no such dataset, its files cannot be used, or what its labels mean is in doubt.
     RunError
         If what is to be kept of it cannot be written.
     """
     form, place = split_dataset(name)
+    said = Said(task=task, inputs=inputs, as_before=as_before)
     if form in DATASET_NAMES:
-        return _digits()
+        return check_said(name, said, _digits())
     path = Path(place).expanduser()
     if form is not None and place:
-        return _LOADERS[form](path)
+        return check_said(name, said, _LOADERS[form](path))
     if name.endswith(".npz"):
-        return _from_npz(path)
+        return _from_npz(path, said)
     if form is None and path.is_dir():
-        return load_folder(path)
+        return load_folder(path, said)
     if form is None and ":" not in name and "/" in name:
         raise unusable(name, "no folder", "is there; correct the path")
     choice = nearest_name(name.partition(":")[0], [*DATASET_NAMES, *DATASET_FORMS])
@@ -93,7 +114,7 @@ def _digits() -> Dataset:
     )
 
 
-def _from_npz(path: Path) -> Dataset:
+def _from_npz(path: Path, said: Said) -> Dataset:
     name = checked_name(path.stem, path)
     try:
         # opened here because numpy leaves a file open that it cannot read
@@ -103,17 +124,33 @@ def _from_npz(path: Path) -> Dataset:
                 raise unusable(path, "one array", "is not an .npz file of four; write it with numpy.savez")
             if missing := [array for array in ARRAYS if array not in file.files]:
                 raise unusable(path, f"{', '.join(file.files)}", f"lacks {', '.join(missing)}; add what is missing")
-            train_inputs, train_labels, test_inputs, test_labels = (file[array] for array in ARRAYS)
+            train_inputs, train_labels, test_inputs, test_labels = (_member(path, file, array) for array in ARRAYS)
+            facts = {fact: _member(path, file, fact).tolist() for fact in FACTS if fact in file.files}
     except FileNotFoundError as error:
         raise unusable(path, "nothing", "is to be an .npz file; correct the path") from error
     except SpecError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise unusable(path, str(error), "cannot be read; write plain arrays with numpy.savez") from error
-    return checked_dataset(
+    return dataset_of(
         name,
         (train_inputs, train_labels),
         (test_inputs, test_labels),
+        said if said.as_before else said_in_files(path, facts, said),
         source=path,
         example_order=f"that of {path.name}",
     )
+
+
+def _member(path: Path, file: "np.lib.npyio.NpzFile", array: str) -> "np.ndarray[Any, Any]":
+    try:
+        values: np.ndarray[Any, Any] = file[array]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise unusable(
+            path,
+            f"{array} of Python objects",
+            "is never unpickled; write plain arrays with numpy.savez, text as by labels.astype(str)",
+        ) from error
+    return values

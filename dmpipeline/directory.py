@@ -214,6 +214,7 @@ def provenance(path: Path, spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
             "n_test": dataset.n_test,
             "n_classes": dataset.n_classes,
             "example_order": dataset.example_order,
+            "scaling": dataset.scaling and dataset.scaling.facts(),
         },
         "code": code_digest(find_recipe(spec.recipe)),
         "masks": masks_digest(spec),

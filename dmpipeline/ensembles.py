@@ -44,7 +44,10 @@ class Group(Protocol):
         """Take one step: each model on its own examples, (n_models, batch), altered as their words say."""
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """Compute outputs on all train and all test examples, float32 (n_models, n, ...) on the CPU."""
+        """Compute outputs on all train and all test examples, float32 (n_models, n, ...) on the CPU.
+
+        Those of a regression are in the units of the labels.
+        """
 
     def states(self) -> list[dict[str, Tensor]]:
         """Give what each model has learned, as states of the network, on the CPU."""
@@ -95,18 +98,20 @@ class Material:
 
     @functools.cached_property
     def train_inputs(self) -> Tensor:
-        """All of the dataset's, on the device, pictures as they are stored."""
+        """All of the dataset's, on the device, scaled as the dataset says; pictures as they are stored."""
         return self._resident(self.dataset.train_inputs)
 
     @functools.cached_property
     def test_inputs(self) -> Tensor:
-        """All of the dataset's, on the device, pictures as they are stored."""
+        """All of the dataset's, on the device, scaled as the training inputs are; pictures as they are stored."""
         return self._resident(self.dataset.test_inputs)
 
     @functools.cached_property
     def labels(self) -> Tensor:
-        """Those of the train examples, on the device."""
-        return self._on_device(self.dataset.train_labels)
+        """Those of the train examples, on the device; a regression's scaled as the dataset says."""
+        labels, scaling = self.dataset.train_labels, self.dataset.scaling
+        moments = None if scaling is None else scaling.labels
+        return self._on_device(labels if moments is None else moments.standardised(labels))
 
     @functools.cached_property
     def draws(self) -> bool:
@@ -145,6 +150,14 @@ class Material:
             raise ValueError("pictures without a shape")
         return normalised(stored, self.dataset.image_shape, self.recipe)
 
+    def in_units(self, outputs: Tensor) -> Tensor:
+        """Return a network's outputs, on the CPU, in the units of the labels, where training scales those."""
+        scaling = self.dataset.scaling
+        if scaling is None or scaling.labels is None:
+            return outputs
+        mean, std = (torch.from_numpy(np.asarray(numbers)) for numbers in (scaling.labels.mean, scaling.labels.std))
+        return (outputs.double() * std + mean).float()
+
     @functools.cached_property
     def laid_out(self) -> tuple[Tensor, Tensor, Tensor]:
         """Train inputs, test inputs and true outputs as `layers` takes them."""
@@ -154,6 +167,8 @@ class Material:
         return train, test, true_outputs(self.labels, self.dataset.n_classes, self.recipe.label_smoothing)
 
     def _resident(self, inputs: np.ndarray[Any, Any]) -> Tensor:
+        if self.dataset.scaling is not None and self.dataset.scaling.inputs is not None:
+            inputs = self.dataset.scaling.inputs.standardised(inputs)
         is_as_stored = len(self.input_shape) == 3 or inputs.dtype.kind == "i"
         return self._on_device(inputs if is_as_stored else as_features(inputs))
 
@@ -235,6 +250,7 @@ def mean_losses(outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tens
 
 class _Products:
     def __init__(self, material: Material, states: State, batch: int) -> None:
+        self.in_units = material.in_units
         self.inputs, self.test_inputs, self.truth = material.laid_out
         self.networks = stacked_networks(material, states, batch)
 
@@ -242,7 +258,8 @@ class _Products:
         self.networks.step(self.inputs, self.truth, examples, lr)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        return self.networks.outputs(self.inputs), self.networks.outputs(self.test_inputs)
+        train, test = (self.networks.outputs(part) for part in (self.inputs, self.test_inputs))
+        return self.in_units(train), self.in_units(test)
 
     def states(self) -> list[dict[str, Tensor]]:
         return self.networks.states()
@@ -305,7 +322,7 @@ class _Differentiated:
             material = self.material
             train, test = (self._all_outputs(part) for part in (material.train_inputs, material.test_inputs))
         self.network.train()
-        return train, test
+        return material.in_units(train), material.in_units(test)
 
     def states(self) -> list[dict[str, Tensor]]:
         if not self.is_stacked:

@@ -11,19 +11,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.errors import SpecError
+from dmpipeline.scaling import Scaling
 from dmpipeline.shown import Shown
 
 Part = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """The inputs and labels of one part of a dataset, train or test."""
 
+Task = Literal["classification", "regression", "tokens"]
+"""What models learn of a dataset."""
+
+InputsForm = Literal["standardised", "as-is", "tokens"]
+"""How models take inputs."""
+
 _CLASSES_BELOW = 2**16
 _TOKENS_BELOW = 2**20
+_LISTED_COLUMNS = 8
 
 # Large arrays are looked at in pieces of about this size, so that a memory map is never in memory as a whole.
 _PIECE_BYTES = 2**24
@@ -51,6 +59,12 @@ class Dataset(Shown):
         In words, where the order of examples is from.
     fingerprint : str
         SHA-256 of the four arrays with their dtypes and shapes, in hexadecimal.
+    class_names : tuple of str, or None
+        How the user called each class, in the order of their numbers; None where classes are just numbers from 0.
+    feature_names : tuple of str, or None
+        Names of the columns of a table of inputs, where it had some.
+    scaling : Scaling, or None
+        How inputs and labels are scaled for training by gradients; the arrays here are not scaled.
     """
 
     name: str
@@ -62,6 +76,9 @@ class Dataset(Shown):
     image_shape: tuple[int, ...] | None
     example_order: str
     fingerprint: str
+    class_names: tuple[str, ...] | None = None
+    feature_names: tuple[str, ...] | None = None
+    scaling: Scaling | None = None
 
     def _facts(self) -> tuple[str, dict[str, object]]:
         kind = "numbers" if self.is_regression else "tokens" if self.is_sequence else "classes"
@@ -97,6 +114,22 @@ class Dataset(Shown):
     def is_sequence(self) -> bool:
         """Whether a token is predicted at each position of an input."""
         return self.train_labels.dtype.kind == "i" and self.train_labels.ndim == 2
+
+    @property
+    def task(self) -> Task:
+        """What is learned: "classification", "regression", or "tokens" at each position of a sequence."""
+        return "regression" if self.is_regression else "tokens" if self.is_sequence else "classification"
+
+    @property
+    def inputs_form(self) -> InputsForm:
+        """How models trained by gradients take the inputs: "standardised", "as-is", or as "tokens"."""
+        if self.train_inputs.dtype.kind == "i":
+            return "tokens"
+        return "standardised" if self.scaling is not None and self.scaling.inputs is not None else "as-is"
+
+    def name_of(self, label: Any) -> str:
+        """Tell how the user calls a label: by its class name where there is one, else the number as text."""
+        return str(label) if self.class_names is None else self.class_names[int(label)]
 
 
 def as_features(inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -136,6 +169,7 @@ def checked_dataset(
     image_shape: tuple[int, ...] | None = None,
     n_classes: int | None = None,
     fingerprint: str | None = None,
+    feature_names: tuple[str, ...] | None = None,
 ) -> Dataset:
     """Make a dataset of arrays that can be used, whatever their width and byte order.
 
@@ -154,6 +188,8 @@ def checked_dataset(
         Left out, one more than the largest label, or the count of numbers that a regression predicts.
     fingerprint : str, optional
         If it is known.
+    feature_names : tuple of str, optional
+        How the columns of a table of inputs are called.
 
     Raises
     ------
@@ -162,7 +198,7 @@ def checked_dataset(
     """
     arrays: list[npt.NDArray[Any]] = []
     for part, (inputs, labels) in (("train", train), ("test", test)):
-        _check_inputs(source, f"{part}_inputs", inputs)
+        _check_inputs(source, f"{part}_inputs", inputs, feature_names)
         _check_labels(source, f"{part}_labels", labels, inputs)
         arrays += [_as_kept(inputs), _kept_labels(labels)]
     train_inputs, train_labels, test_inputs, test_labels = arrays
@@ -186,6 +222,7 @@ def checked_dataset(
         image_shape=image_shape,
         example_order=example_order,
         fingerprint=fingerprint or _fingerprint(arrays),
+        feature_names=feature_names,
     )
 
 
@@ -226,24 +263,51 @@ def checked_name(name: str, source: str | Path) -> str:
     return name
 
 
+def check_shape(source: str | Path, name: str, inputs: npt.NDArray[Any]) -> None:
+    """Refuse inputs that are not (n_examples, ...), or are empty.
+
+    Raises
+    ------
+    SpecError
+    """
+    if inputs.ndim < 2 or inputs.size == 0:
+        single = "; for a single feature give inputs.reshape(-1, 1)" if inputs.ndim == 1 and inputs.size else ""
+        raise unusable(source, f"{name} of shape {inputs.shape}", f"is to be (n_examples, ...), none of them 0{single}")
+
+
+def check_finite(source: str | Path, name: str, values: npt.NDArray[Any]) -> None:
+    """Refuse values that are not finite, or too large for float32.
+
+    Raises
+    ------
+    SpecError
+    """
+    largest = np.finfo(np.float32).max
+    if not all(np.abs(piece).max() <= largest for piece in pieces_of(values)):
+        raise unusable(source, name, "holds NaN, infinity or values beyond float32; give finite ones")
+
+
 def unusable(source: str | Path, found: str, why: str) -> SpecError:
     """Say what is wrong with a dataset: what was found, what it is to be, and the remedy."""
     return SpecError(f"dataset {source}: {found} {why}", field="dataset", value=str(source))
 
 
-def _check_inputs(source: str | Path, name: str, inputs: npt.NDArray[Any]) -> None:
-    if inputs.ndim < 2 or inputs.size == 0:
-        raise unusable(source, f"{name} of shape {inputs.shape}", "is to be (n_examples, ...), none of them 0")
+def _check_inputs(
+    source: str | Path, name: str, inputs: npt.NDArray[Any], feature_names: tuple[str, ...] | None
+) -> None:
+    check_shape(source, name, inputs)
     if inputs.dtype.kind not in "fiu":
         raise unusable(
             source, f"{name} of {inputs.dtype}", "is to be floats, uint8 from 0 to 255 or tokens; convert it"
         )
     if inputs.dtype.kind == "f":
-        _check_finite(source, name, inputs)
+        _check_none_missing(source, name, inputs, feature_names)
+        check_finite(source, name, inputs)
     elif inputs.dtype != np.uint8:
         if inputs.ndim != 2:
             found = f"{name} of {inputs.dtype}, shape {inputs.shape}"
-            raise unusable(source, found, "is to be (n_examples, n_positions) for tokens; give pictures as uint8")
+            why = "is to be (n_examples, n_positions); give pictures as uint8, other numbers as floats"
+            raise unusable(source, found, why)
         _check_range(source, name, inputs, least=0, below=_TOKENS_BELOW, what="tokens")
 
 
@@ -253,7 +317,7 @@ def _check_labels(source: str | Path, name: str, labels: npt.NDArray[Any], input
     if labels.dtype.kind not in "fiu" or labels.ndim not in (1, 2) or len(labels) != n_examples or labels.size == 0:
         raise unusable(source, found, f"is to be integers or floats of shape ({n_examples},), one for each input")
     if labels.dtype.kind == "f":
-        _check_finite(source, name, labels)
+        check_finite(source, name, labels)
     elif labels.ndim == 1:
         _check_range(source, name, labels, least=0, below=_CLASSES_BELOW, what="classes")
     else:
@@ -265,10 +329,25 @@ def _check_labels(source: str | Path, name: str, labels: npt.NDArray[Any], input
             raise unusable(source, f"{name}, example {row}", "has nothing to predict, -1 throughout; leave it out")
 
 
-def _check_finite(source: str | Path, name: str, values: npt.NDArray[Any]) -> None:
-    largest = np.finfo(np.float32).max
-    if not all(np.abs(piece).max() <= largest for piece in pieces_of(values)):
-        raise unusable(source, name, "holds NaN, infinity or values beyond float32; give finite ones")
+def _check_none_missing(
+    source: str | Path, name: str, inputs: npt.NDArray[Any], feature_names: tuple[str, ...] | None
+) -> None:
+    """Refuse NaN, by the columns that have it where inputs are a table."""
+    n_examples, in_column = 0, np.zeros(math.prod(inputs.shape[1:]), np.int64)
+    for piece in pieces_of(inputs):
+        is_missing = np.isnan(piece).reshape(len(piece), -1)
+        n_examples += int(is_missing.any(1).sum())
+        in_column += is_missing.sum(0)
+    if not n_examples:
+        return
+    found = f"{name} with NaN, a missing value, in {n_examples:,} of {len(inputs):,} examples"
+    if inputs.ndim == 2:
+        columns = np.flatnonzero(in_column)
+        called = [repr(feature_names[column]) if feature_names else str(column) for column in columns.tolist()]
+        listed = [f"{name} ({count:,})" for name, count in zip(called, in_column[columns].tolist(), strict=True)]
+        shown = ", ".join(listed[:_LISTED_COLUMNS]) + (", ..." if len(listed) > _LISTED_COLUMNS else "")
+        found += f", column{'s' * (len(listed) > 1)} {shown}"
+    raise unusable(source, found, "is to hold finite numbers; fill missing values, or leave these examples out")
 
 
 def _check_range(source: str | Path, name: str, values: npt.NDArray[Any], *, least: int, below: int, what: str) -> None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmpipeline.datasets import Dataset, load_dataset
+from dmpipeline.datasets import Dataset
 from dmpipeline.directory import PROVENANCE_BYTE, as_json, claimed, write_beside
 from dmpipeline.errors import RunError, SpecError, explain_os_errors, quoted
 from dmpipeline.places import dataset_path, masks_path, relative_places
+from dmpipeline.settling import dataset_of_run
 from dmpipeline.spec import RunSpec, split_dataset
 
 
@@ -73,7 +74,7 @@ def load_recorded(path: Path, spec: RunSpec, recorded: Mapping[str, Any]) -> Dat
             field="dataset",
             value=spec.dataset,
         )
-    dataset = load_dataset(spec.dataset)
+    dataset = dataset_of_run(spec)
     if dataset.fingerprint != recorded["fingerprint"]:
         raise RunError(
             f"dataset {spec.dataset} has fingerprint {dataset.fingerprint[:12]}, but the run at {path} was created "

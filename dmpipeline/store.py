@@ -37,7 +37,6 @@ from dmdata import phases
 from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
 from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamodels
-from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors, quoted
@@ -49,6 +48,7 @@ from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import AnyRecipe, Recipe, code_digest, find_recipe
 from dmpipeline.relocation import load_recorded, read_spec, remember
 from dmpipeline.rows import DIGEST_BYTES, Block, PartialBlock, block_digest
+from dmpipeline.settling import settle, settled_as
 from dmpipeline.shown import Shown
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.subsets import alpha_name_of, sizes_of, spec_facts
@@ -95,7 +95,7 @@ class Run(Shown):
         with explain_os_errors(path):
             if (path / "run.yaml").exists():
                 return cls._resume(path, spec)
-            directory.create(path, spec, _usable_dataset(spec))
+            directory.create(path, *_settled(spec))
         return cls._resume(path, spec)
 
     @classmethod
@@ -113,12 +113,15 @@ class Run(Shown):
                 cls._resume(path, spec)
                 return
             directory.require_vacant(path)
-        _usable_dataset(spec)
+        _settled(spec)
 
     @classmethod
     def _resume(cls, path: Path, spec: RunSpec) -> Self:
         run = cls.open(path)
         spec = spec.with_version_of(run.spec)
+        if run.spec.task and run.spec.inputs:  # decided when it was created
+            n_train = run.provenance["dataset"]["n_train"]
+            spec = settled_as(spec, run.spec.task, run.spec.inputs, n_train)
         there, wanted = (some.model_dump(mode="json") for some in (run.spec, spec))
         if differing := [name for name in wanted if there[name] != wanted[name]]:
             name = differing[0]
@@ -680,13 +683,13 @@ def _trains_itself(recipe: AnyRecipe) -> SpecError:
     return SpecError(f"recipe {recipe.name} trains its models itself, one by one; leave out how", field="method")
 
 
-def _usable_dataset(spec: RunSpec) -> Dataset:
-    """Load a spec's dataset and make sure that its models can be trained."""
-    dataset = load_dataset(spec.dataset)
+def _settled(spec: RunSpec) -> tuple[RunSpec, Dataset]:
+    """Decide what a spec leaves to its dataset, and make sure that its models can be trained."""
+    spec, dataset = settle(spec)
     if spec.masks == "exact":
         subset_size(dataset.n_train, spec.alpha)
     if spec.masks not in MASK_LAWS:
         given_masks(spec, dataset.n_train)
     check_outputs(spec.arrays[1:], dataset)
     make_trainer(dataset, find_recipe(spec.recipe), seed=spec.seed)
-    return dataset
+    return spec, dataset

@@ -79,6 +79,16 @@ class _Setting(click.ParamType[tuple[str, Any]]):
     help="digits, cifar10:PATH, fmow:PATH, or the path of an .npz file or a folder of arrays.",
 )
 @click.option(
+    "--task",
+    type=click.Choice(["classification", "regression", "tokens"]),
+    help="What is learned. [default: what the labels leave no doubt of]",
+)
+@click.option(
+    "--inputs",
+    type=click.Choice(["standardised", "as-is", "tokens"]),
+    help="How inputs are taken. [default: tables standardised, others as they are]",
+)
+@click.option(
     "--alpha",
     "alphas",
     type=float,
@@ -99,6 +109,7 @@ class _Setting(click.ParamType[tuple[str, Any]]):
 @click.pass_context
 def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | None, **options: Any) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
+    from dmpipeline.introduction import dataset_facts, dataset_tables
     from dmpipeline.store import Run
     from dmpipeline.subsets import SubsetSizes
 
@@ -113,19 +124,23 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
             f"the masks in {specs[0].masks} have no alpha, so there is one run of them; leave out --alpha"
         )
     places = [directory] if len(specs) == 1 else [directory / wanted.alpha_name for wanted in specs]
-    # all of them, or none
-    for place, wanted in zip(places, specs, strict=True):
-        Run.require_creatable(place, wanted)
+    if len(specs) > 1:  # all of them, or none
+        for place, wanted in zip(places, specs, strict=True):
+            Run.require_creatable(place, wanted)
     made = [Run.create(place, wanted) for place, wanted in zip(places, specs, strict=True)]
     sizes = [SubsetSizes.of(run.spec, run.provenance["dataset"]["n_train"]) for run in made]
     facts = [
         {"directory": str(run.path), "n_rows": run.spec.n_rows, "subsets": its.as_dict()}
         for run, its in zip(made, sizes, strict=True)
     ]
+    learned = dataset_facts(made[0].dataset(), made[0].spec)
     talk.print_data(
-        facts[0] if len(made) == 1 else {"runs": facts},
+        (facts[0] if len(made) == 1 else {"runs": facts}) | learned,
         *(facts_table({"run": str(run.path), "subsets": its.in_words}) for run, its in zip(made, sizes, strict=True)),
+        *dataset_tables(learned),
     )
+    for warning in learned["warnings"]:
+        talk.remark(f"warning: {warning}")
     if made[0].spec.masks not in MASK_LAWS and made[0].spec.alpha != RunSpec().alpha:
         talk.remark(f"alpha {made[0].spec.alpha:.0%} is not used: the subsets are those in {made[0].spec.masks}")
     talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; {next_to_train(directory)}")
@@ -133,8 +148,8 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
 
 def _specs(base: RunSpec | None, given: Mapping[str, Any]) -> list[RunSpec]:
     """Make a spec for each alpha of the options that were given, and of a file's spec where they say nothing."""
-    from dmpipeline.datasets import load_dataset
     from dmpipeline.outputs import default_outputs
+    from dmpipeline.settling import settle
 
     values: dict[str, Any] = base.model_dump() if base else {}
     values |= {name: given[option] for option, name in _FIELDS.items() if option in given}
@@ -148,13 +163,19 @@ def _specs(base: RunSpec | None, given: Mapping[str, Any]) -> list[RunSpec]:
         values["outputs"] = given["outputs"].split(",")
     elif base is None or "outputs" not in base.model_fields_set:
         values.pop("outputs", None)
-        wanted = RunSpec(**values).located(Path.cwd())
-        values["outputs"] = default_outputs(load_dataset(wanted.dataset))
+        values["outputs"] = default_outputs(settle(RunSpec(**values).located(Path.cwd()))[1])
     alphas = dict.fromkeys(given.get("alphas", (values.get("alpha"),)))
     return [RunSpec(**(values | {"alpha": alpha})) for alpha in alphas]
 
 
-_FIELDS = {"dataset": "dataset", "masks": "masks", "models": "n_models", "seed": "seed"}
+_FIELDS = {
+    "dataset": "dataset",
+    "task": "task",
+    "inputs": "inputs",
+    "masks": "masks",
+    "models": "n_models",
+    "seed": "seed",
+}
 _HELD_OUT_FIELDS = {"held_out": "n_subsets", "retrainings": "n_retrainings"}
 
 

@@ -458,8 +458,8 @@ def _gallery(dataset: Dataset) -> Gallery | None:
     return Gallery(
         train=dataset.train_inputs.reshape(-1, *shape),
         targets=dataset.test_inputs.reshape(-1, *shape),
-        train_labels=[str(label) for label in dataset.train_labels],
-        target_labels=[str(label) for label in dataset.test_labels],
+        train_labels=[dataset.name_of(label) for label in dataset.train_labels],
+        target_labels=[dataset.name_of(label) for label in dataset.test_labels],
     )
 
 

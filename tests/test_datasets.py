@@ -75,16 +75,31 @@ def test_floats_keep_their_shape_and_any_width_or_byte_order_becomes_float32(tmp
 
 @pytest.mark.parametrize(("shape", "n_numbers"), [((6,), 1), ((6, 3), 3)])
 def test_labels_of_floats_make_a_regression(tmp_path, shape, n_numbers):
-    labels = np.linspace(-5, 5, 6 * n_numbers).reshape(shape)
+    labels = np.linspace(-5, 5.5, 6 * n_numbers).reshape(shape)
     dataset = load_dataset(save(tmp_path / "prices.npz", train_labels=labels, test_labels=labels[:2]))
     assert (dataset.is_regression, dataset.is_sequence, dataset.n_classes) == (True, False, n_numbers)
     assert dataset.train_labels.dtype == np.float32
     assert (dataset.train_labels == labels.astype(np.float32)).all()
 
 
-def test_integers_are_tokens_with_a_label_each_or_one_at_each_position(tmp_path):
+def test_whole_inputs_are_features_unless_they_are_said_to_be_tokens(tmp_path):
+    whole = np.arange(24, dtype=np.int16).reshape(6, 4)
+    path = save(tmp_path / "a.npz", train_inputs=whole, test_inputs=whole[:2])
+    features = load_dataset(path)
+    assert (features.train_inputs.dtype, features.inputs_form) == (np.float32, "standardised")
+    assert (features.train_inputs == whole).all()
+    tokens = load_dataset(path, inputs="tokens")
+    assert (tokens.train_inputs.dtype, tokens.inputs_form, tokens.task) == (np.int64, "tokens", "classification")
+    assert load_dataset(path, as_before=True).train_inputs.dtype == np.int64
+    with pytest.raises(SpecError, match="train_inputs of float32 is to be whole numbers from 0, for tokens"):
+        load_dataset(save(tmp_path / "b.npz"), inputs="tokens")
+    with pytest.raises(SpecError, match="number tokens from 0"):
+        load_dataset(save(tmp_path / "c.npz", train_inputs=whole - 1, test_inputs=whole[:2]), inputs="tokens")
+
+
+def test_integers_are_tokens_with_a_label_at_each_position(tmp_path):
     tokens = np.arange(24, dtype=np.int16).reshape(6, 4)
-    one_each = load_dataset(save(tmp_path / "a.npz", train_inputs=tokens, test_inputs=tokens[:2]))
+    one_each = load_dataset(save(tmp_path / "a.npz", train_inputs=tokens, test_inputs=tokens[:2]), inputs="tokens")
     assert (one_each.train_inputs.dtype, one_each.is_sequence, one_each.n_classes) == (np.int64, False, 3)
     following = np.roll(tokens, -1, axis=1)
     following[:, -1] = -1
@@ -118,19 +133,26 @@ def test_any_changed_value_changes_the_fingerprint(tmp_path, name):
         ({"train_inputs": ARRAYS["train_inputs"][:, :3]}, "differ after the first dimension"),
         ({"train_inputs": np.full((6, 4), np.nan, np.float32)}, "finite"),
         ({"train_inputs": np.full((6, 4), 1e300)}, "finite"),
-        ({"train_inputs": np.ones((6, 4), np.int64)}, "train_inputs of int64.* differ .* or in kind"),
-        ({"train_inputs": np.full((6, 4), -1)}, "number tokens from 0"),
         ({"train_inputs": np.ones((6, 2, 2), int)}, "give pictures as uint8"),
-        ({"train_inputs": np.ones((6, 4), bool)}, "train_inputs of bool"),
+        ({"train_inputs": np.ones((6, 4), complex)}, "train_inputs of complex128"),
+        ({"train_inputs": np.full((6, 4), "a")}, "train_inputs of <U1"),
         ({"train_inputs": np.ones(6, np.float32)}, r"train_inputs of shape \(6,\)"),
         ({"train_inputs": np.ones((0, 4), np.float32)}, r"shape \(0, 4\)"),
         ({"train_labels": np.array([0, 1])}, r"shape \(6,\), one for each input"),
-        ({"train_labels": np.linspace(0, 1, 6)}, "train_labels of float32.*differ.* in kind"),
+        ({"train_labels": np.linspace(0, 1, 6)}, "train_labels of float64.*differ.* in kind"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, np.inf])}, "train_labels holds NaN, infinity"),
-        ({"train_labels": np.ones((6, 4), int)}, "go with tokens of the same shape"),
-        ({"train_labels": np.array([0, 1, 2, 0, 1, 2**16])}, "below 65,536"),
-        ({"train_labels": np.array([0, 1, 2, 0, 1, -2])}, "from -2 to 2"),
-        ({"train_labels": np.zeros(6, int)}, "two classes"),
+        (
+            {"train_labels": np.array([0, 1, 2, 0, np.nan, 1])},
+            r"1 of 6 examples have a missing value \(NaN\), namely 4",
+        ),
+        (
+            {"train_labels": np.full((6, 4), 3), "test_labels": np.full((2, 4), 3)},
+            "go with tokens of the same shape; .* --task regression",
+        ),
+        ({"train_labels": np.zeros(6, int)}, "of one class, 0,.* two classes or more"),
+        ({"class_names": np.array(["a", "b"])}, "labels from 0 to 2 with 2 class names disagree"),
+        ({"feature_names": np.array(["a", "b"])}, "2 feature_names .* disagree"),
+        ({"task": np.array("classes")}, "task 'classes' in its files is to be classification, regression, tokens"),
         ({"train_labels": np.array([object()] * 6)}, "plain arrays"),
     ],
 )

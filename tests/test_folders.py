@@ -130,7 +130,7 @@ def test_numbers_and_sequences_are_stored_as_labels(tmp_path):
     [
         ((PICTURES,), "train of 1 arrays"),
         ((PICTURES, LABELS[:3]), r"train_labels of int64, shape \(3,\)"),
-        ((PICTURES, LABELS.astype(str)), "neither floats nor integers"),
+        ((PICTURES, LABELS.astype(complex)), "neither floats nor integers"),
         (Examples(PICTURES, []), "holds none"),
         (Examples([*PICTURES[:3], PICTURES[3, :2]], LABELS[:4]), r"example 3 is uint8 of shape \(2, 5, 3\)"),
         (Examples(PICTURES, [0, 1, 2.5, 0]), r"example 2 is .*float32 of shape \(\), where the first is .*int64"),
@@ -151,8 +151,9 @@ def test_a_dataset_that_fails_half_way_leaves_nothing(tmp_path):
                 raise ZeroDivisionError
             return super().__getitem__(index)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SpecError, match="item 4 of train: ZeroDivisionError") as caught:
         save_dataset(tmp_path / "birds", Failing(PICTURES, LABELS), (PICTURES, LABELS))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert entries(tmp_path) == []
 
 
@@ -198,7 +199,7 @@ def test_pictures_on_disk_train_as_the_same_numbers_in_memory(tmp_path):
     folder = save_dataset(tmp_path / "bytes", (pictures, labels), (pictures, labels))
     recipe, way = find_recipe(spec.recipe), Way("products", 3)
     mapped, whole = (
-        make_trainer(load_dataset(str(path)), recipe, seed=spec.seed, way=way).train(
+        make_trainer(load_dataset(str(path), inputs="as-is"), recipe, seed=spec.seed, way=way).train(
             subset_masks(spec, range(3), len(labels)), spec.model_indices(range(3)), range(3)
         )
         for path in (folder, tmp_path / "floats.npz")

@@ -19,12 +19,12 @@ ROOMS_IN_ORDER = {
         upkeep_commands cli
     """,
     "dmpipeline": """
-        errors shown compute philox regeneration spec masks subsets places examples folders cifar fmow datasets usercode
-        recipes pinned rows returned outputs augmentation networks lines convolution layers ensembles train probe
-        directory relocation cataloguing store extension worker handing cluster status slurm attribution repeats verify
-        tensors binary moments checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings
-        evaluate alternatives figures curves applications export report workflow demo plan_command run_commands
-        train_commands cli
+        errors shown compute philox regeneration spec masks subsets places scaling examples conversion labels tasks
+        folders cifar fmow datasets usercode recipes pinned rows returned outputs settling augmentation networks lines
+        convolution layers ensembles train probe directory relocation cataloguing store extension worker handing cluster
+        status slurm attribution repeats verify tensors binary moments checkpoints spaces descent lasso proximal
+        datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
+        workflow demo introduction plan_command run_commands train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
