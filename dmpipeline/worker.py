@@ -118,7 +118,7 @@ class _Reporter:
     worker: Any
 
     def phase(self, text: str) -> None:
-        """What one of many workers does just now is not told."""
+        """Keep it: what one of many workers does just now is not told."""
 
     def advance(self, amount: float) -> None:
         """Tell it."""
