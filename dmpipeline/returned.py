@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dmpipeline.errors import UserCodeError, TrainingError
+from dmpipeline.errors import TrainingError, UserCodeError
 from dmpipeline.examples import Dataset
 
 Parts = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
