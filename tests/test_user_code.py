@@ -249,7 +249,7 @@ def logits(dataset, k=3):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda d, _: None, "returned None; return two arrays"),
+        (lambda *_: None, "returned None; return two arrays"),
         (lambda d, _: logits(d)[0], r"one ndarray of shape \(133, 3\)"),
         (lambda d, _: dict(zip(("train", "test"), logits(d), strict=True)), "a dict of 'train', 'test'"),
         (lambda d, _: (*logits(d), 3), "a tuple of 3"),
