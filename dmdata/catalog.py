@@ -393,15 +393,20 @@ class Catalog(_Record):
             return _no_such("dataset", dataset, self.datasets, where="this catalog")
         alphas = self.datasets[dataset].alphas
         if rest and rest[0] not in alphas and not any(wild in rest[0] for wild in "*?["):
-            asked = rest[0].removesuffix("pct").removesuffix("%")
-            choices = [alpha.removesuffix("pct") + "%" for alpha in alphas]
             return CatalogError(
-                f"alpha {asked}% is not released for {dataset}; choose {_alternatives(choices)}",
+                f"alpha {_shown_alpha(rest[0])} is not released for {dataset}; "
+                f"choose {_alternatives([_shown_alpha(alpha) for alpha in alphas])}",
                 name=name,
                 nearest=[f"{dataset}/{alpha}" for alpha in alphas],
             )
         names = [artifact.name for artifact in self.artifacts(members=True)]
         return _no_such("artifact", name, names, where=self.title)
+
+
+def _shown_alpha(name: str) -> str:
+    """Show an alpha's name as people write it, 50% for 50pct; another name, as "given", as it is."""
+    share = name.removesuffix("pct").removesuffix("%")
+    return f"{share}%" if re.fullmatch(r"[\d.]+", share) else name
 
 
 def join_url(base: str, key: str) -> str:

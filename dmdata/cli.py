@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dmdata import catalog_commands, money_commands, pricing, release, upkeep_commands
 from dmdata.catalog import Artifact, Catalog
+from dmdata.catalogued import catalog_below
 from dmdata.completion import complete_artifacts, completion_command
 from dmdata.console import AMOUNT, Talk, run, talk_options
 from dmdata.copy_commands import (
@@ -60,14 +61,14 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 
     Without PATTERNS everything is listed. '*' stands for any text within one part of a name, '**' for any parts.
     """
-    if addresses := [pattern for pattern in patterns if is_address(pattern)]:
+    listed, addresses = release.matching(patterns or ("**",), catalog=catalog)
+    if addresses:
         raise CatalogError(
             f"{addresses[0]} is an address, and ls lists what a catalog holds, for free; describe it with dmdata info, "
             "or make a catalog of all that is there with dmdata catalog scan",
             name=addresses[0],
         )
-    known = release.load_catalog(catalog)
-    priced = pricing.price_artifacts(known.match(patterns or ("**",)), to=Destination.INTERNET)
+    priced = pricing.price_artifacts(listed, to=Destination.INTERNET)
     table = Table("artifact", "shape", "dtype", "size", "to the internet", box=None, header_style="bold")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -90,13 +91,16 @@ def describe(talk: Talk, name: str | None, **spending: Any) -> None:
     Without NAME the release itself: where it is, how large, how to cite it, and what was never released. Of an address
     the header is read, for the price of a request or two where its reader pays.
     """
-    if name is not None and is_address(name):
+    below = catalog_below(name) if name is not None else None
+    if name is not None and is_address(name) and below is None:
         with looked_up(talk, [name], **spending) as found:
             if found is not None:
                 _describe_artifact(talk, found[0])
         return
     known = release.load_catalog(spending["catalog"])
-    if name is None:
+    if below is not None and name is not None and (is_address(name) or not known.has(name)):
+        known, name = below
+    if not name:
         _describe_release(talk, known)
         return
     if name in known.datasets:

@@ -26,6 +26,11 @@ def is_address(name: str) -> bool:
     )
 
 
+def may_be_an_object(path: str) -> bool:
+    """Tell whether any part of a path ends like an object with arrays or a Zarr store, or a file is there."""
+    return bool(_ZARR.search(path) or _ways_to_read(path)) or os.path.isfile(os.path.expanduser(path))
+
+
 def path_of(url: str) -> str:
     """Take the path out of an address, without host and query."""
     return _parts_of(url)[1]

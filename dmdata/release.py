@@ -19,6 +19,7 @@ import numpy as np
 from dmdata.address import Address, ObjectState, split_version
 from dmdata.array import InObject, InZarr, LazyArray, Preference
 from dmdata.catalog import ArraySchema, Artifact, Basis, Catalog, SourceEntry, StoredArray, bundled, load_file
+from dmdata.catalogued import artifact_below, catalog_below
 from dmdata.errors import CatalogError, FormatError, SelectionError, SourceError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
@@ -128,9 +129,10 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     Parameters
     ----------
     name : str or path
-        ``dataset/alpha/array`` of a catalog, as "cifar/50pct/test_margins"; or a path or URL of a ``.npy``, of an
-        array inside a ``.pt``, ``.pth``, ``.npz`` or ``.safetensors`` ("x.pt/model/fc.weight"), or of a Zarr array. A
-        `pathlib.Path` is always an address.
+        ``dataset/alpha/array`` of a catalog, as "cifar/50pct/test_margins"; the same behind the path of a folder that
+        has a ``catalog.yaml``, as "export/digits/50pct/test_margins"; or a path or URL of a ``.npy``, of an array
+        inside a ``.pt``, ``.pth``, ``.npz`` or ``.safetensors`` ("x.pt/model/fc.weight"), or of a Zarr array. A
+        `pathlib.Path` is never looked up in `catalog`.
     catalog : Catalog, path or URL, optional
         See `load_catalog`.
     to : {"internet", "same-region", "cross-region"}, optional
@@ -155,7 +157,7 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     destination = destination_of(to)
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
-    artifact = None if is_path or is_address(name) else _listed_or_local(name, catalog)
+    artifact = artifact_below(name) if is_path or is_address(name) else _listed_or_local(name, catalog)
     if artifact is None:
         array = _open_address(name, destination, prefer)
     elif artifact.schema is None:
@@ -169,10 +171,12 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
 
 
 def _listed_or_local(name: str, catalog: CatalogLike) -> Artifact | None:
-    """Find an artifact by its name; None where there is none, and a local path of that name instead."""
+    """Find an artifact by its name, or by a path into a folder with a catalog; None for another local path."""
     try:
         return load_catalog(catalog).find(name)
     except CatalogError:
+        if (artifact := artifact_below(name)) is not None:
+            return artifact
         if os.path.exists(name):
             return None
         raise
@@ -200,14 +204,15 @@ def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to
         As in `open`.
     """
     is_path, name = isinstance(name, os.PathLike), os.fspath(name)
-    if is_path or is_address(name):
+    below = artifact_below(name)
+    if below is None and (is_path or is_address(name)):
         url, member = url_and_member(name)
         if member:
             raise CatalogError(f"{name} is a part of the object {_address_of_url(url)}; open that", name=name)
         address = _address_of_url(url)
         transport = Transport(address, str(address), destination_of(to))
         return _octets(transport, read_header(transport, kind=kind_by_suffix(path_of(url))))
-    artifact = load_catalog(catalog).find(name)
+    artifact = below or load_catalog(catalog).find(name)
     if artifact.stored.format == "zarr":
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
@@ -327,9 +332,43 @@ def look_up(
         If the header of an address cannot be read.
     """
     wanted = list(dict.fromkeys([patterns] if isinstance(patterns, str) else patterns))
-    names = [pattern for pattern in wanted if not is_address(pattern)]
+    listed, others = matching(wanted, exclude=exclude, catalog=catalog)
+    return listed + [describe(pattern, to=to, whole=whole) for pattern in others]
+
+
+def matching(
+    patterns: Sequence[str], *, exclude: Sequence[str] = (), catalog: CatalogLike = None
+) -> tuple[list[Artifact], list[str]]:
+    """Find what names and globs match in the catalog, and paths in the catalogs of local folders they lead through.
+
+    Parameters
+    ----------
+    patterns, exclude, catalog
+        As in `look_up`. A path that ends at such a folder, or before it names an artifact, stands for all below it.
+
+    Returns
+    -------
+    artifacts, others : lists of Artifact and of str
+        `others` are the addresses among the patterns, of which nothing was read.
+
+    Raises
+    ------
+    CatalogError
+        If a name, glob or path matches nothing.
+    """
+    names: list[str] = []
+    others: list[str] = []
+    below: list[Artifact] = []
+    for pattern in patterns:
+        found = catalog_below(pattern)
+        if found is not None and (is_address(pattern) or not load_catalog(catalog).has(pattern)):
+            known, name = found
+            whole = [name] if name and known.has(name) else [f"{name}/**".lstrip("/")]
+            below += known.match(whole, exclude=exclude)
+        else:
+            (others if is_address(pattern) else names).append(pattern)
     listed = load_catalog(catalog).match(names, exclude=exclude) if names else []
-    return listed + [describe(pattern, to=to, whole=whole) for pattern in wanted if is_address(pattern)]
+    return listed + below, others
 
 
 def describe(name: str, *, to: str | None = None, whole: bool = False) -> Artifact:
@@ -380,8 +419,11 @@ def price_headers(patterns: Sequence[str], *, to: str | None = None) -> list[tup
 
 def object_named(name: str, catalog: CatalogLike = None) -> Artifact:
     """Find the object behind a name or address; of an address nothing is read for that, and its size is not known."""
-    if not is_address(name):
+    found = catalog_below(name)
+    if not is_address(name) or found is not None:
         known = load_catalog(catalog)
+        if found is not None and (is_address(name) or not known.has(name)):
+            known, name = found
         return known.find(known.find(name).object_name)
     url, _ = url_and_member(name)
     address = _address_of_url(url)

@@ -15,8 +15,10 @@ from xarray.core import indexing
 
 from dmdata.array import LazyArray
 from dmdata.catalog import Artifact, Catalog, Rows
+from dmdata.catalogued import catalog_below
 from dmdata.errors import CatalogError, FormatError
 from dmdata.interop import block_shape
+from dmdata.locate import is_address
 from dmdata.pricing import arrays_of
 from dmdata.release import CatalogLike, load_catalog
 from dmdata.release import open as open_array
@@ -45,7 +47,8 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
         Parameters
         ----------
         filename_or_obj : str
-            "dataset/alpha" or "dataset/alpha/array" of the catalog, with or without ``dmdata://`` before it.
+            "dataset/alpha" or "dataset/alpha/array" of the catalog, with or without ``dmdata://`` before it; or
+            the same behind the path of a folder with a ``catalog.yaml``, as "export/digits/50pct".
         drop_variables : str or iterable of str, optional
             Arrays not to open; then their headers are not read.
         catalog, to
@@ -66,9 +69,9 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
         BudgetError, AccessError, ObjectMissingError, SourceError
             If a header cannot be read.
         """
-        name = str(filename_or_obj).removeprefix("dmdata://").strip("/")
+        name = str(filename_or_obj).removeprefix("dmdata://")
         dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
-        known = load_catalog(catalog)
+        known, name = _catalog_and_name(name, catalog)
         artifacts = _artifacts_named(name, known)
         opened = {
             variable: open_array(artifact.name, catalog=known, to=to)
@@ -130,7 +133,20 @@ class _Roles(BackendArray):
         return np.asarray(_ROLES[role])
 
 
+def _catalog_and_name(name: str, catalog: CatalogLike) -> tuple[Catalog, str]:
+    found = catalog_below(name)
+    if found is not None and is_address(name):
+        return found
+    known, name = load_catalog(catalog), name.strip("/")
+    if found is not None and not (known.has(name) or known.has(f"{name}/*")):
+        return found
+    return known, name
+
+
 def _artifacts_named(name: str, known: Catalog) -> list[Artifact]:
+    if not name:
+        names = [f"{dataset}/{alpha}" for dataset, entry in known.datasets.items() for alpha in entry.alphas]
+        raise CatalogError(f"the folder holds {', '.join(names)}; open one of them, behind its path", nearest=names)
     if name in known.datasets:
         alphas = " or ".join(f"{name}/{alpha}" for alpha in known.datasets[name].alphas)
         raise CatalogError(f"{name} has models of several alphas, which are no one dataset; open {alphas}", name=name)

@@ -12,21 +12,29 @@ from dmdata.errors import FormatError
 from dmdata.formats import pt_layouts
 from dmpipeline.errors import explain_os_errors
 from dmpipeline.examples import Dataset
-from dmpipeline.spec import RunSpec
+from dmpipeline.spec import GIVEN, MASK_LAWS, RunSpec
+from dmpipeline.subsets import SubsetSizes
 
 
-def catalog_of(spec: RunSpec, dataset: Dataset, stored: Mapping[str, StoredArray]) -> Catalog:
-    """Catalog artifacts of a run under `dataset/alpha/name`; their keys start at the catalog's folder."""
-    rows = spec.rows
+def catalog_of(
+    spec: RunSpec, dataset: Dataset, stored: Mapping[str, StoredArray], *, alpha_name: str, sizes: SubsetSizes | None
+) -> Catalog:
+    """Catalog artifacts of a run under `dataset/alpha_name/name`; their keys start at the catalog's folder.
+
+    Given masks have no alpha; a note says how large they are, where that is known.
+    """
+    rows, is_drawn = spec.rows, spec.masks in MASK_LAWS
+    note = f"{GIVEN} subsets of {sizes.in_words}" if sizes and not is_drawn else None
     alpha = Alpha(
-        alpha=spec.alpha,
+        alpha=spec.alpha if is_drawn else None,
+        note=note,
         rows=Rows(
             fit=(rows.models.start, rows.models.stop),
             evaluation=(rows.held_out.start, rows.held_out.stop),
             n_retrainings=spec.held_out.n_retrainings,
         ),
         arrays=dict(stored),
-        basis=_measured("alpha", "rows"),
+        basis=_measured("alpha", "rows") if is_drawn else _measured("rows"),
     )
     entry = DatasetEntry(
         title=dataset.name,
@@ -34,7 +42,7 @@ def catalog_of(spec: RunSpec, dataset: Dataset, stored: Mapping[str, StoredArray
         n_test=dataset.n_test,
         n_classes=dataset.n_classes,
         example_order=dataset.example_order,
-        alphas={spec.alpha_name: alpha},
+        alphas={alpha_name: alpha},
         basis=_measured("title", "n_train", "n_test", "n_classes", "example_order"),
     )
     return Catalog(

@@ -16,8 +16,9 @@ from rich.text import Text
 from dmdata.completion import completion_command
 from dmdata.console import Talk, run, talk_options
 from dmdata.prices import readable_bytes
-from dmpipeline.errors import SpecChangedError, VerificationError, explain_missing_extra
+from dmpipeline.errors import SpecChangedError, VerificationError, explain_missing_extra, quoted
 from dmpipeline.plan_command import plan
+from dmpipeline.run_commands import for_each_run, next_to_evaluate, next_to_list, next_to_report
 from dmpipeline.spec import RunSpec
 from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train
 
@@ -84,6 +85,7 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 @commands.command("verify")
 @DIRECTORY
 @talk_options
+@for_each_run
 def verify(talk: Talk, directory: Path) -> None:
     """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
     from dmpipeline.store import Run
@@ -102,8 +104,8 @@ def verify(talk: Talk, directory: Path) -> None:
     if not passed:
         wrong = [finding.detail for finding in findings if not finding.passed]
         raise VerificationError(
-            f"{directory} is not what was specified: {wrong[0]}; if rows are missing run `dmpipeline run {directory}`, "
-            "else train it anew in another directory",
+            f"{directory} is not what was specified: {wrong[0]}; if rows are missing run `dmpipeline run "
+            f"{quoted(directory)}`, else train it anew in another directory",
             findings=wrong,
         )
 
@@ -125,6 +127,7 @@ def verify(talk: Talk, directory: Path) -> None:
 @click.option("--work", type=click.Path(path_type=Path), help="Keep what is finished here, not in DIRECTORY/fitting.")
 @click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do it, as tcp://host:8786.")
 @talk_options
+@for_each_run
 def fit(
     talk: Talk,
     directory: Path,
@@ -161,13 +164,14 @@ def fit(
         )
     facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
     talk.print_data(facts, facts_table(facts))
-    talk.remark(f"next: dmpipeline evaluate {directory}")
+    talk.remark(next_to_evaluate(directory, opened))
 
 
 @commands.command("evaluate")
 @DIRECTORY
 @click.option("--compare", "is_compared", is_flag=True, help="Beside ridge, debiased weights and differences of means.")
 @talk_options
+@for_each_run
 def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
@@ -179,7 +183,7 @@ def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
         _print_comparison(talk, opened, evaluation)
     else:
         talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
-    talk.remark(f"next: dmpipeline report {directory}")
+    talk.remark(next_to_report(directory))
 
 
 def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> None:
@@ -201,6 +205,7 @@ def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> No
     help="Draw a second curve, with gradient scores of the run's first models as the prior.",
 )
 @talk_options
+@for_each_run
 def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> None:
     """Draw LDS against the number of models of the run at DIRECTORY that are fitted on.
 
@@ -224,7 +229,7 @@ def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> 
     talk.print_data(facts, *tables)
     if workflow.GRADIENT in curves:
         talk.remark(_saving(plain, helped, needed))
-    talk.remark(f"drawn in {facts['picture']}; next: dmpipeline report {directory}")
+    talk.remark(f"drawn in {facts['picture']}; {next_to_report(directory)}")
 
 
 def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> str:
@@ -241,6 +246,7 @@ def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> s
 @commands.command("report")
 @DIRECTORY
 @talk_options
+@for_each_run
 def report(talk: Talk, directory: Path) -> None:
     """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
     from dmpipeline import workflow
@@ -257,6 +263,7 @@ def report(talk: Talk, directory: Path) -> None:
 @click.option("--requester-pays", is_flag=True, help="Say in the catalog that readers pay.")
 @click.option("--acl", metavar="NAME", help="Of the objects in a bucket, as authenticated-read.")
 @talk_options
+@for_each_run
 def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, acl: str | None) -> None:
     """Write the run at DIRECTORY in the release's own layout to DESTINATION, a folder or s3://bucket/prefix.
 
@@ -286,7 +293,7 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     talk.print_data({"destination": destination, "files": data}, table)
     if n_replaced := sum(file.replaced for file in files):
         talk.remark(f"{n_replaced} of {len(files)} files replaced those that {destination} listed under their names")
-    talk.remark(f"next: dmdata ls --catalog {destination}")
+    talk.remark(next_to_list(destination))
 
 
 def _findings_table(findings: Sequence["Finding"]) -> Table:

@@ -23,7 +23,7 @@ from dmdata.errors import FactualError
 from dmpipeline import directory, worker
 from dmpipeline.compute import available_threads
 from dmpipeline.ensembles import Method
-from dmpipeline.errors import ClusterError, SpecError, TrainingError
+from dmpipeline.errors import ClusterError, SpecError, TrainingError, quoted
 from dmpipeline.handing import Handing
 from dmpipeline.store import Progress, Run
 
@@ -209,7 +209,7 @@ def _failure(run: Run, failed: set[int]) -> TrainingError:
     ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in blocks)
     return TrainingError(
         f"rows {ranges} of {run.path} could not be trained{cause and f' ({cause})'}; see all of it with `dmpipeline "
-        f"status -v {run.path}`",
+        f"status -v {quoted(run.path)}`",
         rows=[row for rows in blocks for row in rows],
         frames="".join(f"{line}\n" for line in frames),
     )

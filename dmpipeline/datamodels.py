@@ -16,6 +16,7 @@ import dmdata
 from dmdata.errors import CatalogError, FormatError
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import BLOCK_ROWS, RowSliceable, as_binary
+from dmpipeline.shown import as_html
 from dmpipeline.tensors import save_tensors
 
 SpaceName = Literal["raw", "standardised"]
@@ -75,6 +76,12 @@ class Datamodels:
             f"<Datamodels: {self.n_targets} targets, {self.n_train} examples, {nonzero:.0f} nonzero weights a target, "
             f"{self.space}>"
         )
+
+    def _repr_html_(self) -> str:
+        nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
+        facts = {"targets": self.n_targets, "training examples": self.n_train, "nonzero weights a target": nonzero}
+        gap = None if self.certificate is None else f"{self.certificate.gap.max(initial=0):.1e} of the variance"
+        return as_html("Datamodels", facts | {"worst duality gap": gap, "space": self.space})
 
     @property
     def n_train(self) -> int:

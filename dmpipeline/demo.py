@@ -19,7 +19,7 @@ import dmdata
 from dmdata.console import Talk
 from dmdata.prices import readable_bytes, readable_usd
 from dmpipeline import workflow
-from dmpipeline.errors import SpecError, VerificationError, explain_os_errors
+from dmpipeline.errors import SpecError, VerificationError, explain_os_errors, quoted
 from dmpipeline.evaluate import LEAST_SUBSETS, Evaluation, readable_score
 from dmpipeline.export import export_run
 from dmpipeline.fitting import split_rows
@@ -91,7 +91,8 @@ class DemoSummary:
             f"{readable_score(self.lds_high)}) {self._of_ceiling()}",
         )
         table.add_row("page", self.report)
-        table.add_row("next", f"dmdata ls --catalog {self.directory}; dmpipeline evaluate {self.directory}")
+        place = quoted(self.directory)
+        table.add_row("next", f"dmdata ls --catalog {place}; dmpipeline evaluate {place}")
         table.add_row("took", f"{self.seconds:.0f} s")
         return table
 

@@ -31,9 +31,11 @@ from dmpipeline.examples import Dataset
 from dmpipeline.masks import masks_digest
 from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.pinned import pin
+from dmpipeline.places import relative_places
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.rows import DIGEST_BYTES
 from dmpipeline.spec import RunSpec
+from dmpipeline.subsets import subsets_on_record
 from dmpipeline.train import Way
 
 # Bytes of the lock file; one for each block lies below them, and creation takes that of the first. Whoever trains is
@@ -198,8 +200,8 @@ def _finish(path: Path) -> None:
     shutil.rmtree(staged)
 
 
-def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
-    """State how a run comes about."""
+def provenance(path: Path, spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
+    """State how the run at `path` comes about."""
     return {
         "created": now(),
         **pin(spec),
@@ -215,6 +217,8 @@ def provenance(spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
         },
         "code": code_digest(find_recipe(spec.recipe)),
         "masks": masks_digest(spec),
+        "subsets": subsets_on_record(spec, dataset.n_train),
+        "places": relative_places(path, spec),
         "ways": {},
         "sessions": [],
     }
@@ -344,7 +348,7 @@ def _create_files(path: Path, spec: RunSpec, dataset: Dataset) -> None:
     """Put a run's files in place, run.yaml last; the caller holds the lock."""
     staging = staging_folder(path, "creating")
     create_store(staging / "store.zarr", spec, dataset)
-    write_beside(staging / "provenance.json", as_json(provenance(spec, dataset)))
+    write_beside(staging / "provenance.json", as_json(provenance(path, spec, dataset)))
     write_beside(staging / "run.yaml", spec.to_yaml())
     if (path / "store.zarr").exists():
         os.rename(path / "store.zarr", staging / "left-over.zarr")

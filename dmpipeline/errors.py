@@ -19,6 +19,8 @@ them by `explain_os_errors` and `explain_missing_extra`, around the work of each
 """
 
 import errno
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +81,12 @@ class VerificationError(DmpipelineError):
 
 class ConvergenceError(DmpipelineError):
     """A fit stopped short of its certificate; `targets` lists the columns."""
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """Write a path as a shell takes it, for commands that are printed: in quotes where it needs them."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 @contextmanager

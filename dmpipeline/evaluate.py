@@ -20,6 +20,7 @@ from rich.table import Table
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import RowSliceable, check_shapes
+from dmpipeline.shown import Shown
 
 Floats = NDArray[np.float64]
 
@@ -27,8 +28,8 @@ LEAST_SUBSETS = 3
 """Fewer held-out subsets than this give no rank correlation worth the name."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Evaluation(Shown):
     """Scores on held-out subsets, each averaged over the targets that vary.
 
     Attributes
@@ -69,6 +70,16 @@ class Evaluation:
     n_targets: int
     n_constant: int
     level: float
+
+    def _facts(self) -> tuple[str, dict[str, object]]:
+        interval = f"{readable_score(self.lds_low)} to {readable_score(self.lds_high)}"
+        return "Evaluation", {
+            "LDS": f"{readable_score(self.lds)} ({self.level:.0%} interval {interval})",
+            "ceiling": readable_score(self.lds_ceiling),
+            "R2": readable_score(self.r2),
+            "targets": self.n_targets,
+            "held out": f"{self.n_subsets:,} subsets of {self.n_retrainings:,}",
+        }
 
     @property
     def lds_ratio(self) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.errors import SpecError
+from dmpipeline.shown import Shown
 
 Part = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """The inputs and labels of one part of a dataset, train or test."""
@@ -28,8 +29,8 @@ _TOKENS_BELOW = 2**20
 _PIECE_BYTES = 2**24
 
 
-@dataclass(frozen=True, slots=True)
-class Dataset:
+@dataclass(frozen=True, slots=True, repr=False)
+class Dataset(Shown):
     """Examples to train on and to judge by.
 
     Attributes
@@ -61,6 +62,16 @@ class Dataset:
     image_shape: tuple[int, ...] | None
     example_order: str
     fingerprint: str
+
+    def _facts(self) -> tuple[str, dict[str, object]]:
+        kind = "numbers" if self.is_regression else "tokens" if self.is_sequence else "classes"
+        return f"Dataset {self.name}", {
+            "train": self.n_train,
+            "test": self.n_test,
+            "inputs": f"{self.train_inputs.dtype} {self.train_inputs.shape[1:]}",
+            "labels": f"of {self.n_classes:,} {kind}",
+            "fingerprint": self.fingerprint[:12],
+        }
 
     @property
     def n_train(self) -> int:

@@ -34,7 +34,7 @@ from dmdata.formats import npy_header
 from dmdata.uploads import EtagDigest, Uploads
 from dmpipeline.cataloguing import describe_datamodels
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import RunError, VerificationError, explain_os_errors
+from dmpipeline.errors import RunError, VerificationError, explain_os_errors, quoted
 from dmpipeline.rows import block_digest
 from dmpipeline.store import Progress, Run
 
@@ -261,7 +261,7 @@ def _export(
 
 def _describe(run: Run, datamodels: Path | None) -> dict[str, StoredArray]:
     """Describe all files before any is written; their digests are not known yet."""
-    names, dataset, alpha_name = run.spec.arrays, run.dataset().name, run.spec.alpha_name
+    names, dataset, alpha_name = run.spec.arrays, run.dataset().name, run.alpha_name
     stored = {}
     for name in names:
         n_bytes = len(_header(run, name)) + run.array(name).nbytes
@@ -306,7 +306,7 @@ def _write_arrays(run: Run, outputs: Mapping[str, _Output], progress: Progress |
         block = run.read_block(rows)
         if block_digest(block) != digest.tobytes():
             wrong = f"rows {rows.start} to {rows.stop - 1} of {run.path} are not what was stored"
-            raise VerificationError(f"{wrong}; see `dmpipeline verify {run.path}`", findings=[wrong])
+            raise VerificationError(f"{wrong}; see `dmpipeline verify {quoted(run.path)}`", findings=[wrong])
         for name, output in outputs.items():
             output.write(_elements(block[name]))
         if progress is not None:
@@ -335,7 +335,10 @@ def _catalog_of(run: Run, stored: Mapping[str, StoredArray], *, requester_pays: 
     catalog, spec = run.catalog(stored), run.spec
     ((dataset, entry),) = catalog.datasets.items()
     recipe = f"{spec.recipe.name}@{spec.recipe.version}, seed {spec.seed}"
-    alphas = {name: alpha.model_copy(update={"note": recipe}) for name, alpha in entry.alphas.items()}
+    alphas = {
+        name: alpha.model_copy(update={"note": "; ".join(filter(None, [recipe, alpha.note]))})
+        for name, alpha in entry.alphas.items()
+    }
     entry = entry.model_copy(update={"alphas": alphas, "note": _FINGERPRINT + run.dataset().fingerprint})
     source = catalog.source.model_copy(update={"requester_pays": requester_pays})
     return catalog.model_copy(update={"source": source, "datasets": {dataset: entry}})
@@ -417,7 +420,7 @@ def _merged(listed: Catalog | None, ours: Catalog, dataset: str, alpha_name: str
     entry = ours.datasets[dataset]
     if there := others.datasets.get(dataset):
         alphas = {**there.alphas, **entry.alphas}
-        alphas = dict(sorted(alphas.items(), key=lambda item: item[1].alpha or 0.0))
+        alphas = dict(sorted(alphas.items(), key=lambda item: (item[1].alpha is None, item[1].alpha or 0.0)))
         entry = there.model_copy(update={"alphas": alphas})
     datasets = {**others.datasets, dataset: entry}
     title = listed.title

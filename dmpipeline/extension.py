@@ -20,6 +20,7 @@ from dmpipeline import directory
 from dmpipeline.directory import PRESENCE_BYTE, claimed, write_beside
 from dmpipeline.errors import RunError, SpecError, explain_os_errors
 from dmpipeline.pinned import pin
+from dmpipeline.relocation import read_spec
 from dmpipeline.rows import DIGEST_BYTES, PartialBlock, block_digest, row_digests, some
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.store import Run
@@ -61,7 +62,7 @@ def extend(run: Run, n_models: int) -> Run:
     ):
         if not alone:
             raise RunError(f"{run.path} is being trained by another process; stop it, then extend", path=run.path)
-        if not directory.is_settled(run.path) or RunSpec.read(run.path / "run.yaml") != old:
+        if not directory.is_settled(run.path) or read_spec(run.path) != old:
             raise RunError(f"{run.path} was extended meanwhile; open it again", path=run.path)
         directory.remove_staging(run.path)
         staging = directory.staging_folder(run.path, "extending")

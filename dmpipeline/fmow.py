@@ -1,10 +1,10 @@
 """FMoW from the folder of WILDS (v1.1), split as the release's customised WILDS split.
 
-WILDS's `time_after_2016` takes rows of before 2013 (three years before 2016 begins are its out-of-distribution
-validation set) and calls those of its metadata's split `train` its training set, those of `test` its `id_test`. The
-release trained on the year 2012 alone. Which of `id_test` it kept, that year or all, is told by the count. The rules
-are those of `wilds/datasets/fmow_dataset.py` in p-lambda/wilds; the counts are second-hand, and a folder that does not
-lead to them is refused.
+WILDS's `time_after_2016` calls in-distribution what was taken before 2013: rows of its metadata's split `train` are its
+training set, those of `test` its `id_test`. The release's own `src/fmow.py` in MadryLab/datamodels restricts both to
+the year 2012, by one in-distribution mask from year - 4 to year - 3. All else follows
+`wilds/datasets/fmow_dataset.py` in p-lambda/wilds. The counts are second-hand; a folder that does not lead to them is
+refused.
 
 Decoding takes minutes, so pictures are kept decoded under ``DMDATA_HOME``, where `dmdata cache` counts and clears them.
 """
@@ -51,6 +51,8 @@ _CLASS_OF = {category: label for label, category in enumerate(_CATEGORIES.split(
 _YEAR_BEGINS = datetime(2012, 1, 1, tzinfo=UTC)
 _YEAR_ENDS = datetime(2013, 1, 1, tzinfo=UTC)
 
+_EXAMPLE_ORDER = "ascending rows of WILDS's FMoW v1.1 metadata, time_after_2016: train of 2012, id_test of 2012"
+
 # Pictures decoded before they are written: enough to keep every core busy, some 40 MB.
 _PICTURES_AT_ONCE = 256
 
@@ -87,7 +89,7 @@ def load_fmow(folder: Path) -> Dataset:
     RunError
         If decoded pictures cannot be kept under ``DMDATA_HOME``, or Pillow is not installed.
     """
-    train, test, words = _read_splits(folder)
+    train, test = _read_splits(folder)
     paths = [folder / "images" / f"rgb_img_{row}.png" for row in (*train.rows.tolist(), *test.rows.tolist())]
     kept = home() / "datasets" / f"fmow-{_key(folder, paths, (train, test))}.npy"
     fingerprint_file = kept.with_suffix(".sha256")
@@ -109,7 +111,7 @@ def load_fmow(folder: Path) -> Dataset:
         (pictures[len(train.rows) :], test.labels),
         source=folder,
         n_classes=len(_CLASS_OF),
-        example_order=f"ascending rows of WILDS's FMoW v1.1 metadata, time_after_2016: {words}",
+        example_order=_EXAMPLE_ORDER,
         fingerprint=fingerprint,
     )
     if fingerprint is None:
@@ -118,34 +120,27 @@ def load_fmow(folder: Path) -> Dataset:
     return dataset
 
 
-def _read_splits(folder: Path) -> tuple[_Split, _Split, str]:
-    """Rebuild the release's train and id_test from the metadata, and say in words what they are."""
-    train, whole_test = [], []
-    for row, split, taken, category in _rows_before_2013(folder / "rgb_metadata.csv", folder):
+def _read_splits(folder: Path) -> tuple[_Split, _Split]:
+    """Rebuild the release's train and id_test from the metadata."""
+    examples: dict[str, list[tuple[int, int]]] = {"train": [], "test": []}
+    for row, split, category in _rows_of_2012(folder / "rgb_metadata.csv", folder):
         if category not in _CLASS_OF:
             raise unusable(
-                folder, f"category {category!r} in row {row}", "is none of WILDS's 62; get the metadata again"
+                folder, f"category {category!r} in row {row}", "is not one of WILDS's 62; get the file again"
             )
-        example = (row, _CLASS_OF[category])
-        if split == "test":
-            whole_test.append((example, taken >= _YEAR_BEGINS))
-        elif taken >= _YEAR_BEGINS:
-            train.append(example)
-    tests = ([example for example, in_2012 in whole_test if in_2012], [example for example, _ in whole_test])
-    test = next((examples for examples in tests if len(examples) == N_TEST), None)
-    if len(train) != N_TRAIN or test is None:
-        found = f"metadata with {len(train):,} train rows of 2012, {len(tests[0]):,} id_test rows of 2012"
+        examples[split].append((row, _CLASS_OF[category]))
+    n_train, n_test = (len(examples[split]) for split in ("train", "test"))
+    if (n_train, n_test) != (N_TRAIN, N_TEST):
         raise unusable(
             folder,
-            f"{found} and {len(tests[1]):,} of all years before 2013",
-            f"is to lead to the release's {N_TRAIN:,} and {N_TEST:,}; use rgb_metadata.csv of WILDS's FMoW v1.1",
+            f"metadata with {n_train:,} train and {n_test:,} test rows of 2012",
+            f"does not lead to the release's {N_TRAIN:,} and {N_TEST:,}; use rgb_metadata.csv of WILDS's FMoW v1.1",
         )
-    words = "2012" if test == tests[0] else "all years before 2013"
-    return _split_of(train), _split_of(test), f"train of 2012, id_test of {words}"
+    return _split_of(examples["train"]), _split_of(examples["test"])
 
 
-def _rows_before_2013(path: Path, folder: Path) -> Iterator[tuple[int, str, datetime, str]]:
-    """Read the number, split, time and category of each row of train and test that WILDS takes for in-distribution."""
+def _rows_of_2012(path: Path, folder: Path) -> Iterator[tuple[int, str, str]]:
+    """Read the number, split and category of each row of train and test that was taken in 2012."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             # blank lines are no rows, for pandas, by which WILDS counts, skips them
@@ -159,8 +154,8 @@ def _rows_before_2013(path: Path, folder: Path) -> Iterator[tuple[int, str, date
                 if len(row) <= max(places):
                     raise unusable(folder, f"row {number} of {path.name}", "is cut short; get the file again")
                 split, timestamp, category = (row[place] for place in places)
-                if split in ("train", "test") and (taken := _time_of(timestamp, number, folder)) < _YEAR_ENDS:
-                    yield number, split, taken, category
+                if split in ("train", "test") and _YEAR_BEGINS <= _time_of(timestamp, number, folder) < _YEAR_ENDS:
+                    yield number, split, category
     except SpecError:
         raise
     except FileNotFoundError as error:

@@ -183,7 +183,10 @@ def masks_digest(spec: RunSpec) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SpecError(
-            f"masks {spec.masks} cannot be read ({error}); restore the file", field="masks", value=spec.masks
+            f"masks {spec.masks} cannot be read ({error}); restore the file, or write where it is now as masks in the "
+            "run.yaml",
+            field="masks",
+            value=spec.masks,
         ) from error
 
 

@@ -8,12 +8,11 @@ digests of their own.
 import contextlib
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmpipeline.errors import SpecChangedError, SpecError
+from dmpipeline.errors import SpecChangedError, SpecError, quoted
 from dmpipeline.recipes import find_recipe
 from dmpipeline.spec import MASK_LAWS, RunSpec
 
@@ -84,7 +83,7 @@ def _explanation(path: Path, made_by: RunSpec, spec: RunSpec, differing: Mapping
     each = (f"{name} is {_shown(now)}, rows were made by {_shown(then)}" for name, (then, now) in differing.items())
     said = ", ".join(each)
     remedies = ["put back what it said"]
-    folder, file = shlex.quote(str(path)), shlex.quote(str(path / "run.yaml"))
+    folder, file = quoted(path), quoted(path / "run.yaml")
     if spec.n_models > made_by.n_models:
         extend = f"dmpipeline run {folder} --models {spec.n_models}"
         remedies.append(f"to train more models, put it back and extend: `{extend}`")

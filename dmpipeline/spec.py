@@ -40,6 +40,9 @@ OutputName = Literal["margins", "logits", "log_likelihoods", "predicted_labels",
 MASK_LAWS = ("exact", "bernoulli")
 """How subsets can be drawn: of exactly the same size, or each example by itself."""
 
+GIVEN = "given"
+"""What names of artifacts call subsets that were given, not drawn by an alpha."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -257,7 +260,12 @@ class RunSpec(BaseModel):
 
     @property
     def alpha_name(self) -> str:
-        """How names of artifacts spell alpha, as `50pct`."""
+        """How names of artifacts spell the subsets: alpha, as `50pct`, or `given` for masks of one's own."""
+        return self.share_name if self.masks in MASK_LAWS else GIVEN
+
+    @property
+    def share_name(self) -> str:
+        """How alpha alone is spelled, as `50pct`."""
         return f"{round(self.alpha * 100)}pct"
 
     @property

@@ -11,7 +11,9 @@ from typing import Any
 
 from dmpipeline.directory import done_blocks, require_run
 from dmpipeline.errors import explain_os_errors
+from dmpipeline.spec import MASK_LAWS
 from dmpipeline.store import Run
+from dmpipeline.subsets import sizes_of
 
 _WINDOW_SECONDS = 1200.0
 _WINDOW_BLOCKS = 10
@@ -53,7 +55,9 @@ def run_facts(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "dataset": spec.dataset,
-        "alpha": spec.alpha,
+        "alpha": spec.alpha if spec.masks in MASK_LAWS else None,
+        "masks": spec.masks,
+        "subsets": sizes.as_dict() if (sizes := sizes_of(run.spec, run.provenance)) else None,
         "recipe": f"{spec.recipe.name}@{spec.recipe.version}",
         "n_rows": spec.n_rows,
         "n_rows_done": done,

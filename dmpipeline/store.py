@@ -40,15 +40,18 @@ from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamode
 from dmpipeline.datasets import load_dataset
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
-from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors
+from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors, quoted
 from dmpipeline.examples import Dataset
 from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_size
 from dmpipeline.outputs import check_outputs, output_of
 from dmpipeline.pinned import pin, require_pinned, spec_digest
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import AnyRecipe, Recipe, code_digest, find_recipe
+from dmpipeline.relocation import load_recorded, read_spec, remember
 from dmpipeline.rows import DIGEST_BYTES, Block, PartialBlock, block_digest
+from dmpipeline.shown import Shown
 from dmpipeline.spec import MASK_LAWS, RunSpec
+from dmpipeline.subsets import alpha_name_of, sizes_of, spec_facts
 from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer, usable_device
 
 ARRAYS = RunSpec().arrays
@@ -58,8 +61,8 @@ Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+@dataclass(frozen=True, slots=True, repr=False)
+class Run(Shown):
     """A run on disk; made by `create` or `open`.
 
     Attributes
@@ -122,26 +125,26 @@ class Run:
             more = f" --models {wanted[name]}" if name == "n_models" and wanted[name] > there[name] else ""
             raise RunExistsError(
                 f"{path} holds a run with {name} {there[name]!r}, not {wanted[name]!r}; "
-                f"choose another directory, or go on with that run by `dmpipeline run {path}{more}`",
+                f"choose another directory, or go on with that run by `dmpipeline run {quoted(path)}{more}`",
                 path=path,
             )
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open a run, complete or not.
+    def open(cls, path: str | Path, *, dataset: str | None = None) -> Self:
+        """Open a run, complete or not; `dataset` says, once for all, where its dataset is now if that was moved.
 
         Raises
         ------
         RunError
-            If there is no run, or its store cannot be opened.
+            If there is no run, its store cannot be opened, or the dataset is another one.
         SpecError
-            If its run.yaml was damaged.
+            If its run.yaml was damaged, or there is no such dataset.
         """
         path = Path(path).absolute()
         directory.require_run(path)
         directory.finish_extension(path)
-        spec = RunSpec.read(path / "run.yaml")
+        spec = read_spec(path, dataset)
         try:
             arrays = zarr.open_group(path / "store.zarr", mode="r+", zarr_format=3)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -149,7 +152,14 @@ class Run:
             raise RunError(f"{path} has no readable store.zarr ({error}); restore it", path=path) from error
         run = cls(path=path, spec=spec, arrays=arrays)
         run._require_pinned()
+        if dataset is not None:
+            run.dataset()  # refuses another one
+            remember(path, run.spec)
         return run
+
+    def _facts(self) -> tuple[str, dict[str, object]]:
+        done = f"{self.n_rows_done:,} of {self.spec.n_rows:,} models"
+        return f"Run {self.path}", {**spec_facts(self.spec), "trained": done}
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Look up one of `spec.arrays`; rows that are not trained yet read as False, NaN or -1.
@@ -204,26 +214,23 @@ class Run:
     @property
     def datamodels_path(self) -> Path:
         """Where this run's datamodels of test examples belong; `write_catalog` lists them if they are there."""
-        return self.path / "datamodels" / f"test_{self.spec.alpha_name}.pt"
+        return self.path / "datamodels" / f"test_{self.alpha_name}.pt"
+
+    @property
+    def alpha_name(self) -> str:
+        """How names of this run's artifacts spell its subsets, as `50pct`, or `given` for masks of one's own."""
+        return self.spec.alpha_name if self.spec.masks in MASK_LAWS else alpha_name_of(self.spec, self.provenance)
 
     def dataset(self) -> Dataset:
         """Load the dataset and make sure that it is the one the run was created with.
 
         Raises
         ------
-        RunError
-            If the dataset has changed since.
+        RunError, SpecError
+            If the dataset has changed since, or is not there any more.
         """
         phases.phase("loading the dataset")
-        dataset = load_dataset(self.spec.dataset)
-        recorded = self.provenance["dataset"]["fingerprint"]
-        if dataset.fingerprint != recorded:
-            raise RunError(
-                f"dataset {self.spec.dataset} has fingerprint {dataset.fingerprint[:12]}, but the run at {self.path} "
-                f"was created with {recorded[:12]}; restore the dataset, or create another run",
-                path=self.path,
-            )
-        return dataset
+        return load_recorded(self.path, self.spec, self.provenance["dataset"])
 
     def digests(self) -> npt.NDArray[np.uint8]:
         """Read the blocks' recorded digests, shape (n_blocks, 32); all zeros where a block is not done.
@@ -242,7 +249,7 @@ class Run:
         except RunError:  # said by whatever needs it
             return
         require_pinned(self.path, self.spec, facts)
-        if "dataset" in facts.get("spec", {}) and facts["spec"]["dataset"] != self.spec.dataset:
+        if "spec" in facts and facts["spec"]["dataset"] != RunSpec.read(self.path / "run.yaml").dataset:
             self.dataset()  # from another place, as long as it is the same
 
     def rows_digest(self, rows: slice) -> str:
@@ -284,7 +291,7 @@ class Run:
             n_missing = self.spec.n_rows - self.n_rows_done
             raise IncompleteRunError(
                 f"{self.path} lacks {n_missing:,} of {self.spec.n_rows:,} models; "
-                f"train them with `dmpipeline run {self.path}`",
+                f"train them with `dmpipeline run {quoted(self.path)}`",
                 path=self.path,
                 n_missing=n_missing,
             )
@@ -383,7 +390,7 @@ class Run:
             open(self.path / "lock", "a+b") as lock,
             claimed(lock, PRESENCE_BYTE, wait=True, shared=True),
         ):
-            if not directory.is_settled(self.path) or RunSpec.read(self.path / "run.yaml") != self.spec:
+            if not directory.is_settled(self.path) or read_spec(self.path) != self.spec:
                 raise RunError(f"{self.path} was extended meanwhile; open it again", path=self.path)
             yield lock
 
@@ -552,7 +559,8 @@ class Run:
 
     def catalog(self, stored: Mapping[str, StoredArray]) -> Catalog:
         """Catalog artifacts of this run under `dataset/alpha/name`; their keys start at the catalog's folder."""
-        return catalog_of(self.spec, self.dataset(), stored)
+        sizes = sizes_of(self.spec, self.provenance)
+        return catalog_of(self.spec, self.dataset(), stored, alpha_name=self.alpha_name, sizes=sizes)
 
     def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
         array = self.array(name)
@@ -562,7 +570,7 @@ class Run:
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"{self.path} has a damaged array {name} ({error}); find out which rows are affected with "
-                f"`dmpipeline verify {self.path}`",
+                f"`dmpipeline verify {quoted(self.path)}`",
                 path=self.path,
                 reason=str(error),
             ) from error

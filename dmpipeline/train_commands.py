@@ -13,8 +13,9 @@ from click.core import ParameterSource
 from rich.table import Table
 
 from dmdata.console import Talk, talk_options
-from dmpipeline.errors import SpecError, VerificationError
-from dmpipeline.spec import RunSpec
+from dmpipeline.errors import SpecError, VerificationError, quoted
+from dmpipeline.run_commands import next_to_check_and_fit, next_to_train, with_dataset_option
+from dmpipeline.spec import MASK_LAWS, RunSpec
 
 if TYPE_CHECKING:
     from dmpipeline.ensembles import Method
@@ -99,6 +100,7 @@ class _Setting(click.ParamType[tuple[str, Any]]):
 def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | None, **options: Any) -> None:
     """Create a run in DIRECTORY; nothing is trained yet."""
     from dmpipeline.store import Run
+    from dmpipeline.subsets import SubsetSizes
 
     given = {
         name: value
@@ -106,16 +108,27 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
         if spec is None or context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     specs = _specs(RunSpec.read(spec) if spec else None, given)
+    if len(specs) > 1 and specs[0].masks not in MASK_LAWS:
+        raise click.UsageError(
+            f"the masks in {specs[0].masks} have no alpha, so there is one run of them; leave out --alpha"
+        )
     places = [directory] if len(specs) == 1 else [directory / wanted.alpha_name for wanted in specs]
     # all of them, or none
     for place, wanted in zip(places, specs, strict=True):
         Run.require_creatable(place, wanted)
     made = [Run.create(place, wanted) for place, wanted in zip(places, specs, strict=True)]
-    facts = [{"directory": str(run.path), "n_rows": run.spec.n_rows} for run in made]
+    sizes = [SubsetSizes.of(run.spec, run.provenance["dataset"]["n_train"]) for run in made]
+    facts = [
+        {"directory": str(run.path), "n_rows": run.spec.n_rows, "subsets": its.as_dict()}
+        for run, its in zip(made, sizes, strict=True)
+    ]
     talk.print_data(
-        facts[0] if len(made) == 1 else {"runs": facts}, *(facts_table({"run": str(run.path)}) for run in made)
+        facts[0] if len(made) == 1 else {"runs": facts},
+        *(facts_table({"run": str(run.path), "subsets": its.in_words}) for run, its in zip(made, sizes, strict=True)),
     )
-    talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; next: dmpipeline run {directory}")
+    if made[0].spec.masks not in MASK_LAWS and made[0].spec.alpha != RunSpec().alpha:
+        talk.remark(f"alpha {made[0].spec.alpha:.0%} is not used: the subsets are those in {made[0].spec.masks}")
+    talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; {next_to_train(directory)}")
 
 
 def _specs(base: RunSpec | None, given: Mapping[str, Any]) -> list[RunSpec]:
@@ -156,6 +169,7 @@ _HELD_OUT_FIELDS = {"held_out": "n_subsets", "retrainings": "n_retrainings"}
 @click.option("--shard", type=_Shard(), metavar="I/N", help="Train only every N-th block, as the I-th of N hosts.")
 @click.option("--replay", metavar="ROW", type=int, help="Train this row again instead, store nothing, and compare.")
 @talk_options
+@with_dataset_option
 def train(
     talk: Talk,
     directory: Path,
@@ -217,12 +231,13 @@ def train(
         n_rows = sum(run.spec.n_rows for run in opened)
         talk.remark(f"shard {shard[0]}/{shard[1]} is done; other shards lack {left:,} of {n_rows:,} models")
     else:
-        talk.remark(f"next: dmpipeline verify {directory}, dmpipeline fit {directory}")
+        talk.remark(next_to_check_and_fit(directory, opened))
 
 
 @click.command("status")
 @DIRECTORY
 @talk_options
+@with_dataset_option
 def status(talk: Talk, directory: Path) -> None:
     """Show what the run at DIRECTORY is, how far it is, how fast it goes, and what failed; or all runs there."""
     from dmpipeline.status import runs_in
@@ -315,7 +330,7 @@ def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | 
         raise VerificationError(
             f"row {row} of {opened.path} trained again is another one: it differs by more than {TOLERANCE:.0%}; if "
             f"versions or the recipe's code changed, train anew in another directory, else see `dmpipeline verify "
-            f"{opened.path}`"
+            f"{quoted(opened.path)}`"
         )
     talk.remark(f"row {row} trained again is the same{' to the bit' if found.is_same else ', but for rounding'}")
 
@@ -336,11 +351,16 @@ def _print_status(talk: Talk, runs: list["Run"]) -> None:
 
 
 def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
+    from dmpipeline.subsets import law_in_words, sizes_of
+
     spec, rate = run.spec, facts["models_per_second"]
     return facts_table(
         {
             "run": facts["run"],
-            "what": f"{facts['recipe']} on {spec.dataset} at alpha {spec.alpha:.0%}",
+            "what": f"{facts['recipe']} on {spec.dataset} {law_in_words(spec)}",
+            "subsets": sizes.in_words
+            if (sizes := sizes_of(run.spec, run.provenance))
+            else "of sizes that are not known",
             "models": f"{facts['n_rows_done']:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
             "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
             "left": _left(facts),

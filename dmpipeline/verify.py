@@ -4,7 +4,6 @@ Blocks are read one at a time, so memory is bounded by a block and two short dig
 stops the reading: each check ends in a finding that says what is wrong and in which rows.
 """
 
-import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +13,11 @@ import numpy.typing as npt
 
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import dims_of_array
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError
+from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
 from dmpipeline.masks import subset_masks, subset_size
 from dmpipeline.outputs import output_of
+from dmpipeline.recipes import Recipe, find_recipe
+from dmpipeline.repeats import Repeats
 from dmpipeline.rows import Block, block_digest
 from dmpipeline.spec import MASK_LAWS
 from dmpipeline.store import Progress, Run
@@ -31,7 +32,7 @@ CHECKS = {
     "mask_sizes": "every mask has as many examples as the spec says",
     "masks": "every mask is the one its seed draws, or that was given",
     "margins": "margins, and what else follows from the logits, equal those of the logits, to the bit",
-    "duplicates": "no two rows share a subset, unless declared retrainings, nor outputs",
+    "duplicates": "no row is stored over another: no subset repeats but declared retrainings, and no outputs do",
 }
 """What is checked, in the order of the findings, and what holds where it passed."""
 
@@ -88,17 +89,21 @@ def verify_run(run: Run, progress: Progress | None = None) -> list[Finding]:
     if dataset is None:
         notes.add("margins", "could not be checked without the dataset's labels")
     digests = run.digests()
-    duplicates = _Duplicates()
+    learns_by_chance = isinstance(find_recipe(run.spec.recipe), Recipe)
+    repeats = Repeats(run.spec, run.array("train_masks").shape[1], learns_by_chance)
     for number, rows in enumerate(run.spec.blocks):
         if not digests[number].any():
             notes.add_rows("complete", "are missing", rows)
         elif (block := _read(run, rows, notes)) is not None:
             if block_digest(block) != digests[number].tobytes():
                 notes.add_rows("digests", "are not what was stored", rows)
-            _check_block(run, rows, block, dataset, notes)
-            duplicates.check(run, rows, block, notes)
+            is_drawn = _check_block(run, rows, block, dataset, notes)
+            repeats.add(rows, run.spec.subset_indices(rows).tolist(), block, is_drawn)
         if progress is not None:
             progress(rows.stop, run.spec.n_rows)
+    for what, wrong in repeats.faults():
+        notes.add_rows("duplicates", what, wrong)
+    notes.remarks["duplicates"] = repeats.remarks()
     return notes.findings()
 
 
@@ -156,7 +161,9 @@ def replay(run: Run, row: int, *, device: str = "cpu", way: Way | None = None) -
     rows = spec.blocks[number]
     if not run.digests()[number].any():
         raise IncompleteRunError(
-            f"row {row} is not trained yet; train it with `dmpipeline run {run.path}`", path=run.path, n_missing=1
+            f"row {row} is not trained yet; train it with `dmpipeline run {quoted(run.path)}`",
+            path=run.path,
+            n_missing=1,
         )
     trainer = run.trainer(device, way)
     company = [row]
@@ -188,6 +195,8 @@ class _Notes:
 
     sentences: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     rows: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    """What is to be known of a check that passed."""
 
     def add(self, check: str, sentence: str) -> None:
         self.sentences[check].append(sentence)
@@ -200,9 +209,8 @@ class _Notes:
         for (check, what), rows in self.rows.items():
             if rows:
                 wrong.setdefault(check, []).append(_sentence(rows, what))
-        return [
-            Finding(check, check not in wrong, "; ".join(wrong.get(check, [holds]))) for check, holds in CHECKS.items()
-        ]
+        holding = {check: self.remarks.get(check) or [holds] for check, holds in CHECKS.items()}
+        return [Finding(check, check not in wrong, "; ".join(wrong.get(check, holding[check]))) for check in CHECKS]
 
 
 def _find_dataset(run: Run, notes: _Notes) -> Dataset | None:
@@ -246,7 +254,8 @@ def _read(run: Run, rows: range, notes: _Notes) -> Block | None:
         return None
 
 
-def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, notes: _Notes) -> None:
+def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, notes: _Notes) -> npt.NDArray[np.bool_]:
+    """Check what can be told of each row by itself; return which rows have the mask that is theirs."""
     masks = block["train_masks"]
     n_train = masks.shape[1]
     finite = np.ones(len(rows), np.bool_)
@@ -258,10 +267,12 @@ def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, n
         wrong["mask_sizes", f"have masks of another size than {size}"] = np.asarray(masks.sum(axis=1) != size)
     else:
         wrong["mask_sizes", "have masks without an example"] = ~np.asarray(masks.any(axis=1))
+    is_drawn = np.ones(len(rows), np.bool_)
     source = "their seeds do not draw" if run.spec.masks in MASK_LAWS else f"are not those of {run.spec.masks}"
     try:
         differs: npt.NDArray[np.bool_] = masks != subset_masks(run.spec, rows, n_train)
-        wrong["masks", f"have masks that {source}"] = np.asarray(differs.any(axis=1))
+        is_drawn = ~np.asarray(differs.any(axis=1))
+        wrong["masks", f"have masks that {source}"] = ~is_drawn
     except SpecError as error:
         notes.add("masks", f"could not be checked: {error}")
     if dataset is not None:
@@ -269,6 +280,7 @@ def _check_block(run: Run, rows: range, block: Block, dataset: Dataset | None, n
             wrong |= _derived_wrongly(block, part, labels)
     for (check, what), flags in wrong.items():
         notes.add_rows(check, what, [rows[i] for i in np.flatnonzero(flags).tolist()])
+    return is_drawn
 
 
 def _derived_wrongly(block: Block, part: str, labels: npt.NDArray[Any]) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:
@@ -291,31 +303,6 @@ def _derived_wrongly(block: Block, part: str, labels: npt.NDArray[Any]) -> dict[
         what = name.replace("_", " ")
         wrong["margins", f"have {what} that are not those of their {raw.partition('_')[2]}"] = ~same
     return wrong
-
-
-class _Duplicates:
-    """Remembers rows by digests of their masks and outputs, and notes those that were met before."""
-
-    def __init__(self) -> None:
-        self.mask_rows: dict[bytes, tuple[int, int]] = {}
-        self.output_rows: dict[bytes, int] = {}
-
-    def check(self, run: Run, rows: range, block: Block, notes: _Notes) -> None:
-        subsets = run.spec.subset_indices(rows).tolist()
-        for i, (row, subset) in enumerate(zip(rows, subsets, strict=True)):
-            _, of_subset = self.mask_rows.setdefault(_short_digest(block["train_masks"][i]), (row, subset))
-            if of_subset != subset:
-                notes.add_rows("duplicates", "have the mask of an earlier row", [row])
-            outputs = _short_digest(*(block[name][i] for name in run.spec.arrays[1:]))
-            if self.output_rows.setdefault(outputs, row) != row:
-                notes.add_rows("duplicates", "have the outputs of an earlier row", [row])
-
-
-def _short_digest(*arrays: npt.NDArray[Any]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.digest()
 
 
 def _sentence(rows: list[int], what: str) -> str:

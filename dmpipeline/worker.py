@@ -118,7 +118,7 @@ class _Reporter:
     worker: Any
 
     def phase(self, text: str) -> None:
-        """Keep it: what one of many workers does just now is not told."""
+        """Say nothing: what one of many workers does just now is not told."""
 
     def advance(self, amount: float) -> None:
         """Tell it."""

@@ -37,12 +37,13 @@ from dmpipeline.curves import Estimate, LearningCurve, default_counts, draw_curv
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError
+from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run
+from dmpipeline.subsets import law_in_words, sizes_of
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
@@ -293,7 +294,7 @@ def load_curves(run: Run) -> dict[str, LearningCurve]:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {run.path}`", path=run.path
+            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {quoted(run.path)}`", path=run.path
         ) from error
 
 
@@ -314,7 +315,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
     margins = _open(run, run.fitted_array, held_out)[0 : held_out.stop].astype(np.float32)
     return write_report(
         run.path / "report.html",
-        title=f"Datamodels of {dataset.name} at alpha {spec.alpha:.0%}",
+        title=f"Datamodels of {dataset.name} {law_in_words(spec)}",
         evaluation=evaluation,
         datamodels=datamodels,
         predicted=datamodels.predict(masks[::n_retrainings]),
@@ -340,13 +341,14 @@ def load_datamodels(run: Run) -> Datamodels:
     """
     if not run.datamodels_path.exists():
         raise IncompleteRunError(
-            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {run.path}`", path=run.path
+            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {quoted(run.path)}`", path=run.path
         )
     try:
         return Datamodels.load(run.datamodels_path)
     except FormatError as error:
         raise RunError(
-            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {run.path}`", path=run.path
+            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {quoted(run.path)}`",
+            path=run.path,
         ) from error
 
 
@@ -404,7 +406,7 @@ def probe_seconds_per_model(run: Run) -> float:
 
 def artifact_name(run: Run, array: str) -> str:
     """Name one of a run's arrays as its catalog does."""
-    return f"{run.provenance['dataset']['name']}/{run.spec.alpha_name}/{array}"
+    return f"{run.provenance['dataset']['name']}/{run.alpha_name}/{array}"
 
 
 def _how_it_was_made(run: Run) -> dict[str, object]:
@@ -414,7 +416,7 @@ def _how_it_was_made(run: Run) -> dict[str, object]:
     return {
         "dataset": f"{provenance['dataset']['name']}, {provenance['dataset']['fingerprint'][:16]}",
         "training examples": provenance["dataset"]["n_train"],
-        "examples in a subset": round(spec.alpha * provenance["dataset"]["n_train"]),
+        "examples in a subset": sizes.in_words if (sizes := sizes_of(run.spec, run.provenance)) else "not known",
         "recipe": f"{spec.recipe.name}, version {spec.recipe.version}",
         "seed": spec.seed,
         "models to fit on": spec.n_models,
@@ -509,12 +511,15 @@ def _explained(run: Run) -> Iterator[None]:
         yield
     except FormatError as error:
         raise RunError(
-            f"{error}; find out which rows of the run are affected with `dmpipeline verify {run.path}`", path=run.path
+            f"{error}; find out which rows of the run are affected with `dmpipeline verify {quoted(run.path)}`",
+            path=run.path,
         ) from error
 
 
 def _damaged_notes(run: Run, how: str) -> RunError:
-    return RunError(f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {run.path}`", path=run.path)
+    return RunError(
+        f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {quoted(run.path)}`", path=run.path
+    )
 
 
 def _curve_path(run: Run) -> Path:

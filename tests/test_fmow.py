@@ -25,7 +25,7 @@ ROWS = [
     ("test", "2012-09-09T09:09:09Z", "barn"),  # id_test of 2012
 ]
 RELEASE = (fmow.N_TRAIN, fmow.N_TEST)
-TRAIN, TEST, WHOLE_TEST = [0, 4, 9], [3, 10], [3, 8, 10]
+TRAIN, TEST = [0, 4, 9], [3, 10]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def folder(tmp_path):
     folder = tmp_path / "fmow_v1.1"
     (folder / "images").mkdir(parents=True)
     write_metadata(folder, ROWS)
-    for row in {*TRAIN, *WHOLE_TEST}:
+    for row in {*TRAIN, *TEST}:
         Image.fromarray(pixels(row)).save(folder / "images" / f"rgb_img_{row}.png", compress_level=0)
     return folder
 
@@ -68,20 +68,21 @@ def test_the_releases_rows_are_taken_in_ascending_order(folder):
     assert dataset.example_order.endswith("train of 2012, id_test of 2012")
 
 
-def test_the_count_decides_that_id_test_is_of_all_years(folder, monkeypatch):
-    monkeypatch.setattr(fmow, "N_TEST", len(WHOLE_TEST))
-    dataset = load_dataset(f"fmow:{folder}")
-    assert dataset.test_labels.tolist() == [61, 60, 6]
-    assert (dataset.test_inputs[1] == pixels(8)).all()
-    assert dataset.example_order.endswith("id_test of all years before 2013")
-
-
-@pytest.mark.parametrize(("n_train", "n_test"), [(4, 2), (3, 4)])
-def test_other_counts_than_the_releases_are_told_and_refused(folder, monkeypatch, n_train, n_test):
+@pytest.mark.parametrize(("n_train", "n_test"), [(4, 2), (3, 4), (3, 3), (2, 3)])
+def test_a_folder_that_does_not_lead_to_the_releases_counts_is_refused(folder, monkeypatch, n_train, n_test):
     monkeypatch.setattr(fmow, "N_TRAIN", n_train)
     monkeypatch.setattr(fmow, "N_TEST", n_test)
-    counts = "3 train rows of 2012, 2 id_test rows of 2012 and 3 of all years before 2013"
-    with pytest.raises(SpecError, match=f"{counts} is to lead to the release's {n_train} and {n_test}"):
+    found = "metadata with 3 train and 2 test rows of 2012"
+    with pytest.raises(SpecError, match=f"{found} does not lead to the release's {n_train} and {n_test}"):
+        load_dataset(f"fmow:{folder}")
+
+
+def test_a_test_row_of_another_year_is_never_taken_although_the_count_would_fit_with_it(folder, monkeypatch):
+    write_metadata(folder, [*ROWS[:10], ("test", "2011-09-09T09:09:09Z", "barn")])
+    with pytest.raises(SpecError, match="3 train and 1 test rows of 2012"):
+        load_dataset(f"fmow:{folder}")
+    monkeypatch.setattr(fmow, "N_TEST", 3)
+    with pytest.raises(SpecError, match="3 train and 1 test rows of 2012"):
         load_dataset(f"fmow:{folder}")
 
 
@@ -191,7 +192,7 @@ def test_grey_and_transparent_pictures_become_rgb(folder):
         (("train", "2012-13-01T00:00:00Z", "zoo"), "timestamp '2012-13-01T00:00:00Z' in row 11"),
         (("train", "2012-03-01T00:00:00", "zoo"), "timestamp '2012-03-01T00:00:00' in row 11"),
         (("test", "", "zoo"), "timestamp '' in row 11"),
-        (("train", "2012-03-01T00:00:00Z", "castle"), "category 'castle' in row 11 is none of WILDS's 62"),
+        (("train", "2012-03-01T00:00:00Z", "castle"), "category 'castle' in row 11 is not one of WILDS's 62"),
     ],
 )
 def test_odd_rows_of_the_metadata_are_named(folder, row, words):
@@ -201,7 +202,13 @@ def test_odd_rows_of_the_metadata_are_named(folder, row, words):
 
 
 @pytest.mark.parametrize(
-    "row", [("seq", "", ""), ("val", "soon", "castle"), ("train", "2014-01-01T00:00:00Z", "castle")]
+    "row",
+    [
+        ("seq", "", ""),
+        ("val", "soon", "castle"),
+        ("train", "2014-01-01T00:00:00Z", "castle"),
+        ("test", "2011-01-01T00:00:00Z", "castle"),
+    ],
 )
 def test_rows_that_are_not_of_the_release_may_hold_anything(folder, row):
     write_metadata(folder, [*ROWS, row])

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS_IN_ORDER = {
     "dmdata": """
-        errors phases streams settings layouts npy archives pickles pt npz safetensors formats locate catalog
+        errors phases streams settings layouts npy archives pickles pt npz safetensors formats locate catalog catalogued
         selection prices progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients
         aws s3 uploads connections web source meter pace reader fetch locks headers digests place spool journal
         cluster mirror download interop view array_protocols array pricing release copies verify listing scan confirm
@@ -19,11 +19,12 @@ ROOMS_IN_ORDER = {
         upkeep_commands cli
     """,
     "dmpipeline": """
-        errors compute philox regeneration spec masks examples folders cifar fmow datasets usercode recipes pinned
-        rows returned outputs augmentation networks lines convolution layers ensembles train probe directory
-        cataloguing store extension worker handing cluster status slurm attribution verify tensors binary moments
-        checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings evaluate alternatives
-        figures curves applications export report workflow demo plan_command train_commands cli
+        errors shown compute philox regeneration spec masks subsets places examples folders cifar fmow datasets usercode
+        recipes pinned rows returned outputs augmentation networks lines convolution layers ensembles train probe
+        directory relocation cataloguing store extension worker handing cluster status slurm attribution repeats verify
+        tensors binary moments checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings
+        evaluate alternatives figures curves applications export report workflow demo plan_command run_commands
+        train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
