@@ -194,10 +194,14 @@ class _Stages:
                 so_far = self._bars.tasks[self._bars.task_ids.index(task)].completed
                 self._bars.update(task, completed=done if done >= in_all else max(done, so_far), total=in_all)
                 self._reported[stage] = done
+                self._phase = self._phase if done < in_all else ""
             self._bars.update(task, description=self._words())
 
     def phase(self, text: str) -> None:
         with self._lock:
+            task = self._bars.tasks[-1]
+            if task.finished:
+                return  # what comes after all is counted is not part of it
             self._phase = text
             self._bars.update(self._tasks.get(self._last, self._first or TaskID(0)), description=self._words())
 

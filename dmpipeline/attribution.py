@@ -85,7 +85,8 @@ def gradient_scores(
     rows = range(n_models)
     states = trainer.states(subset_masks(run.spec, rows, dataset.n_train), run.spec.model_indices(rows))
     for done, state in enumerate(states, start=1):
-        gradients = log_odds_gradients(network, state, inputs, labels)
+        with trainer.user_code():
+            gradients = log_odds_gradients(network, state, inputs, labels)
         train, test = gradients[: dataset.n_train], gradients[dataset.n_train :]
         kernel = (train @ train.T).double()
         kernel.diagonal().add_(damping * kernel.diagonal().mean())

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dmpipeline.errors import SpecError, TrainingError
+from dmpipeline.errors import TrainingError, UserCodeError
 from dmpipeline.examples import Dataset
 
 Parts = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -38,7 +38,7 @@ def checked_outputs(returned: Any, dataset: Dataset, mask: npt.NDArray[np.bool_]
 
     Raises
     ------
-    SpecError
+    UserCodeError
         If it is not two arrays of numbers of these shapes.
     TrainingError
         If it lacks columns for classes that the subset has no example of, or holds what is not finite.
@@ -46,7 +46,7 @@ def checked_outputs(returned: Any, dataset: Dataset, mask: npt.NDArray[np.bool_]
     wanted = output_shapes(dataset)
     called = f"row {row}: recipe.function {path!r}"
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise SpecError(
+        raise UserCodeError(
             f"{called} returned {_words_for(returned)}; return two arrays, (train_outputs, test_outputs), of shapes "
             f"{wanted[0]} and {wanted[1]}",
             field="recipe.function",
@@ -79,7 +79,7 @@ def _as_numbers(part: Any, what: str) -> npt.NDArray[np.float32]:
     if isinstance(part, np.ma.MaskedArray):
         part = np.ma.filled(part.astype(np.float64), np.nan)
     if hasattr(part, "toarray"):
-        raise SpecError(f"{what} a sparse {type(part).__name__}; return its .toarray()", field="recipe.function")
+        raise UserCodeError(f"{what} a sparse {type(part).__name__}; return its .toarray()", field="recipe.function")
     try:
         array = np.asarray(part)
         is_real = array.dtype.kind in "fiub" or (array.dtype.kind == "O" and array.ndim > 0)
@@ -89,7 +89,7 @@ def _as_numbers(part: Any, what: str) -> npt.NDArray[np.float32]:
         wrong = f"an array of {array.dtype}" if array.ndim else _words_for(part)
     except (TypeError, ValueError) as error:
         wrong = f"{_words_for(part)} that is no array of numbers ({error})"
-    raise SpecError(f"{what} {wrong}; return an array of real numbers", field="recipe.function")
+    raise UserCodeError(f"{what} {wrong}; return an array of real numbers", field="recipe.function")
 
 
 def _words_for(returned: Any) -> str:
@@ -112,7 +112,7 @@ def _of_other_shapes(
     *,
     row: int,
     path: str,
-) -> SpecError | TrainingError:
+) -> UserCodeError | TrainingError:
     """Say what is wrong with shapes: as far as can be told, what the function did."""
     train, test = found
     facts: dict[str, Any] = {"field": "recipe.function", "value": path, "rows": [row]}
@@ -135,13 +135,13 @@ def _of_other_shapes(
                 classes=[k for k in range(dataset.n_classes) if k not in present],
             )
     if (test, train) == wanted:
-        return SpecError(f"{said}, test before train; {return_these}", **facts)
+        return UserCodeError(f"{said}, test before train; {return_these}", **facts)
     if train and train[0] == int(mask.sum()) and dataset.n_train != train[0]:
-        return SpecError(f"{said}, train outputs of the subset's examples alone; {return_these}", **facts)
+        return UserCodeError(f"{said}, train outputs of the subset's examples alone; {return_these}", **facts)
     if (train, test) == ((dataset.n_train,), (dataset.n_test,)):
         kind = "one number an example, such as predicted labels or one decision value"
-        return SpecError(f"{said}, {kind}, where each class has a column; {return_these}", **facts)
-    return SpecError(f"{said}; {return_these}", **facts)
+        return UserCodeError(f"{said}, {kind}, where each class has a column; {return_these}", **facts)
+    return UserCodeError(f"{said}; {return_these}", **facts)
 
 
 def _classes_lacking(dataset: Dataset, present: npt.NDArray[Any]) -> str:

@@ -510,8 +510,9 @@ def _diverged(dataset: Dataset, recipe: Recipe, rows: Sequence[int], n_models: i
 
 
 def _largest_input(dataset: Dataset) -> float:
-    """Find how large inputs are that are numbers of the user's; 0 of pictures and tokens."""
-    if dataset.train_inputs.dtype.kind != "f":
+    """Find how large inputs are that are numbers as the user gave them; 0 of pictures, tokens and scaled ones."""
+    is_scaled = getattr(getattr(dataset, "scaling", None), "inputs", None) is not None
+    if is_scaled or dataset.train_inputs.dtype.kind != "f":
         return 0.0
     return float(np.abs(dataset.train_inputs[:_INPUTS_LOOKED_AT]).max(initial=0.0))
 

@@ -64,7 +64,8 @@ def make_run(folder: Path, name: str = "run", *, n_models: int = 40, seconds: fl
 
 def cause_trouble(run: Run, folder: Path, kinds: dict[int, str]) -> None:
     """Have the learner raise at some rows, or end its process; by row."""
-    numbers = {row: int(draw_bits(run.spec.seed, Purpose.TORCH_SEED, row, 1)[0]) for row in kinds}
+    # a function is given the upper half
+    numbers = {row: int(draw_bits(run.spec.seed, Purpose.TORCH_SEED, row, 1)[0]) >> 32 for row in kinds}
     (folder / "trouble.json").write_text(json.dumps({str(numbers[row]): kind for row, kind in kinds.items()}))
 
 

@@ -1,12 +1,15 @@
 """However a command ends, a person reads one line and never a key; tracebacks are for --debug."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 
 import click
 import pytest
+from test_progress import run_at_terminal
 
 from dmdata.console import run, talk_options, without_keys
 from dmdata.errors import BudgetError
@@ -125,3 +128,66 @@ run(command, None, name="dmdata")
 )
 def test_what_is_no_key_is_left_as_it_is(text: str) -> None:
     assert without_keys(text) == text
+
+
+WORKING = """
+import time, click
+from dmdata import phases
+from dmdata.console import run, talk_options
+
+@click.command("work")
+@click.option("--short", is_flag=True)
+@talk_options
+def command(talk, short):
+    if short:
+        talk.print_data({"done": 1})
+        return
+    time.sleep(1.3)
+    with talk.counting("training", "models") as progress:
+        phases.phase("compiling")
+        time.sleep(1.3)
+        progress(0, 40)
+        phases.phase("first block of 2")
+        share = phases.Share(phases.heard_by())
+        for _ in range(12):
+            time.sleep(0.3)
+            share.add(0.5)
+        progress(20, 40)
+        phases.phase("")
+        progress(40, 40)
+    talk.print_data({"done": 40})
+
+run(command, None, name="dmdata")
+"""
+
+
+def test_without_a_terminal_lines_say_what_is_done_at_which_rate_and_data_stay_data() -> None:
+    env = os.environ | {"DMDATA_PROGRESS_SECONDS": "1"}
+    done = subprocess.run([sys.executable, "-c", WORKING, "--json"], capture_output=True, text=True, env=env)
+    assert json.loads(done.stdout) == {"done": 40}
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("dmdata: starting (1.")
+    assert any(line.startswith("training, compiling: 1.") or "compiling: 0." in line for line in lines), lines
+    rates = [line for line in lines if re.match(r"training, first block of 2: \d of 40 models, \d.* left$", line)]
+    assert rates, lines
+    assert re.fullmatch(r"training: 40 of 40 models, .* in \d\.\d s", lines[-1])
+
+
+@pytest.mark.parametrize("words", [["-q"], ["--short"]])
+def test_quiet_and_short_commands_say_nothing_of_what_they_do(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", WORKING, *words], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_at_a_terminal_the_phase_is_shown_within_two_seconds_and_then_a_bar_with_a_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", run_at_terminal([sys.executable, "-c", WORKING]))
+    states = [line.strip() for line in re.split(r"[\r\n]+", plain)]
+    assert any("dmdata: starting" in state for state in states), states
+    assert any(state.startswith("training, compiling") for state in states), states
+    assert any(re.match(r"training, first block of 2 .* of 40 models \d\.\d a second", state) for state in states)
+    assert "training, first block" not in states[-1]
