@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpipeline import lasso, proximal
+from dmpipeline.arrays import RowSliceable, check_shapes
 from dmpipeline.checkpoints import Arrays, Block, Checkpoints
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Certificate, Datamodels
 from dmpipeline.errors import ConvergenceError, SpecError
-from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
+from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.priors import (
     TRUSTS,
     Trust,
@@ -145,9 +146,9 @@ def fit(
     place = Checkpoints.at(directory, scheduler)
     with place.claimed():
         report = settings.report("moments", n_models)
-        parts = place.moments(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=report)
-        # what the rows are is told by their number and their sums
-        own = place.under("fit", settings.facts, prior, ranges, *(part.y_squares for part in parts))
+        rows = place.gathered(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=report)
+        parts = rows.parts
+        own = place.under("fit", settings.facts, prior, ranges, rows.digest)
         try:
             datamodels = _fit_parts(parts, settings, own) if folds else _fit_split(parts[0], parts[1], settings, own)
         except ConvergenceError:

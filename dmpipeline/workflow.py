@@ -73,6 +73,16 @@ class RowsOf:
         """Sizes of the dimensions."""
         return (self.rows.stop - self.rows.start, *self.array.shape[1:])
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element as it is read."""
+        return np.dtype(np.float32) if self.array.dtype.kind == "i" else self.array.dtype
+
+    def content_digest(self, start: int, stop: int) -> str:
+        """Tell some rows by the digests that their blocks were stored with; nothing of them is read."""
+        rows = slice(self.rows.start + start, self.rows.start + stop)
+        return f"{self.array.name.rpartition('/')[2]} {self.run.rows_digest(rows)}"
+
     def __getitem__(self, key: slice) -> npt.NDArray[Any]:
         start, stop, _ = key.indices(self.shape[0])
         with _explained(self.run):

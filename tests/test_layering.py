@@ -21,7 +21,8 @@ ROOMS_IN_ORDER = {
     "dmpipeline": """
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
         networks lines convolution layers ensembles train probe directory cataloguing store extension worker handing
-        cluster status slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal
+        cluster status slurm attribution verify tensors arrays binary moments identity
+        checkpoints spaces descent lasso proximal
         datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
         workflow demo plan_command train_commands cli
     """,

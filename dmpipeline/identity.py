@@ -1,0 +1,224 @@
+"""What the rows of masks and outputs are, told by digests of all of them: the same rows have the same, others do not.
+
+A row's key is a digest of its mask, packed to bits, and of its outputs with their dtype: so it does not matter whether
+masks come as booleans, bytes or sparse, and a change of a single output is a change. Keys are taken from blocks as they
+are counted, on a thread of their own.
+
+A source that knows what it holds need not be read for that. A run records a digest of each block, and an object on the
+network has an ETag: their keys, once taken, are remembered next to the digest that the source gave for these rows
+(`content_digest`), up to 1,024 rows to a digest. As long as it gives the same one, they hold.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+import dmdata
+from dmdata.array import InObject
+from dmdata.errors import AccessError, BudgetError, IntegrityError, SourceError
+from dmdata.headers import forget_header
+from dmpipeline.arrays import RowSliceable, read_masks, read_outputs
+from dmpipeline.tensors import map_tensors, save_tensors
+
+Span = tuple[int, int]
+"""Adjacent rows, half-open."""
+
+
+def keys_of_rows(masks: NDArray[np.int8], outputs: NDArray[Any]) -> NDArray[np.uint64]:
+    """Take the keys of some rows.
+
+    Parameters
+    ----------
+    masks : array of int8, shape (n_rows, n_train)
+    outputs : array of real, shape (n_rows, n_targets)
+
+    Returns
+    -------
+    keys : array of uint64, shape (n_rows, 3)
+        The first column tells the mask alone (64 bits), the others mask and outputs together (128 bits).
+    """
+    outputs = np.ascontiguousarray(outputs)
+    dtype = outputs.dtype.str.encode()
+    taken = bytearray()
+    for packed, row in zip(_packed(masks), outputs, strict=True):
+        digest = hashlib.sha256(packed)
+        taken += digest.digest()[:8]
+        digest.update(dtype)
+        digest.update(row)
+        taken += digest.digest()[:16]
+    return np.frombuffer(bytes(taken), np.uint64).reshape(-1, 3)
+
+
+def keys_of_masks(masks: NDArray[np.int8]) -> NDArray[np.uint64]:
+    """Take the keys of some masks alone, shape (n_rows,): the first column of `keys_of_rows`."""
+    taken = b"".join(hashlib.sha256(packed).digest()[:8] for packed in _packed(masks))
+    return np.frombuffer(taken, np.uint64)
+
+
+def content_digest(array: RowSliceable, start: int, stop: int) -> str | None:
+    """Tell what some rows hold by what their source says of them, unread; None where it says nothing.
+
+    A LazyArray on the network is known by its address, ETag and place in the object. Local arrays are read: that is
+    quick, and they may change under an address.
+    """
+    if isinstance(array, dmdata.LazyArray):
+        if not isinstance(array.body, InObject) or array.is_local or array.body.etag is None:
+            return None
+        layout = array.layout
+        facts = (array.identity, layout.shape, layout.dtype.str, layout.offset, layout.strides, layout.encoding)
+        return hashlib.sha256(repr((facts, start, stop)).encode()).hexdigest()
+    own = getattr(array, "content_digest", None)
+    digest = own(start, stop) if callable(own) else None
+    return None if digest is None else str(digest)
+
+
+def confirm(array: RowSliceable) -> None:
+    """Make sure that an object on the network is still the one that was opened, if it can be asked: one byte is read.
+
+    What `dmdata` remembers of a header may be older than the object.
+
+    Raises
+    ------
+    IntegrityError
+        If the object has changed since.
+    """
+    if isinstance(array, dmdata.LazyArray) and isinstance(array.body, InObject) and not array.is_local:
+        transport, at = array.body.transport, array.layout.offset
+        try:
+            transport.read(at, at + 1, etag=array.body.etag)
+        except (AccessError, BudgetError, SourceError):
+            return  # nothing says that it is another
+        except IntegrityError:
+            forget_header(transport.address)
+            raise
+
+
+def is_near(array: RowSliceable) -> bool:
+    """Tell whether an array may be read twice without a thought: anything but a LazyArray on the network."""
+    return not isinstance(array, dmdata.LazyArray) or array.is_local
+
+
+def digest_of(keys: NDArray[np.uint64], *columns: int) -> str:
+    """Tell rows by their keys, in order, and by how many columns masks and outputs have; in hexadecimal."""
+    return hashlib.sha256(repr(columns).encode() + np.ascontiguousarray(keys).data).hexdigest()[:24]
+
+
+@dataclass(slots=True, eq=False)
+class KnownRows:
+    """Keys of the rows of masks and outputs, as far as they are known.
+
+    Attributes
+    ----------
+    masks, outputs : RowSliceable
+    keys : array of uint64, shape (n_models, 3)
+        See `keys_of_rows`; zeros where a row is not known yet.
+    is_known : array of bool, shape (n_models,)
+    """
+
+    masks: RowSliceable
+    outputs: RowSliceable
+    keys: NDArray[np.uint64]
+    is_known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, masks: RowSliceable, outputs: RowSliceable) -> Self:
+        """Begin, with no row known."""
+        n_models = masks.shape[0]
+        return cls(masks, outputs, np.zeros((n_models, 3), np.uint64), np.zeros(n_models, np.bool_))
+
+    def saw(self, first: int, masks: NDArray[np.int8], outputs: NDArray[Any]) -> None:
+        """Take the keys of rows that were read."""
+        self.set(first, keys_of_rows(masks, outputs))
+
+    def set(self, first: int, keys: NDArray[np.uint64]) -> None:
+        """Take keys as they are, of rows from `first` on."""
+        self.keys[first : first + len(keys)] = keys
+        self.is_known[first : first + len(keys)] = True
+
+    def read(self, start: int, stop: int, *, block_rows: int) -> None:
+        """Make some rows known, reading those that are not."""
+        for first, last in _stretches(~self.is_known[start:stop], start):
+            for at in range(first, last, block_rows):
+                end = min(at + block_rows, last)
+                self.saw(at, read_masks(self.masks, at, end), read_outputs(self.outputs, at, end))
+
+    def digest(self, start: int, stop: int) -> str | None:
+        """Tell some rows by one digest; None if not all of them are known."""
+        if not self.is_known[start:stop].all():
+            return None
+        return digest_of(self.keys[start:stop], self.masks.shape[1], self.outputs.shape[1])
+
+    def recall(self, path: Path) -> None:
+        """Take the keys that `remember` kept, of rows of which the sources say what they said then."""
+        n_models, sources = len(self.keys), (self.masks, self.outputs)
+        if not path.exists() or None in (content_digest(source, 0, 1) for source in sources):
+            return
+        said: dict[Span, bytes | None] = {}
+        for span, digest, keys in _entries(path):
+            if span[1] <= n_models:
+                if span not in said:
+                    said[span] = self._said(*span)
+                if said[span] == digest:
+                    self.set(span[0], keys)
+        if self.is_known.any():
+            for source in sources:
+                confirm(source)
+
+    def remember(self, path: Path) -> None:
+        """Keep the keys of known rows whose sources say what they hold; of others' the latest, up to a bound."""
+        entries: dict[tuple[Span, bytes], NDArray[np.uint64]] = {}
+        for first, last in _stretches(self.is_known, 0):
+            cuts = [first, *range((first // _SPAN_ROWS + 1) * _SPAN_ROWS, last, _SPAN_ROWS), last]
+            for span in itertools.pairwise(cuts):
+                digest = self._said(*span)
+                if digest is None:
+                    return
+                entries[span, digest] = self.keys[slice(*span)]
+        n_rows = 0
+        if path.exists():
+            for span, digest, keys in _entries(path):
+                n_rows += len(keys)
+                if n_rows > _ROWS_OF_OTHERS:
+                    break
+                entries.setdefault((span, digest), keys)
+        arrays: dict[str, NDArray[Any]] = {
+            "spans": np.array([span for span, _ in entries], np.int64),
+            "digests": np.frombuffer(b"".join(digest for _, digest in entries), np.uint8).reshape(-1, 32),
+            "keys": np.concatenate(list(entries.values())).view(np.int64),
+        }
+        save_tensors(arrays, path)
+
+    def _said(self, start: int, stop: int) -> bytes | None:
+        said = [content_digest(source, start, stop) for source in (self.masks, self.outputs)]
+        if None in said:
+            return None
+        columns = self.masks.shape[1], self.outputs.shape[1]
+        return hashlib.sha256(repr((said, columns)).encode()).digest()
+
+
+_SPAN_ROWS = 1024
+_ROWS_OF_OTHERS = 2**20  # 24 MiB
+
+
+def _packed(masks: NDArray[np.int8]) -> NDArray[np.uint8]:
+    return np.packbits(masks.view(np.bool_), axis=1)
+
+
+def _stretches(wanted: NDArray[np.bool_], first: int) -> Iterator[Span]:
+    """Give the longest stretches of adjacent rows that are wanted, of which the array's first is `first`."""
+    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0)) + first
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _entries(path: Path) -> Iterator[tuple[Span, bytes, NDArray[np.uint64]]]:
+    arrays = map_tensors(path, {"spans", "digests", "keys"})
+    keys, at = arrays["keys"].view(np.uint64), 0
+    for (start, stop), digest in zip(arrays["spans"].tolist(), arrays["digests"], strict=True):
+        yield (start, stop), digest.tobytes(), keys[at : at + stop - start].copy()
+        at += stop - start
