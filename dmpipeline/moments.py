@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dmdata.errors import FormatError
 from dmpipeline import binary
-from dmpipeline.arrays import RowSliceable as RowSliceable
+from dmpipeline.arrays import RowSliceable as RowSliceable  # named here before there was a room for it
 from dmpipeline.arrays import as_rows, read_masks, read_outputs
 from dmpipeline.arrays import check_shapes as check_shapes
 from dmpipeline.compute import available_threads

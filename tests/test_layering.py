@@ -22,8 +22,8 @@ ROOMS_IN_ORDER = {
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
         networks lines convolution layers ensembles train probe directory cataloguing store extension worker handing
         cluster status slurm attribution verify tensors arrays binary moments identity
-        checkpoints spaces descent lasso proximal
-        datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
+        overlaps checkpoints spaces descent lasso proximal datamodels priors fitting forecast readings evaluate
+        alternatives figures curves applications export report
         workflow demo plan_command train_commands cli
     """,
 }
