@@ -52,7 +52,8 @@ def as_rows(array: Any, name: str) -> RowSliceable:
     if hasattr(array, "iloc"):
         return _Frame(array)
     if hasattr(array, "detach"):
-        return _Tensor(array)
+        is_compressed = str(array.layout) not in ("torch.strided", "torch.sparse_coo")
+        return _Tensor(array.to_sparse_coo() if is_compressed else array)
     return array  # type: ignore[no-any-return]
 
 
@@ -162,16 +163,18 @@ class _Tensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(_dense(self.tensor[:0]).dtype)
+        return self[0:0].dtype
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        return _dense(self.tensor[rows])
+        tensor = self.tensor.detach()
+        if str(tensor.layout) == "torch.strided":
+            return _numpy_of(tensor[rows])
+        start, stop, _ = rows.indices(tensor.shape[0])
+        return _numpy_of(tensor.narrow_copy(0, start, stop - start).to_dense())
 
 
-def _dense(tensor: Any) -> NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    if str(tensor.layout) != "torch.strided":
-        tensor = tensor.to_dense()
+def _numpy_of(tensor: Any) -> NDArray[Any]:
+    tensor = tensor.cpu()
     # of what NumPy does not have, bfloat16 and the floats of 8 bits, every value is one of float32
     is_foreign = tensor.is_floating_point() and str(tensor.dtype) not in _NUMPYS
     return np.asarray((tensor.float() if is_foreign else tensor).numpy())

@@ -360,8 +360,7 @@ class _Retrainings:
             averages: Floats = self.outputs.reshape(len(self.sizes), self.sizes[0], -1).mean(axis=1)
             return averages
         sums: Floats = np.add.reduceat(self.outputs, self.starts, axis=0)
-        averages = sums / np.array(self.sizes)[:, None]
-        return averages
+        return sums / np.array(self.sizes, np.float64)[:, None]
 
     def replicate(self, nth: int) -> Floats:
         """One retraining of each subset: the nth, or as one counts on from the first again."""

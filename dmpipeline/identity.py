@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dmdata
-from dmdata.array import InObject
+from dmdata.array import InObject, InZarr
 from dmdata.errors import AccessError, BudgetError, IntegrityError, SourceError
 from dmdata.headers import forget_header
 from dmpipeline.arrays import RowSliceable, read_masks, read_outputs
@@ -76,6 +76,28 @@ def content_digest(array: RowSliceable, start: int, stop: int) -> str | None:
     own = getattr(array, "content_digest", None)
     digest = own(start, stop) if callable(own) else None
     return None if digest is None else str(digest)
+
+
+def files_digest(array: dmdata.LazyArray, start: int, stop: int) -> str | None:
+    """Tell some rows of an array of a local Zarr store by its files: their sizes and when they were written.
+
+    What is damaged and stored again with the bits that it had is told from what it was meanwhile. None for an array
+    that is not in a Zarr store.
+    """
+    if not isinstance(array.body, InZarr) or stop <= start:
+        return None
+    opened, folder = array.body.open(), Path(array.body.url)
+    shape = opened.shards or opened.chunks
+    numbers = [range(start // shape[0], -(-stop // shape[0]))]
+    numbers += [range(-(-size // step)) for size, step in zip(opened.shape[1:], shape[1:], strict=True)]
+    digest = hashlib.sha256(repr((shape, str(opened.dtype))).encode())
+    for place in itertools.product(*numbers):
+        try:
+            state = (folder / opened.metadata.encode_chunk_key(place)).stat()
+            digest.update(repr((place, state.st_size, state.st_mtime_ns)).encode())
+        except FileNotFoundError:  # all its elements are the fill value
+            digest.update(repr(place).encode())
+    return digest.hexdigest()
 
 
 def confirm(array: RowSliceable) -> None:

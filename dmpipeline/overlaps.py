@@ -38,14 +38,14 @@ class Possible:
 
     def share_of(self, n: int) -> float:
         """Share of the subsets that n different ones are, at most 1."""
-        return min(1.0, math.exp(min(math.log(max(n, 1)) - self.log_n, 0.0)))
+        return math.exp(max(min(math.log(max(n, 1)) - self.log_n, 0.0), -700.0))  # which is not quite 0
 
 
 def repeats_beyond_chance(keys: Keys, possible: Possible) -> int:
     """Count the rows whose subset an earlier row has, or return 0 where chance explains so many."""
     n_different = len(np.unique(keys))
     n_repeats = len(keys) - n_different
-    return n_repeats if n_repeats > _most_by_chance(len(keys), possible.share_of(n_different)) else 0
+    return n_repeats if _is_beyond_chance(n_repeats, len(keys) * possible.share_of(n_different)) else 0
 
 
 def shared_beyond_chance(keys: Keys, fitted: Keys, possible: Possible) -> int:
@@ -53,7 +53,7 @@ def shared_beyond_chance(keys: Keys, fitted: Keys, possible: Possible) -> int:
     different = np.unique(keys)
     n_shared = int(np.isin(different, fitted).sum())
     share = possible.share_of(len(np.unique(fitted)))
-    return n_shared if n_shared > _most_by_chance(len(different), share) else 0
+    return n_shared if _is_beyond_chance(n_shared, len(different) * share) else 0
 
 
 def warn_of_held_out_rows(arrays: tuple[Any, ...], keys: Keys, possible: Possible, *, stacklevel: int) -> None:
@@ -99,9 +99,12 @@ def _first_repeat(keys: Keys) -> int:
     return int(np.flatnonzero(~is_first)[0])
 
 
-def _most_by_chance(n: int, share: float) -> float:
-    """Bound how many of n subsets are among others that make up a share of all there are, at 5 deviations."""
-    return n * share + 5 * math.sqrt(n * share * (1 - share)) + (1 if n * share > _NEGLIGIBLE else 0)
+def _is_beyond_chance(n_found: int, expected: float) -> bool:
+    """Tell whether so many are found less often than once in 10,000 times, by Chernoff's bound of a Poisson tail."""
+    if n_found <= expected:
+        return False
+    log_odds = n_found - expected - n_found * math.log(n_found / expected)
+    return log_odds < math.log(_RARE)
 
 
-_NEGLIGIBLE = 1e-6
+_RARE = 1e-4
