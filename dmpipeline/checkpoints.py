@@ -48,7 +48,7 @@ from dmdata.cluster import Carried, carried_along, run_on_cluster
 from dmdata.locks import only_process_at
 from dmpipeline.arrays import RowSliceable, as_rows, check_shapes
 from dmpipeline.errors import DataWarning, SpecError, explain_os_errors
-from dmpipeline.identity import KnownRows, Span, digest_of, is_near
+from dmpipeline.identity import KnownRows, Span, digest_of
 from dmpipeline.moments import Moments
 from dmpipeline.tensors import map_tensors, save_tensors
 
@@ -393,9 +393,8 @@ class _Counting:
                 span = int(match[1]), int(match[2])
                 if rows[0] <= span[0] < span[1] <= rows[1]:
                     found.append((span, path, match[3]))
-        if is_near(self.known.masks) and is_near(self.known.outputs):
-            for span in {span for span, _, _ in found}:
-                self.known.read(*span, block_rows=self.block_rows)
+        for span in sorted({span for span, _, _ in found}):
+            self.known.read_near(*span, block_rows=self.block_rows)
         return {span: path for span, path, digest in found if self.known.digest(*span) == digest}
 
     def _added(self, parts: list[Span], spared: set[Path]) -> list[Span]:

@@ -1,8 +1,8 @@
 """What the rows of masks and outputs are, told by digests of all of them: the same rows have the same, others do not.
 
-A row's key is a digest of its mask, packed to bits, and of its outputs with their dtype: so it does not matter whether
-masks come as booleans, bytes or sparse, and a change of a single output is a change. Keys are taken from blocks as they
-are counted, on a thread of their own.
+A row's key is a digest of its mask, packed to bits, and one of its outputs with their dtype: so it does not matter
+whether masks come as booleans, bytes or sparse, and a change of a single output is a change. Keys are taken from blocks
+as they are counted, on a thread of their own.
 
 A source that knows what it holds need not be read for that. A run records a digest of each block, and an object on the
 network has an ETag: their keys, once taken, are remembered next to the digest that the source gave for these rows
@@ -12,7 +12,7 @@ network has an ETag: their keys, once taken, are remembered next to the digest t
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,19 +40,18 @@ def keys_of_rows(masks: NDArray[np.int8], outputs: NDArray[Any]) -> NDArray[np.u
 
     Returns
     -------
-    keys : array of uint64, shape (n_rows, 3)
-        The first column tells the mask alone (64 bits), the others mask and outputs together (128 bits).
+    keys : array of uint64, shape (n_rows, 4)
+        128 bits that tell the mask, and 128 that tell the outputs.
     """
     outputs = np.ascontiguousarray(outputs)
-    dtype = outputs.dtype.str.encode()
+    dtype = hashlib.sha256(outputs.dtype.str.encode())
     taken = bytearray()
     for packed, row in zip(_packed(masks), outputs, strict=True):
-        digest = hashlib.sha256(packed)
-        taken += digest.digest()[:8]
-        digest.update(dtype)
+        taken += hashlib.sha256(packed).digest()[:16]
+        digest = dtype.copy()
         digest.update(row)
         taken += digest.digest()[:16]
-    return np.frombuffer(bytes(taken), np.uint64).reshape(-1, 3)
+    return np.frombuffer(bytes(taken), np.uint64).reshape(-1, 4)
 
 
 def keys_of_masks(masks: NDArray[np.int8]) -> NDArray[np.uint64]:
@@ -138,21 +137,26 @@ class KnownRows:
     Attributes
     ----------
     masks, outputs : RowSliceable
-    keys : array of uint64, shape (n_models, 3)
+    keys : array of uint64, shape (n_models, 4)
         See `keys_of_rows`; zeros where a row is not known yet.
-    is_known : array of bool, shape (n_models,)
+    is_known : array of bool, shape (n_models, 2)
+        Of each row's mask, and of its outputs.
+    said : dict
+        What a source said of some rows, by 0 for masks or 1 for outputs and by first row and end. It is asked before
+        anything is read, so that rows which change meanwhile are taken for changed the next time.
     """
 
     masks: RowSliceable
     outputs: RowSliceable
     keys: NDArray[np.uint64]
     is_known: NDArray[np.bool_]
+    said: dict[tuple[int, Span], bytes | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, masks: RowSliceable, outputs: RowSliceable) -> Self:
         """Begin, with no row known."""
         n_models = masks.shape[0]
-        return cls(masks, outputs, np.zeros((n_models, 3), np.uint64), np.zeros(n_models, np.bool_))
+        return cls(masks, outputs, np.zeros((n_models, 4), np.uint64), np.zeros((n_models, 2), np.bool_))
 
     def saw(self, first: int, masks: NDArray[np.int8], outputs: NDArray[Any]) -> None:
         """Take the keys of rows that were read."""
@@ -163,12 +167,22 @@ class KnownRows:
         self.keys[first : first + len(keys)] = keys
         self.is_known[first : first + len(keys)] = True
 
-    def read(self, start: int, stop: int, *, block_rows: int) -> None:
-        """Make some rows known, reading those that are not."""
-        for first, last in _stretches(~self.is_known[start:stop], start):
+    def read_near(self, start: int, stop: int, *, block_rows: int) -> None:
+        """Make some rows known by reading what is not, if that is on this machine: nothing is fetched for it."""
+        rows = slice(start, stop)
+        unknown = [side for side in (0, 1) if not self.is_known[rows, side].all()]
+        if not all(is_near(self._sources[side]) for side in unknown):
+            return
+        is_unknown: NDArray[np.bool_] = ~np.logical_and(self.is_known[rows, 0], self.is_known[rows, 1])
+        for first, last in _stretches(is_unknown, start):
             for at in range(first, last, block_rows):
                 end = min(at + block_rows, last)
-                self.saw(at, read_masks(self.masks, at, end), read_outputs(self.outputs, at, end))
+                # what is known already is not read: an empty block stands for it
+                masks = read_masks(self.masks, at, end) if 0 in unknown else np.empty((end - at, 0), np.int8)
+                outputs = read_outputs(self.outputs, at, end) if 1 in unknown else np.empty((end - at, 0))
+                keys = keys_of_rows(masks, outputs)
+                for side in unknown:
+                    self._set_side(side, at, keys[:, _COLUMNS[side]])
 
     def digest(self, start: int, stop: int) -> str | None:
         """Tell some rows by one digest; None if not all of them are known."""
@@ -178,52 +192,58 @@ class KnownRows:
 
     def recall(self, path: Path) -> None:
         """Take the keys that `remember` kept, of rows of which the sources say what they said then."""
-        n_models, sources = len(self.keys), (self.masks, self.outputs)
-        if not path.exists() or None in (content_digest(source, 0, 1) for source in sources):
-            return
-        said: dict[Span, bytes | None] = {}
-        for span, digest, keys in _entries(path):
-            if span[1] <= n_models:
-                if span not in said:
-                    said[span] = self._said(*span)
-                if said[span] == digest:
-                    self.set(span[0], keys)
-        if self.is_known.any():
-            for source in sources:
+        n_models = len(self.keys)
+        for side in (0, 1):
+            for first in range(0, n_models, _SPAN_ROWS):
+                if self._said(side, (first, min(first + _SPAN_ROWS, n_models))) is None:
+                    break  # nor will it of the others
+        for side, span, digest, keys in _entries(path) if path.exists() else ():
+            if span[1] <= n_models and self._said(side, span) == digest:
+                self._set_side(side, span[0], keys)
+        for side, source in enumerate(self._sources):
+            if self.is_known[:, side].any():
                 confirm(source)
 
     def remember(self, path: Path) -> None:
         """Keep the keys of known rows whose sources say what they hold; of others' the latest, up to a bound."""
-        entries: dict[tuple[Span, bytes], NDArray[np.uint64]] = {}
-        for first, last in _stretches(self.is_known, 0):
-            cuts = [first, *range((first // _SPAN_ROWS + 1) * _SPAN_ROWS, last, _SPAN_ROWS), last]
-            for span in itertools.pairwise(cuts):
-                digest = self._said(*span)
-                if digest is None:
-                    return
-                entries[span, digest] = self.keys[slice(*span)]
+        entries: dict[tuple[int, Span, bytes], NDArray[np.uint64]] = {}
+        for (side, span), digest in self.said.items():
+            if digest is not None and self.is_known[slice(*span), side].all():
+                entries[side, span, digest] = self.keys[slice(*span), _COLUMNS[side]]
+        if not entries:
+            return
         n_rows = 0
-        if path.exists():
-            for span, digest, keys in _entries(path):
-                n_rows += len(keys)
-                if n_rows > _ROWS_OF_OTHERS:
-                    break
-                entries.setdefault((span, digest), keys)
+        for side, span, digest, keys in _entries(path) if path.exists() else ():
+            n_rows += len(keys)
+            if n_rows > _ROWS_OF_OTHERS:
+                break
+            entries.setdefault((side, span, digest), keys)
         arrays: dict[str, NDArray[Any]] = {
-            "spans": np.array([span for span, _ in entries], np.int64),
-            "digests": np.frombuffer(b"".join(digest for _, digest in entries), np.uint8).reshape(-1, 32),
+            "sides": np.array([side for side, _, _ in entries], np.int64),
+            "spans": np.array([span for _, span, _ in entries], np.int64),
+            "digests": np.frombuffer(b"".join(digest for _, _, digest in entries), np.uint8).reshape(-1, 32),
             "keys": np.concatenate(list(entries.values())).view(np.int64),
         }
         save_tensors(arrays, path)
 
-    def _said(self, start: int, stop: int) -> bytes | None:
-        said = [content_digest(source, start, stop) for source in (self.masks, self.outputs)]
-        if None in said:
-            return None
-        columns = self.masks.shape[1], self.outputs.shape[1]
-        return hashlib.sha256(repr((said, columns)).encode()).digest()
+    @property
+    def _sources(self) -> tuple[RowSliceable, RowSliceable]:
+        return self.masks, self.outputs
+
+    def _set_side(self, side: int, first: int, keys: NDArray[np.uint64]) -> None:
+        self.keys[first : first + len(keys), _COLUMNS[side]] = keys
+        self.is_known[first : first + len(keys), side] = True
+
+    def _said(self, side: int, span: Span) -> bytes | None:
+        if (side, span) not in self.said:
+            source = self._sources[side]
+            said = content_digest(source, *span)
+            facts = repr((said, source.shape[1])).encode()
+            self.said[side, span] = None if said is None else hashlib.sha256(facts).digest()
+        return self.said[side, span]
 
 
+_COLUMNS = (slice(0, 2), slice(2, 4))
 _SPAN_ROWS = 1024
 _ROWS_OF_OTHERS = 2**20  # 24 MiB
 
@@ -238,9 +258,11 @@ def _stretches(wanted: NDArray[np.bool_], first: int) -> Iterator[Span]:
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
-def _entries(path: Path) -> Iterator[tuple[Span, bytes, NDArray[np.uint64]]]:
-    arrays = map_tensors(path, {"spans", "digests", "keys"})
+def _entries(path: Path) -> Iterator[tuple[int, Span, bytes, NDArray[np.uint64]]]:
+    arrays = map_tensors(path, {"sides", "spans", "digests", "keys"})
     keys, at = arrays["keys"].view(np.uint64), 0
-    for (start, stop), digest in zip(arrays["spans"].tolist(), arrays["digests"], strict=True):
-        yield (start, stop), digest.tobytes(), keys[at : at + stop - start].copy()
+    for side, (start, stop), digest in zip(
+        arrays["sides"].tolist(), arrays["spans"].tolist(), arrays["digests"], strict=True
+    ):
+        yield side, (start, stop), digest.tobytes(), keys[at : at + stop - start].copy()
         at += stop - start

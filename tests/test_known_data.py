@@ -196,6 +196,20 @@ def test_paid_objects_are_known_by_their_etags_and_not_read_again(data, work, s3
     assert same(fit(masks, reopened, directory=work), fit(data[0], -data[1]))
 
 
+def test_paid_outputs_are_not_paid_again_where_masks_are_at_hand(data, work, s3, monkeypatch, counted):
+    monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
+    s3.put("outputs.npy", npy(data[1]))
+    outputs = dmdata.open(f"s3://{BUCKET}/outputs.npy")
+    expected = fit(data[0], outputs, directory=work)
+    s3.reset_log()
+    counted.clear()
+    assert same(fit(data[0], outputs, directory=work), expected)
+    assert not counted
+    assert sum(request.n_bytes for request in s3.log) == 1
+    masks = other_masks(*data)[0]
+    assert same(fit(masks, outputs, directory=work), fit(masks, data[1]))
+
+
 @pytest.fixture
 def run(tmp_path):
     spec = RunSpec(
