@@ -3,7 +3,7 @@
 ::
 
     directory/
-      moments-2000x500/         of so many training examples and targets
+      moments-2000x500/         of 2,000 training examples and 500 targets
         0-65536-3fa8c1d2....pt  second moments of rows 0 to 65,536, and a digest of what these rows hold
         rows.pt                 what is known of the rows of sources that need not be read again for it
       fit-77ab0e19.../          of certain rows with certain settings; removed when the fit is done

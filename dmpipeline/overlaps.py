@@ -33,7 +33,7 @@ class Possible:
 
     @classmethod
     def subsets(cls, n_train: int, size: float) -> Self:
-        """Count the subsets of so many examples; `size` is the average, and near it most are."""
+        """Count the subsets of `size` examples, which is the average of the masks."""
         return cls(math.lgamma(n_train + 1) - math.lgamma(size + 1) - math.lgamma(n_train - size + 1))
 
     def share_of(self, n: int) -> float:
@@ -42,14 +42,14 @@ class Possible:
 
 
 def repeats_beyond_chance(keys: Keys, possible: Possible) -> int:
-    """Count the rows whose subset an earlier row has, or return 0 where chance explains so many."""
+    """Count the rows whose subset an earlier row has, or return 0 where chance explains that many."""
     n_different = len(np.unique(keys))
     n_repeats = len(keys) - n_different
     return n_repeats if _is_beyond_chance(n_repeats, len(keys) * possible.share_of(n_different)) else 0
 
 
 def shared_beyond_chance(keys: Keys, fitted: Keys, possible: Possible) -> int:
-    """Count the different subsets of some rows that were fitted on, or return 0 where chance explains so many."""
+    """Count the different subsets of some rows that were fitted on, or return 0 where chance explains that many."""
     different = np.unique(keys)
     n_shared = int(np.isin(different, fitted).sum())
     share = possible.share_of(len(np.unique(fitted)))
@@ -100,7 +100,7 @@ def _first_repeat(keys: Keys) -> int:
 
 
 def _is_beyond_chance(n_found: int, expected: float) -> bool:
-    """Tell whether so many are found less often than once in 10,000 times, by Chernoff's bound of a Poisson tail."""
+    """Tell whether that many are found less often than once in 10,000 times, by Chernoff's bound of a Poisson tail."""
     if n_found <= expected:
         return False
     log_odds = n_found - expected - n_found * math.log(n_found / expected)
