@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
+from dmpipeline.arrays import RowSliceable, check_shapes, read_masks, read_outputs
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
 from dmpipeline.evaluate import Evaluation, evaluate, readable_score, readable_table
-from dmpipeline.moments import Moments, RowSliceable, check_shapes
+from dmpipeline.moments import Moments
 from dmpipeline.spaces import Space
 
 Floats = NDArray[np.float64]
@@ -229,7 +230,7 @@ def compare(
     masks: RowSliceable,
     outputs: RowSliceable,
     *,
-    n_retrainings: int = 1,
+    n_retrainings: int | None = None,
     n_bootstraps: int = 500,
     n_splits: int = 50,
     level: float = 0.95,
@@ -252,7 +253,7 @@ def compare(
     if not estimates:
         raise SpecError("there are no estimates to compare; hand in datamodels by name")
     n_models, _, _ = check_shapes(masks, outputs)
-    rows, truth = np.asarray(masks[0:n_models]), np.asarray(outputs[0:n_models])
+    rows, truth = read_masks(masks, 0, n_models), read_outputs(outputs, 0, n_models)
     evaluations = {
         name: evaluate(
             datamodels,

@@ -91,8 +91,10 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
         layouts = pt_layouts(read_at, object_bytes=n_bytes, url=str(path))
     shapes = {name: layout.shape for name, layout in layouts.items()}
     n_train, n_test = (*shapes.get("weight", ()), 0, 0)[:2]
-    of_targets = set(shapes) - {"weight"}
-    expected = {"weight": (n_train, n_test)} | dict.fromkeys(of_targets, (n_test,))
+    of_models = {name for name in set(shapes) & {"fitted_masks"} if len(shapes[name]) == 1}
+    of_targets = set(shapes) - {"weight"} - of_models
+    expected: dict[str, tuple[int, ...]] = {"weight": (n_train, n_test)} | dict.fromkeys(of_targets, (n_test,))
+    expected |= {name: shapes[name] for name in of_models}
     if not of_targets >= {"bias", "lam"} or shapes != expected:
         raise FormatError(
             f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else "
@@ -100,6 +102,7 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
             url=str(path),
         )
     dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
+    dims |= dict.fromkeys(of_models, ("fitted_model",))
     members = {
         name: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[name])
         for name, layout in layouts.items()

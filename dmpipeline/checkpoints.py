@@ -1,17 +1,26 @@
-"""What a long fit has finished, kept in a directory: killed at any moment it goes on from there, and workers share it.
+"""What a long fit has finished, kept in a directory: killed at any moment it resumes from there, and workers share it.
 
 ::
 
     directory/
-      moments-3fa8c1d2.../    of masks and outputs that begin with the same rows
-        0-65536.pt            second moments of rows 0 to 65,536
-      fit-77ab0e19.../        of certain rows with certain settings; removed when the fit is done
+      moments-2000x500/         of 2,000 training examples and 500 targets
+        0-65536-3fa8c1d2....pt  second moments of rows 0 to 65,536, and a digest of what these rows hold
+        rows.pt                 what is known of the rows of sources that need not be read again for it
+      fit-77ab0e19.../          of certain rows with certain settings; removed when the fit is done
         grams-0.pt, paths-0-0-512.pt, ...
 
-A file is there whole or not at all, and its name says what it is of, so nothing else is remembered. Moments of adjacent
-rows are added up to those of a wider range, exactly for float16 outputs: when more models have been trained, rows that
-were read are not read again, and the fit is that of all rows read at once. Large arrays are mapped from files in the
-directory, so that a fit may be larger than memory.
+A file is there whole or not at all, and its name says what it is of. Moments are known by all of their rows: by their
+masks, outputs, dtype and order (`dmpipeline.identity`). A row that changed makes the moments that hold it unusable and
+no others, so only those are counted again; rows that a source vouches for, as a run or an object with an ETag does, are
+not even read. Moments of adjacent rows are added up to those of a wider range, exactly for float16 outputs: when more
+models have been trained, rows that were counted are not counted again, and the fit is that of all rows read at once.
+Large arrays are mapped from files in the directory, so that a fit may be larger than memory.
+
+What is kept: the moments of each range that a fit asks for, 4 n_train^2 + 8 n_train n_targets bytes each. In addition,
+for float16 outputs, those of up to 16 pieces of its rows, as many as take 64 MiB: counting a thousand rows again costs
+less than reading and writing larger ones. And what other fits left, of other data or other ranges, the latest used
+first, as much as takes 1 GiB or twice what this fit's ranges take: two users may share a directory, and of 50,000
+examples it holds three fits and no more.
 
 With a Dask scheduler its workers, who must see the directory under the same path, do the work: blocks of rows, whose
 moments are then added in pairs, and blocks of targets. A task that is lost is done again, with the same result but for
@@ -21,8 +30,10 @@ rounding: processes may have compiled a kernel apart.
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,8 +46,10 @@ from numpy.typing import NDArray
 import dmdata
 from dmdata.cluster import Carried, carried_along, run_on_cluster
 from dmdata.locks import only_process_at
-from dmpipeline.errors import SpecError, explain_os_errors
-from dmpipeline.moments import Moments, RowSliceable, check_shapes
+from dmpipeline.arrays import RowSliceable, as_rows, check_shapes
+from dmpipeline.errors import DataWarning, SpecError, explain_os_errors
+from dmpipeline.identity import KnownRows, Span, digest_of
+from dmpipeline.moments import Moments
 from dmpipeline.tensors import map_tensors, save_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -44,8 +57,24 @@ Arrays = Mapping[str, NDArray[Any]]
 Solve = Callable[[Arrays, Arrays, Callable[[int], None]], Arrays]
 """From the arrays that all blocks share and those of one block to its results; reports how many targets are done."""
 
-Rows = tuple[int, int]
-"""Adjacent rows, half-open."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """Second moments of some ranges of rows, and what these rows are.
+
+    Attributes
+    ----------
+    parts : list of Moments
+        One for each range.
+    digest : str
+        Of the rows of all ranges: masks, outputs, dtype and order.
+    mask_keys : array of uint64, shape (n_rows,)
+        A key of each row's mask, ranges in order; see `dmpipeline.identity.keys_of_masks`.
+    """
+
+    parts: list[Moments]
+    digest: str
+    mask_keys: NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +133,11 @@ class Checkpoints:
         digest = hashlib.sha256()
         for fact in facts:
             # of an array the bytes, and of those no copy
-            digest.update(np.ascontiguousarray(fact).data if isinstance(fact, np.ndarray) else repr(fact).encode())
+            if isinstance(fact, np.ndarray):
+                digest.update(repr((fact.dtype.str, fact.shape)).encode())
+                digest.update(np.ascontiguousarray(fact).data)
+            else:
+                digest.update(repr(fact).encode())
             digest.update(b"\0")
         return replace(self, directory=self.directory / f"{kind}-{digest.hexdigest()[:16]}")
 
@@ -134,35 +167,47 @@ class Checkpoints:
         self,
         masks: RowSliceable,
         outputs: RowSliceable,
-        ranges: Sequence[Rows],
+        ranges: Sequence[Span],
         *,
         block_rows: int,
         threads: int | None,
         progress: Callable[[int], None],
     ) -> list[Moments]:
-        """Give the second moments of some ranges of rows, reading those that no kept moments are of.
+        """Give the second moments of some ranges of rows, counting those that no kept moments are of.
 
         Parameters
         ----------
         ranges : sequence of (start, stop)
+            Disjoint, rising.
         progress : callable
             Called with the number of rows done, in all ranges together.
         """
-        if self.directory is not None:
-            first = slice(0, min(_ROWS_KNOWN_BY, masks.shape[0]))
-            known_by = np.asarray(masks[first]).astype(np.bool_), np.asarray(outputs[first])
-            here = self.under("moments", check_shapes(masks, outputs)[1:], *known_by)
-            return here._gathered(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=progress)
-        of_ranges, before = [], 0
-        for start, stop in ranges:
-            report = _counting_on(progress, before)
-            of_ranges.append(
-                Moments.of(
-                    masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=threads, progress=report
-                )
-            )
-            before += stop - start
-        return of_ranges
+        return self.gathered(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=progress).parts
+
+    def gathered(
+        self,
+        masks: RowSliceable,
+        outputs: RowSliceable,
+        ranges: Sequence[Span],
+        *,
+        block_rows: int,
+        threads: int | None,
+        progress: Callable[[int], None],
+    ) -> Gathered:
+        """Give what `moments` does, with what tells the rows from others.
+
+        Warns
+        -----
+        DataWarning
+            If the directory holds moments of an earlier version of this package, which are counted again.
+        """
+        check_shapes(masks, outputs)
+        masks, outputs = as_rows(masks, "masks"), as_rows(outputs, "outputs")
+        known = KnownRows.of(masks, outputs)
+        counting = _Counting(self, known, block_rows, threads, progress)
+        parts = counting.in_memory(ranges) if self.directory is None else counting.in_directory(ranges)
+        keys = np.concatenate([known.keys[slice(*rows)] for rows in ranges])
+        return Gathered(parts, digest_of(keys, masks.shape[1], outputs.shape[1]), keys[:, 0].copy())
 
     def solved(
         self,
@@ -215,96 +260,6 @@ class Checkpoints:
             save_tensors(make(), self._path(name))
         return map_tensors(self._path(name))
 
-    def _gathered(
-        self,
-        masks: RowSliceable,
-        outputs: RowSliceable,
-        ranges: Sequence[Rows],
-        *,
-        block_rows: int,
-        threads: int | None,
-        progress: Callable[[int], None],
-    ) -> list[Moments]:
-        pieces = {rows: self._pieces(*rows) for rows in ranges}
-        unread = [rows for of_range in pieces.values() for rows in of_range if not self._has(_rows_name(rows))]
-        done = sum(stop - start for start, stop in ranges) - sum(stop - start for start, stop in unread)
-        if done:
-            progress(done)
-        if self.scheduler is not None:
-            self._read_on_cluster(masks, outputs, unread, block_rows, _counting_on(progress, done))
-            for rows in ranges:
-                self._add_on_cluster(pieces[rows])
-        else:
-            for rows in ranges:
-                total = pieces[rows][0]
-                for nth, piece in enumerate(pieces[rows]):
-                    if piece in unread:
-                        report = _counting_on(progress, done)
-                        path = self._path(_rows_name(piece))
-                        _sum_rows(masks, outputs, piece, path, block_rows, threads, report)
-                        done += piece[1] - piece[0]
-                    if nth:
-                        total = self._add(total, piece)
-        for path in self.directory.glob("*.pt") if self.directory else ():
-            if path.stem not in map(_rows_name, ranges):
-                path.unlink()
-        return [Moments.open(self._path(_rows_name(rows))) for rows in ranges]
-
-    def _pieces(self, start: int, stop: int) -> list[Rows]:
-        """Cut a range into what is kept, the longest first from each row on, and what is to be read, not too long."""
-        files = self.directory.glob("*-*.pt") if self.directory else ()
-        kept = [(int(first), int(last)) for first, _, last in (path.stem.partition("-") for path in files)]
-        inside = [rows for rows in kept if start <= rows[0] and rows[1] <= stop]
-        pieces: list[Rows] = []
-        while start < stop:
-            if ends := [last for first, last in inside if first == start]:
-                end = max(ends)
-            else:
-                next_kept = min((first for first, _ in inside if first > start), default=stop)
-                end = min(next_kept, start + self._most_rows(stop - start))
-            pieces.append((start, end))
-            start = end
-        return pieces
-
-    def _most_rows(self, n_rows: int) -> int:
-        """Rows to read between two checkpoints; on a cluster they are shared among many workers."""
-        return _ROWS_OF_A_PIECE if self.scheduler is None else max(-(-n_rows // _TASKS), _LEAST_ROWS_OF_A_TASK)
-
-    def _add(self, left: Rows, right: Rows) -> Rows:
-        rows = (left[0], right[1])
-        _add_files(*(self._path(_rows_name(part)) for part in (left, right, rows)))
-        return rows
-
-    def _read_on_cluster(
-        self,
-        masks: RowSliceable,
-        outputs: RowSliceable,
-        unread: Sequence[Rows],
-        block_rows: int,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        if not unread:
-            return
-        done = 0
-        with carried_along(paid=any(map(_is_paid, (masks, outputs)))) as carried:
-            tasks = ((masks, outputs, rows, self._path(_rows_name(rows)), block_rows, carried) for rows in unread)
-            for n_rows in run_on_cluster(self._scheduler, _sum_rows_there, tasks):
-                done += n_rows
-                progress(done, 0)
-
-    def _add_on_cluster(self, pieces: list[Rows]) -> None:
-        """Add adjacent pieces in pairs, and those in pairs again, until one is left."""
-        while len(pieces) > 1:
-            pairs = list(zip(pieces[::2], pieces[1::2], strict=False))
-            sums = [(left[0], right[1]) for left, right in pairs]
-            tasks = [
-                tuple(self._path(_rows_name(rows)) for rows in (*pair, total))
-                for pair, total in zip(pairs, sums, strict=True)
-            ]
-            for _ in run_on_cluster(self._scheduler, _add_files, tasks):
-                pass
-            pieces = [*sums, *pieces[2 * len(pairs) :]]
-
     def _solve_on_cluster(
         self, solve: Solve, shared: str, blocks: Mapping[str, Block], progress: Callable[[int, int], None]
     ) -> None:
@@ -324,15 +279,183 @@ class Checkpoints:
         return self.scheduler or ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counting:
+    """Rows whose moments are wanted, and how they are counted."""
+
+    place: Checkpoints
+    known: KnownRows
+    block_rows: int
+    threads: int | None
+    progress: Callable[[int], None]
+
+    def in_memory(self, ranges: Sequence[Span]) -> list[Moments]:
+        parts, before = [], 0
+        for rows in ranges:
+            parts.append(self._count(rows, before, np.zeros))
+            before += rows[1] - rows[0]
+        return parts
+
+    def in_directory(self, ranges: Sequence[Span]) -> list[Moments]:
+        """Count what no kept moments are of, and add all up to the ranges; every step leaves what it made in a file."""
+        _warn_of_earlier_version(self.place.directory or Path())
+        with explain_os_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self.known.recall(self._memory)
+        piece_rows, is_lasting = self._pieces_kept(sum(stop - start for start, stop in ranges))
+        pieces = {rows: self._pieces(rows, piece_rows) for rows in ranges}
+        uncounted = [rows for of_range in pieces.values() for rows, path in of_range if path is None]
+        done = sum(stop - start for start, stop in ranges) - sum(stop - start for start, stop in uncounted)
+        if done:
+            self.progress(done)
+        spared, final = set[Path](), set[Path]()
+        if self.place.scheduler is not None:
+            self._count_on_cluster(uncounted, done)
+        for of_range in pieces.values():
+            parts: list[Span] = []
+            for rows, path in of_range:
+                if path is None and self.place.scheduler is None:
+                    self._count(rows, done, self.place.zeros).save(self._path(rows))
+                    self.known.remember(self._memory)
+                    done += rows[1] - rows[0]
+                (final if is_lasting else spared if path is not None else set()).add(self._path(rows))
+                parts.append(rows)
+                if self.place.scheduler is None:
+                    parts = self._added(parts, spared | final)
+            while len(parts) > 1:
+                parts = self._added(parts, spared | final)
+        self.known.remember(self._memory)
+        totals = [self._path(rows) for rows in ranges]
+        final.update(totals)
+        for path in spared - final:  # part of a total now
+            path.unlink()
+        self._clear(final, totals)
+        return [Moments.open(path) for path in totals]
+
+    @property
+    def _folder(self) -> Path:
+        n_train, n_targets = self.known.masks.shape[1], self.known.outputs.shape[1]
+        return (self.place.directory or Path()) / f"moments-{n_train}x{n_targets}"
+
+    @property
+    def _memory(self) -> Path:
+        return self._folder / "rows.pt"
+
+    def _path(self, rows: Span) -> Path:
+        """Where the moments of known rows are kept."""
+        return _path_of(self._folder, rows, self.known.digest(*rows))
+
+    def _count(self, rows: Span, before: int, zeros: Any) -> Moments:
+        return Moments.of(
+            self.known.masks,
+            self.known.outputs,
+            start=rows[0],
+            stop=rows[1],
+            block_rows=self.block_rows,
+            threads=self.threads,
+            progress=_counting_on(self.progress, before),
+            zeros=zeros,
+            seen=self.known.saw,
+        )
+
+    def _pieces_kept(self, n_rows: int) -> tuple[int, bool]:
+        """Say at how many rows pieces are cut, and whether they are kept once they are added up."""
+        n_train, n_targets = self.known.masks.shape[1], self.known.outputs.shape[1]
+        n_kept = min(_PIECES_BYTES // (4 * n_train**2 + 8 * n_train * n_targets), _TASKS)
+        # sums of wider outputs are rounded, and would be so otherwise in every other piece
+        if self.place.scheduler is None and (n_kept < 2 or not _is_half(self.known.outputs)):
+            return _ROWS_OF_A_PIECE, False
+        rows = 2 ** math.ceil(math.log2(n_rows / max(n_kept, 2)))
+        if self.place.scheduler is not None:
+            return max(-(-n_rows // _TASKS), _LEAST_ROWS_OF_A_TASK), False
+        return min(max(rows, _LEAST_ROWS_OF_A_PIECE), _ROWS_OF_A_PIECE), True
+
+    def _pieces(self, rows: Span, piece_rows: int) -> list[tuple[Span, Path | None]]:
+        """Cut a range into what is kept, the longest first from each row on, and what is to be counted."""
+        kept = self._kept_inside(rows)
+        pieces: list[tuple[Span, Path | None]] = []
+        at, stop = rows
+        while at < stop:
+            if ends := [span[1] for span in kept if span[0] == at]:
+                end = max(ends)
+            else:
+                next_kept = min((span[0] for span in kept if span[0] > at), default=stop)
+                end = min(next_kept, (at // piece_rows + 1) * piece_rows, stop)
+            pieces.append(((at, end), kept.get((at, end))))
+            at = end
+        return pieces
+
+    def _kept_inside(self, rows: Span) -> dict[Span, Path]:
+        """Find kept moments of just these rows; what is needed to tell is read, where that is cheap."""
+        found = []
+        for path in self._folder.glob("*.pt"):
+            if match := _KEPT_NAME.fullmatch(path.name):
+                span = int(match[1]), int(match[2])
+                if rows[0] <= span[0] < span[1] <= rows[1]:
+                    found.append((span, path, match[3]))
+        for span in sorted({span for span, _, _ in found}):
+            self.known.read_near(*span, block_rows=self.block_rows)
+        return {span: path for span, path, digest in found if self.known.digest(*span) == digest}
+
+    def _added(self, parts: list[Span], spared: set[Path]) -> list[Span]:
+        """Add adjacent parts in pairs, the last of an odd number left over; remove those that are not spared."""
+        pairs = list(zip(parts[::2], parts[1::2], strict=False))
+        if not pairs:
+            return parts
+        sums = [(left[0], right[1]) for left, right in pairs]
+        tasks = [
+            (left, right, self._path(total), [path for path in (left, right) if path not in spared])
+            for (left, right), total in zip((map(self._path, pair) for pair in pairs), sums, strict=True)
+        ]
+        if self.place.scheduler is None:
+            for task in tasks:
+                _add_files(*task)
+        else:
+            for _ in run_on_cluster(self.place.scheduler, _add_files, tasks):
+                pass
+        return [*sums, *parts[2 * len(pairs) :]]
+
+    def _count_on_cluster(self, uncounted: Sequence[Span], done: int) -> None:
+        if not uncounted:
+            return
+        masks, outputs = self.known.masks, self.known.outputs
+        with carried_along(paid=any(map(_is_paid, (masks, outputs)))) as carried:
+            tasks = ((masks, outputs, rows, self._folder, self.block_rows, carried) for rows in uncounted)
+            for first, keys in run_on_cluster(self.place.scheduler or "", _count_there, tasks):
+                self.known.set(first, keys)
+                self.known.remember(self._memory)
+                done += len(keys)
+                self.progress(done)
+
+    def _clear(self, used: set[Path], totals: Sequence[Path]) -> None:
+        """Remove what other fits left, but for the latest used."""
+        for path in used:
+            os.utime(path)
+        room = max(_OTHERS_BYTES, 2 * sum(path.stat().st_size for path in totals))
+        kept = self._folder.parent.glob("moments-*x*/*.pt")
+        others = [path for path in kept if path not in used and path.name != self._memory.name]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            room -= path.stat().st_size
+            if room < 0:
+                path.unlink()
+        for part in self._folder.glob(".*.part"):  # what a killed process was writing
+            part.unlink()
+        _forget_earlier_version(self.place.directory or Path())
+
+
 _MAPPED_BYTES = 2**26
-_ROWS_KNOWN_BY = 16
 _ROWS_OF_A_PIECE = 65_536
+_LEAST_ROWS_OF_A_PIECE = 1024
+_PIECES_BYTES = 2**26
+_OTHERS_BYTES = 2**30
 _TASKS = 16
 _LEAST_ROWS_OF_A_TASK = 1024
+_EARLIER_NAME = re.compile(r"moments-[0-9a-f]{16}")
+_KEPT_NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)\.pt")
 
 
-def _rows_name(rows: Rows) -> str:
-    return f"{rows[0]}-{rows[1]}"
+def _path_of(folder: Path, rows: Span, digest: str | None) -> Path:
+    return folder / f"{rows[0]}-{rows[1]}-{digest}.pt"
 
 
 def _counting_on(progress: Callable[[int], None], before: int) -> Callable[..., None]:
@@ -343,38 +466,49 @@ def _is_paid(array: RowSliceable) -> bool:
     return isinstance(array, dmdata.LazyArray) and array.price_usd(1, 1) > 0
 
 
-def _sum_rows(
-    masks: RowSliceable,
-    outputs: RowSliceable,
-    rows: Rows,
-    path: Path,
-    block_rows: int,
-    threads: int | None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    zeros = Checkpoints(path.parent).zeros
-    start, stop = rows
-    own = Moments.of(
-        masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=threads, progress=progress, zeros=zeros
-    )
-    own.save(path)
+def _is_half(array: RowSliceable) -> bool:
+    return str(getattr(array, "dtype", None)) == "float16"
 
 
-def _sum_rows_there(
-    masks: RowSliceable, outputs: RowSliceable, rows: Rows, path: Path, block_rows: int, carried: Carried
-) -> int:
-    """Keep the moments of some rows; on a thread of a worker, of which it has one for each task."""
+def _of_earlier_version(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("moments-*") if _EARLIER_NAME.fullmatch(path.name)]
+
+
+def _warn_of_earlier_version(directory: Path) -> None:
+    if _of_earlier_version(directory):
+        warnings.warn(
+            f"{directory} holds moments that an earlier version kept, which knew data by their first 16 rows alone; "
+            "they are not used but counted again, and then removed",
+            DataWarning,
+            stacklevel=6,
+        )
+
+
+def _forget_earlier_version(directory: Path) -> None:
+    for path in _of_earlier_version(directory):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _count_there(
+    masks: RowSliceable, outputs: RowSliceable, rows: Span, folder: Path, block_rows: int, carried: Carried
+) -> tuple[int, NDArray[np.uint64]]:
+    """Keep the moments of some rows, return the first and their keys; on a thread of a worker, one a task."""
     with carried.in_force():
-        if not path.exists():
-            _sum_rows(masks, outputs, rows, path, block_rows, 1)
-    return rows[1] - rows[0]
+        known = KnownRows.of(masks, outputs)
+        zeros = Checkpoints(folder).zeros
+        start, stop = rows
+        own = Moments.of(
+            masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=1, zeros=zeros, seen=known.saw
+        )
+        own.save(_path_of(folder, rows, known.digest(*rows)))
+    return start, known.keys[start:stop]
 
 
-def _add_files(left: Path, right: Path, total: Path) -> None:
-    """Keep the sum of two files of moments in their stead; done a second time, it does nothing."""
+def _add_files(left: Path, right: Path, total: Path, spent: Sequence[Path]) -> None:
+    """Keep the sum of two files of moments, and remove those that are spent; done a second time, it does nothing."""
     if not total.exists():
         Moments.open(left).plus(Moments.open(right), zeros=Checkpoints(total.parent).zeros).save(total)
-    for path in (left, right):
+    for path in spent:
         path.unlink(missing_ok=True)
 
 

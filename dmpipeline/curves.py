@@ -21,13 +21,14 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 from numpy.typing import NDArray
 from rich.table import Table
 
+from dmpipeline.arrays import RowSliceable, check_shapes, read_masks, read_outputs
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.directory import write_beside
 from dmpipeline.errors import SpecError
 from dmpipeline.evaluate import Evaluation, evaluate, readable_score, readable_table
 from dmpipeline.figures import LIGHT, Palette, blank, file_bytes
 from dmpipeline.fitting import Progress, fit_moments, split_rows
-from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
+from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.priors import check_prior
 
 Estimate = Callable[[Moments, Moments], Datamodels]
@@ -168,7 +169,7 @@ def learning_curve(
     held_out_outputs: RowSliceable,
     *,
     counts: Sequence[int],
-    n_retrainings: int = 1,
+    n_retrainings: int | None = None,
     validation: float = 0.1,
     prior: NDArray[Any] | None = None,
     is_positive: bool = False,
@@ -241,7 +242,7 @@ def learning_curves(
     *,
     estimates: Mapping[str, Estimate],
     counts: Sequence[int],
-    n_retrainings: int = 1,
+    n_retrainings: int | None = None,
     validation: float = 0.1,
     n_bootstraps: int = 500,
     n_splits: int = 50,
@@ -283,7 +284,7 @@ def learning_curves(
             f"{masks.shape} and outputs {outputs.shape}; hand in held-out models of the same run"
         )
     splits = split_counts(counts, n_models=n_models, validation=validation)
-    rows, truth = np.asarray(held_out_masks[0:n_held_out]), np.asarray(held_out_outputs[0:n_held_out])
+    rows, truth = read_masks(held_out_masks, 0, n_held_out), read_outputs(held_out_outputs, 0, n_held_out)
     scores: dict[str, list[tuple[CurvePoint, Evaluation]]] = {name: [] for name in estimates}
     in_all = len(splits) * len(estimates)
     for fitting, held_out in _moments_of_points(

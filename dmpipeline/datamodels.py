@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 import dmdata
 from dmdata.errors import CatalogError, FormatError
+from dmpipeline.arrays import RowSliceable, as_rows, read_masks
 from dmpipeline.errors import SpecError
-from dmpipeline.moments import BLOCK_ROWS, RowSliceable, as_binary
+from dmpipeline.moments import BLOCK_ROWS
 from dmpipeline.shown import as_html
 from dmpipeline.tensors import save_tensors
 
@@ -60,6 +61,9 @@ class Datamodels:
     space : {"raw", "standardised"}
         What a weight is multiplied by: a mask's 0 or 1, or (mask - mean) / deviation as in the reference solver, where
         mean is the share of subsets that hold the example. `fit` gives raw ones; `dmpipeline.readings` finds out.
+    fitted_masks : array of uint64, shape (n_models,), or None
+        A key of each mask that was fitted on, those that chose lam included (`dmpipeline.identity.keys_of_masks`):
+        `evaluate` warns of scores on them. None where it is not known.
     """
 
     weight: NDArray[np.float32]
@@ -69,6 +73,7 @@ class Datamodels:
     validation_error: NDArray[np.float64] | None = None
     prior_strength: float | None = None
     space: SpaceName = "raw"
+    fitted_masks: NDArray[np.uint64] | None = None
 
     def __repr__(self) -> str:
         nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
@@ -114,16 +119,18 @@ class Datamodels:
                 "these weights are of standardised masks; turn them with .to_raw(mean=0.5), or whichever share of the "
                 "subsets holds an example"
             )
-        if not hasattr(masks, "shape"):
-            raise SpecError(f"masks are a {type(masks).__name__}; hand in an array, such as numpy.asarray(masks)")
-        if len(masks.shape) != 2 or masks.shape[1] != self.n_train:
+        masks = as_rows(masks, "masks")
+        shape = tuple(masks.shape)
+        if len(shape) != 2 or shape[1] != self.n_train:
+            turned = "; hand in masks.T" if len(shape) == 2 and shape[0] == self.n_train else ""
             raise SpecError(
-                f"masks have shape {masks.shape}; these datamodels expect (n_models, {self.n_train})", shape=masks.shape
+                f"masks have shape {shape}; these datamodels expect (n_models, {self.n_train}){turned}", shape=shape
             )
         predicted = np.empty((masks.shape[0], self.n_targets), np.float32)
         for first in range(0, len(predicted), block_rows):
-            block = as_binary(np.asarray(masks[first : first + block_rows]), first=first)
-            np.matmul(block.astype(np.float32), self.weight, out=predicted[first : first + block_rows])
+            last = min(first + block_rows, len(predicted))
+            block = read_masks(masks, first, last)
+            np.matmul(block.astype(np.float32), self.weight, out=predicted[first:last])
         predicted += self.bias
         return predicted
 
@@ -173,8 +180,8 @@ class Datamodels:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
 
-        What else is known goes beside them: `gap` and `kkt` of the certificate, `validation_error`, and `standardised`
-        where weights are not raw.
+        What else is known goes next to them: `gap` and `kkt` of the certificate, `validation_error`, `standardised`
+        where weights are not raw, and `fitted_masks` as int64.
         The file is written beside its destination and moved into place, so a reader finds all of it or none.
 
         Raises
@@ -191,6 +198,8 @@ class Datamodels:
             arrays["validation_error"] = self.validation_error
         if self.space == "standardised":
             arrays["standardised"] = np.ones(self.n_targets)
+        if self.fitted_masks is not None:
+            arrays["fitted_masks"] = self.fitted_masks.view(np.int64)
         return save_tensors(arrays, path)
 
     @classmethod
@@ -238,6 +247,7 @@ class Datamodels:
             lam=lam,
             certificate=None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt),
             validation_error=validation_error,
+            fitted_masks=_read_fitted_masks(f"{os.fspath(name)}/fitted_masks", catalog),
         )
         return loaded.read_as(space or ("raw" if standardised is None else "standardised"))
 
@@ -266,3 +276,11 @@ def _read_optional(
     except (FormatError, CatalogError):
         return None
     return np.asarray(tensor.oindex[picked], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None
+
+
+def _read_fitted_masks(name: str, catalog: dmdata.CatalogLike) -> NDArray[np.uint64] | None:
+    try:
+        tensor = dmdata.open(name, catalog=catalog)
+    except (FormatError, CatalogError):
+        return None
+    return np.asarray(tensor[:]).view(np.uint64) if tensor.ndim == 1 and tensor.dtype == np.int64 else None

@@ -14,6 +14,8 @@
     ├── VerificationError             what is stored is not what was specified
     └── ConvergenceError              a fit did not reach its certificate
 
+What is done all the same, but is perhaps not what is meant, is warned of by `DataWarning`.
+
 Like dmdata's, they carry facts as attributes and pickle. What the system or an installation refuses becomes one of
 them by `explain_os_errors` and `explain_missing_extra`, around the work of each room.
 """
@@ -81,6 +83,10 @@ class VerificationError(DmpipelineError):
 
 class ConvergenceError(DmpipelineError):
     """A fit stopped short of its certificate; `targets` lists the columns."""
+
+
+class DataWarning(UserWarning):
+    """Usable, but perhaps not what is meant, as models that are both fitted and scored on; the message says which."""
 
 
 def quoted(path: str | os.PathLike[str]) -> str:

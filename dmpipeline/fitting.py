@@ -10,7 +10,7 @@ Nothing is read before the shapes and settings are known to be usable.
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpipeline import lasso, proximal
+from dmpipeline.arrays import RowSliceable, check_shapes
 from dmpipeline.checkpoints import Arrays, Block, Checkpoints
 from dmpipeline.compute import available_threads
 from dmpipeline.datamodels import Certificate, Datamodels
 from dmpipeline.errors import ConvergenceError, SpecError
-from dmpipeline.moments import BLOCK_ROWS, Moments, RowSliceable, check_shapes
+from dmpipeline.moments import BLOCK_ROWS, Moments
+from dmpipeline.overlaps import Possible, warn_of_held_out_rows
 from dmpipeline.priors import (
     TRUSTS,
     Trust,
@@ -62,7 +64,8 @@ def fit(
     Parameters
     ----------
     masks : bool or 0/1, shape (n_models, n_train)
-        Which examples each model was trained on: an array, LazyArray, Zarr or dask array.
+        Which examples each model was trained on: an array of any kind that `dmpipeline.arrays` takes, as a LazyArray,
+        Zarr or dask array, a sparse one, a torch tensor or a DataFrame.
     outputs : real, shape (n_models, n_targets)
         What each model said about each target, say a float16 margin.
     validation : float
@@ -100,7 +103,8 @@ def fit(
     directory : path, optional
         Keep there what is finished, moments of rows and blocks of targets: the same fit goes on from it after it was
         killed, large arrays are mapped from it rather than held in memory, and the moments stay for later fits, with
-        other settings or more models, of masks and outputs that begin with the same rows.
+        other settings or more models. Data are known by all of their rows, so only what changed is counted again:
+        see `dmpipeline.checkpoints`.
     scheduler : str, optional
         Address of a Dask scheduler, as ``tcp://host:8786``, whose workers do the work. They must see `directory` under
         the same path. Masks and outputs should be arrays that they can open, such as LazyArrays; others are sent to
@@ -126,6 +130,8 @@ def fit(
     -----
     RuntimeWarning
         If not `strict` and some targets did not reach `tol`.
+    DataWarning
+        If a run's held-out models are among the rows, or seem to be: then subsets repeat.
 
     Examples
     --------
@@ -145,16 +151,19 @@ def fit(
     place = Checkpoints.at(directory, scheduler)
     with place.claimed():
         report = settings.report("moments", n_models)
-        parts = place.moments(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=report)
-        # what the rows are is told by their number and their sums
-        own = place.under("fit", settings.facts, prior, ranges, *(part.y_squares for part in parts))
+        rows = place.gathered(masks, outputs, ranges, block_rows=block_rows, threads=threads, progress=report)
+        parts = rows.parts
+        size = sum(int(part.ones.sum(dtype=np.int64)) for part in parts) / n_models
+        possible = Possible.subsets(n_train, size)
+        warn_of_held_out_rows((masks, outputs), rows.mask_keys, possible, stacklevel=2)
+        own = place.under("fit", settings.facts, prior, ranges, rows.digest)
         try:
             datamodels = _fit_parts(parts, settings, own) if folds else _fit_split(parts[0], parts[1], settings, own)
         except ConvergenceError:
             own.remove()
             raise
         own.remove()
-    return datamodels
+    return replace(datamodels, fitted_masks=rows.mask_keys)
 
 
 def split_rows(n_models: int, validation: float) -> int:

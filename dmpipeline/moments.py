@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 
 from dmdata.errors import FormatError
 from dmpipeline import binary
+from dmpipeline.arrays import RowSliceable as RowSliceable  # named here before there was a room for it
+from dmpipeline.arrays import as_rows, read_masks, read_outputs
+from dmpipeline.arrays import check_shapes as check_shapes
 from dmpipeline.compute import available_threads
 from dmpipeline.errors import SpecError
 from dmpipeline.tensors import map_tensors, save_tensors
@@ -33,22 +36,15 @@ BITS_BYTES = 2**27
 """Masks are packed to bits, and so many bytes of them gathered (128 MiB) before X'X is passed over once."""
 
 
+Seen = Callable[[int, NDArray[np.int8], NDArray[Any]], None]
+"""Told of the rows that are read: the first one's number, their masks and their outputs."""
+
+
 class Zeros(Protocol):
     """Makes an array of zeros, in memory or elsewhere."""
 
     def __call__(self, shape: tuple[int, ...], dtype: Any, /) -> NDArray[Any]:
         """Make one."""
-
-
-class RowSliceable(Protocol):
-    """Anything with a shape whose `x[i:j]` can be made a NumPy array: ndarray, LazyArray, Zarr or dask array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of all dimensions, rows first."""
-
-    def __getitem__(self, rows: slice, /) -> Any:
-        """Rows i to j, half-open."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +86,7 @@ class Moments:
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         zeros: Zeros = np.zeros,
+        seen: Seen | None = None,
     ) -> Self:
         """Sum the rows `start` to `stop` (half-open), `block_rows` at a time.
 
@@ -104,6 +101,8 @@ class Moments:
             Called with (rows done, rows in all) after each block.
         zeros : callable
             Makes the arrays of sums from a shape and a dtype, as `numpy.zeros` does.
+        seen : callable, optional
+            Called on another thread with each block that is read: its first row, its masks (int8) and its outputs.
 
         Raises
         ------
@@ -132,7 +131,9 @@ class Moments:
             y_sum=np.zeros(n_targets),
             y_squares=np.zeros(n_targets),
         )
-        return none._grow(masks, outputs, start, stop, block_rows=block_rows, threads=threads, progress=progress)
+        return none._grow(
+            masks, outputs, start, stop, block_rows=block_rows, threads=threads, progress=progress, seen=seen
+        )
 
     def extended(
         self,
@@ -211,8 +212,10 @@ class Moments:
         block_rows: int,
         threads: int | None,
         progress: Callable[[int, int], None] | None,
+        seen: Seen | None = None,
     ) -> Self:
         """Add rows to these very arrays, and return what they have become."""
+        masks, outputs = as_rows(masks, "masks"), as_rows(outputs, "outputs")
         n_models, n_train = masks.shape
         stop = n_models if stop is None else stop
         if not 0 <= start < stop <= n_models:
@@ -226,8 +229,9 @@ class Moments:
         with ThreadPoolExecutor(threads) as pool:
             for first in range(start, stop, block_rows):
                 last = min(first + block_rows, stop)
-                codes = binary.code_rows(_read_masks(masks, first, last, n_train))
-                y = _read_outputs(outputs, first, last, len(self.shift))
+                x, y = read_masks(masks, first, last), read_outputs(outputs, first, last)
+                told = None if seen is None else pool.submit(seen, first, x, y)
+                codes = binary.code_rows(x)
                 if self.n == 0 and first == start and y.dtype != np.float16:
                     self.shift[:] = y[0]
                 with np.errstate(over="ignore", invalid="ignore"):  # such sums are refused
@@ -239,6 +243,8 @@ class Moments:
                 if not bits.fits(codes):
                     bits.add_counts(self.gram, pool)
                 bits.append(codes)
+                if told is not None:
+                    told.result()
                 if progress is not None:
                     progress(last - start, stop - start)
             bits.add_counts(self.gram, pool)
@@ -287,49 +293,6 @@ class Moments:
         return Moments(n=n, gram=gram, shift=self.shift, cross=cross, y_sum=y_sum, y_squares=y_squares)
 
 
-def check_shapes(masks: RowSliceable, outputs: RowSliceable) -> tuple[int, int, int]:
-    """Return (n_models, n_train, n_targets), or raise SpecError where the two do not make one regression."""
-    for name, array in (("masks", masks), ("outputs", outputs)):
-        if not hasattr(array, "shape"):
-            raise SpecError(f"{name} are a {type(array).__name__}; hand in an array, such as numpy.asarray({name})")
-    if len(masks.shape) != 2:
-        raise SpecError(f"masks have shape {masks.shape}; expected (n_models, n_train)", shape=masks.shape)
-    if len(outputs.shape) != 2:
-        raise SpecError(
-            f"outputs have shape {outputs.shape}; expected (n_models, n_targets): choose one number a target, "
-            "such as the margin of the logits, and reshape a single target to (n_models, 1)",
-            shape=outputs.shape,
-        )
-    if masks.shape[0] != outputs.shape[0]:
-        raise SpecError(
-            f"{masks.shape[0]} masks but {outputs.shape[0]} rows of outputs; hand in the same models in the same order",
-            n_masks=masks.shape[0],
-            n_outputs=outputs.shape[0],
-        )
-    if 0 in masks.shape or 0 in outputs.shape:
-        raise SpecError(
-            f"masks {masks.shape} and outputs {outputs.shape} leave nothing to fit; "
-            "expected at least a model, an example and a target"
-        )
-    return masks.shape[0], masks.shape[1], outputs.shape[1]
-
-
-def as_binary(block: NDArray[Any], *, first: int) -> NDArray[np.int8]:
-    """Turn a block of masks, whose first row is `first`, into int8; SpecError names a value other than 0 and 1."""
-    if block.dtype == np.bool_:
-        return np.ascontiguousarray(block).view(np.int8)
-    wrong = (block != 0) & (block != 1)
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise SpecError(
-            f"masks hold {block[row, column]} at row {first + row}, column {column}; expected booleans, or 0 and 1 "
-            "(True where the example was trained on)",
-            row=int(first + row),
-            column=int(column),
-        )
-    return np.ascontiguousarray(block, dtype=np.int8)
-
-
 _ARRAYS = ("gram", "shift", "cross", "y_sum", "y_squares")
 _ROWS_AT_ONCE = 1024
 
@@ -341,22 +304,6 @@ def _checked_count(n: int) -> int:
     if not 0 < n <= np.iinfo(np.int32).max:
         raise SpecError(f"{n} rows cannot be counted in 32 bits; fit at least 1 model and at most 2^31 - 1")
     return n
-
-
-def _read_masks(masks: RowSliceable, first: int, last: int, n_train: int) -> NDArray[np.int8]:
-    block = np.asarray(masks[first:last])
-    if block.shape != (last - first, n_train):
-        raise SpecError(f"masks[{first}:{last}] gave shape {block.shape}; expected {(last - first, n_train)}")
-    return as_binary(block, first=first)
-
-
-def _read_outputs(outputs: RowSliceable, first: int, last: int, n_targets: int) -> NDArray[Any]:
-    block = np.asarray(outputs[first:last])
-    if block.shape != (last - first, n_targets):
-        raise SpecError(f"outputs[{first}:{last}] gave shape {block.shape}; expected {(last - first, n_targets)}")
-    if block.dtype.kind not in "fiub":
-        raise SpecError(f"outputs have dtype {block.dtype}; expected real numbers, such as float16 margins")
-    return block
 
 
 def _not_finite(block: NDArray[Any], first: int) -> SpecError:

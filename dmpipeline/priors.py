@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpipeline.arrays import RowSliceable, as_rows, read_outputs
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError
-from dmpipeline.moments import RowSliceable
 
 
 class Trust(NamedTuple):
@@ -143,15 +143,18 @@ def pooled_scores(datamodels: Datamodels, outputs: RowSliceable) -> NDArray[np.f
     -------
     scores : array of float32, shape (n_train, n_targets)
     """
+    outputs = as_rows(outputs, "outputs")
     n_models, n_targets = outputs.shape
     if n_targets != datamodels.n_targets or n_models < 2:
         raise SpecError(
             f"outputs have shape {outputs.shape}; expected two models or more of {datamodels.n_targets} targets"
         )
-    first = np.asarray(outputs[0:1], np.float64)  # sums are taken about it, so that a large offset drowns nothing
+    first = read_outputs(outputs, 0, 1).astype(
+        np.float64
+    )  # sums are taken about it, so that a large offset drowns nothing
     products, total = np.zeros((n_targets, n_targets)), np.zeros(n_targets)
     for start in range(0, n_models, _BLOCK_ROWS):
-        block = np.asarray(outputs[start : start + _BLOCK_ROWS], np.float64) - first
+        block = read_outputs(outputs, start, min(start + _BLOCK_ROWS, n_models)) - first
         products += block.T @ block
         total += block.sum(axis=0)
     covariance = products / n_models - np.outer(total, total) / n_models**2

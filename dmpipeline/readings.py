@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpipeline.arrays import RowSliceable, check_shapes, read_masks, read_outputs
 from dmpipeline.datamodels import Datamodels, SpaceName
 from dmpipeline.errors import SpecError
-from dmpipeline.moments import RowSliceable, check_shapes
 
 LEAST_MODELS = 10
 """Fewer models than this do not show how much their errors scatter."""
@@ -104,8 +104,8 @@ def find_space(
         )
     if n_models < LEAST_MODELS:
         raise SpecError(f"{n_models} held-out models are too few to tell; hand in at least {LEAST_MODELS}")
-    rows = np.asarray(masks[0:n_models])
-    true = np.asarray(outputs[0:n_models], np.float64)
+    rows = read_masks(masks, 0, n_models)
+    true = read_outputs(outputs, 0, n_models).astype(np.float64)
     share = float(rows.mean()) if mean is None else mean
     raw = datamodels.read_as("raw")
     errors = np.stack(

@@ -40,6 +40,7 @@ from dmpipeline.directory import write_beside
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
+from dmpipeline.identity import files_digest
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run
@@ -73,6 +74,20 @@ class RowsOf:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the dimensions."""
         return (self.rows.stop - self.rows.start, *self.array.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element as it is read."""
+        return np.dtype(np.float32) if self.array.dtype.kind == "i" else self.array.dtype
+
+    def content_digest(self, start: int, stop: int) -> str:
+        """Tell some rows by the digests that their blocks were stored with, and by their files; none of them is read.
+
+        Rows that are damaged and trained again get the digests that they had before.
+        """
+        rows = slice(self.rows.start + start, self.rows.start + stop)
+        files = files_digest(self.array, rows.start, rows.stop)
+        return f"{self.array.name.rpartition('/')[2]} {self.run.rows_digest(rows)} {files}"
 
     def __getitem__(self, key: slice) -> npt.NDArray[Any]:
         start, stop, _ = key.indices(self.shape[0])

@@ -15,6 +15,7 @@ from dmpipeline import checkpoints, fitting
 from dmpipeline.checkpoints import Checkpoints
 from dmpipeline.errors import ConvergenceError, RunError, SpecError
 from dmpipeline.fitting import fit
+from dmpipeline.moments import Moments
 
 
 class Counted:
@@ -43,6 +44,19 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(checkpoints, "_ROWS_OF_A_PIECE", 200)
     monkeypatch.setattr(checkpoints, "_LEAST_ROWS_OF_A_TASK", 200)
     monkeypatch.setattr(checkpoints, "_MAPPED_BYTES", 1)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Ranges of rows whose moments are counted in this process."""
+    ranges, count = [], Moments.of.__func__
+
+    def noted(cls, *arrays, start=0, stop=None, **settings):
+        ranges.append((start, stop))
+        return count(cls, *arrays, start=start, stop=stop, **settings)
+
+    monkeypatch.setattr(Moments, "of", classmethod(noted))
+    return ranges
 
 
 @pytest.fixture
@@ -78,35 +92,46 @@ def test_a_fit_in_a_directory_is_the_fit_in_memory(problem, small_blocks, work, 
     assert not list(moments.glob(".*")), "nor is anything left of what was written"
 
 
-def test_further_settings_read_only_the_rows_that_a_problem_is_known_by(problem, work):
+def test_further_settings_read_the_rows_to_know_them_and_count_none(problem, work, counted):
     masks, outputs = problem
     fit(masks, outputs, directory=work)
+    counted.clear()
     again = Counted(masks), Counted(outputs)
     assert_same(fit(*again, directory=work, is_positive=True), fit(masks, outputs, is_positive=True))
-    assert again[0].rows == again[1].rows == list(range(16))
+    assert sorted(again[0].rows) == sorted(again[1].rows) == list(range(900)), "each row once"
+    assert counted == [(0, 810), (810, 900)], "of the fit in memory alone"
 
 
-def test_more_models_are_added_to_those_that_were_read(problem, small_blocks, work):
+def test_more_models_are_added_to_those_that_were_counted(problem, small_blocks, work, counted):
     masks, outputs = problem
     fit(masks[:500], outputs[:500], directory=work)
+    counted.clear()
     grown = Counted(masks), Counted(outputs)
-    assert_same(fit(*grown, directory=work), fit(masks, outputs))
-    assert grown[0].rows == grown[1].rows == [*range(16), *range(500, 900)]
-    assert sorted(path.name for path in work.glob("moments-*/*")) == ["0-810.pt", "810-900.pt"]
+    got = fit(*grown, directory=work)
+    assert counted == [(500, 600), (600, 800), (800, 810), (810, 900)]
+    assert sorted(grown[0].rows) == sorted(grown[1].rows) == list(range(900)), "each row once"
+    assert_same(got, fit(masks, outputs))
 
 
-def test_moments_that_the_last_fit_did_not_need_are_not_kept(problem, work):
+def test_what_other_fits_left_is_kept_up_to_a_bound_the_latest_used_first(problem, work, monkeypatch, counted):
     masks, outputs = problem
-    fit(masks, outputs, directory=work, folds=3)
     fit(masks, outputs, directory=work)
-    assert sorted(path.name for path in work.glob("moments-*/*")) == ["0-810.pt", "810-900.pt"]
+    (size,) = {path.stat().st_size for path in work.glob("moments-*/0-810-*")}
+    monkeypatch.setattr(checkpoints, "_OTHERS_BYTES", 4 * size)
+    for factor in (1, 2, 3, 4):
+        fit(masks, np.float16(factor) * outputs, directory=work)
+    assert len(list(work.glob("moments-*/*-*.pt"))) == 6, "of this fit and of the two before it"
+    counted.clear()
+    fit(masks, np.float16(2) * outputs, directory=work)
+    assert not counted, "which another user of the directory finds again"
+    fit(masks, outputs, directory=work)
+    assert counted, "but not what was used long ago"
 
 
-def test_other_data_are_not_taken_for_those_that_were_read(problem, work):
+def test_other_data_are_not_taken_for_those_that_were_counted(problem, work):
     masks, outputs = problem
     fit(masks, outputs, directory=work)
     assert_same(fit(masks, -outputs, directory=work), fit(masks, -outputs))
-    assert len(list(work.iterdir())) == 2
 
 
 KILLED = """
@@ -128,7 +153,7 @@ print("done", flush=True)
 
 
 @pytest.mark.parametrize("stage", ["solve_paths", "solve"])
-def test_a_killed_fit_goes_on_where_it_was(problem, small_blocks, tmp_path, work, monkeypatch, stage):
+def test_a_killed_fit_goes_on_where_it_was(problem, small_blocks, tmp_path, work, monkeypatch, counted, stage):
     masks, outputs = problem
     np.savez(tmp_path / "data.npz", masks=masks, outputs=outputs)
     command = [sys.executable, "-c", KILLED, str(work), stage, str(tmp_path / "data.npz")]
@@ -145,13 +170,13 @@ def test_a_killed_fit_goes_on_where_it_was(problem, small_blocks, tmp_path, work
         )
     again = Counted(masks), Counted(outputs)
     got = fit(*again, directory=work)
-    assert again[0].rows == list(range(16)), "the moments were kept"
+    assert not counted, "the moments were kept"
     # of four blocks the third was under way
     assert called == (["solve_paths"] * 2 + ["solve"] * 4 if stage == "solve_paths" else ["solve"] * 2)
     assert_same_but_for_rounding(got, fit(masks, outputs))
 
 
-def test_moments_go_on_from_the_last_piece_that_was_read(problem, small_blocks, work):
+def test_moments_go_on_from_the_last_piece_that_was_counted(problem, small_blocks, work, counted):
     masks, outputs = problem
 
     class Failing(Counted):
@@ -162,15 +187,16 @@ def test_moments_go_on_from_the_last_piece_that_was_read(problem, small_blocks, 
 
     with pytest.raises(OSError, match="gone"):
         fit(masks, Failing(outputs), directory=work)
-    again = Counted(masks)
-    assert_same(fit(again, outputs, directory=work), fit(masks, outputs))
-    assert again.rows == [*range(16), *range(600, 900)]
+    counted.clear()
+    got = fit(masks, outputs, directory=work)
+    assert counted == [(600, 800), (800, 810), (810, 900)]
+    assert_same(got, fit(masks, outputs))
 
 
 def test_a_damaged_checkpoint_is_named(problem, work):
     masks, outputs = problem
     fit(masks, outputs, directory=work)
-    (path, _) = sorted(work.glob("moments-*/*"))
+    (path, _) = sorted(work.glob("moments-*/*-*.pt"))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(FormatError, match=path.name):
         fit(masks, outputs, directory=work)

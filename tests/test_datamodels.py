@@ -248,6 +248,7 @@ def test_a_saved_file_is_the_releases_form_and_loads_again(fitted, tmp_path):
         "gap": ((4,), torch.float64),
         "kkt": ((4,), torch.float64),
         "validation_error": ((4,), torch.float64),
+        "fitted_masks": ((len(fitted.fitted_masks),), torch.int64),
     }
     loaded = Datamodels.load(path)
     for name in ("weight", "bias", "lam", "validation_error"):
