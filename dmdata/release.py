@@ -27,6 +27,7 @@ from dmdata.layouts import listed
 from dmdata.locate import is_address, path_of, url_and_member
 from dmdata.prices import Destination, Estimate, destination_of, usage_of
 from dmdata.pricing import as_npy, price_artifacts, price_header, total_of
+from dmdata.roles import ModelRows
 from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
@@ -493,7 +494,15 @@ def open_artifact(artifact: Artifact, destination: Destination, prefer: Preferen
             CatalogMismatchWarning,
             stacklevel=3,
         )
-    return array
+    return replace(array, rows=_rows_of(artifact, array))
+
+
+def _rows_of(artifact: Artifact, array: LazyArray) -> ModelRows | None:
+    """Say what an array's rows are for, where the catalog knows and the array has all those rows."""
+    rows = artifact.rows
+    if rows is None or array.dims[:1] != ("model",) or array.shape[0] < max(rows.fit[1], rows.evaluation[1]):
+        return None
+    return ModelRows(slice(*rows.fit), slice(*rows.evaluation), rows.n_retrainings)
 
 
 def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArray:

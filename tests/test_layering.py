@@ -14,16 +14,16 @@ ROOMS_IN_ORDER = {
         errors settings layouts npy archives pickles pt npz safetensors formats locate catalog selection prices
         progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients aws s3 uploads
         connections web source meter pace reader fetch locks headers digests place spool journal cluster mirror
-        download interop view array_protocols array pricing release copies verify listing scan confirm filesystem
+        download interop view array_protocols roles array pricing release copies verify listing scan confirm filesystem
         xarray_engine console cache doctor completion copy_commands money_commands catalog_commands
         upkeep_commands cli
     """,
     "dmpipeline": """
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
-        networks lines convolution layers ensembles train probe directory cataloguing store extension worker handing
-        cluster status slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal
-        datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
-        workflow demo plan_command train_commands cli
+        networks lines convolution layers ensembles train probe directory cataloguing store targets derivation
+        extension worker handing cluster status slurm attribution verify tensors binary moments checkpoints spaces
+        descent lasso proximal datamodels fitted priors fitting forecast readings evaluate alternatives figures curves
+        applications export report workflow demo plan_command train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
