@@ -297,7 +297,8 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     """Write the run at DIRECTORY in the release's own layout to DESTINATION, a folder or s3://bucket/prefix.
 
     .npy arrays, the .pt of its datamodels of test and of training examples if there are any, and a catalog.yaml that
-    dmdata opens. Other datasets and alphas that are in DESTINATION stay. What is sent to a bucket before you stop it is not sent again.
+    dmdata opens. Other datasets and alphas that are in DESTINATION stay. What is sent to a bucket before you stop it is
+    not sent again.
     """
     from dmpipeline.export import export_run, publish_run
     from dmpipeline.store import Run

@@ -204,7 +204,7 @@ def _why_other(run: Run, what: str, note: Mapping[str, Any], targets: TargetsNam
         if made_from.get("models") != run.rows_digest(spec.rows.models):
             return "some of the models it was drawn of have been trained again since, or are gone", what
     elif made_from.get("datamodels") != _digest(run, "datamodels", targets):
-        return f"it is of {_called(made_from.get('n_models'))}, not of those in place now{_now(run, targets)}", what
+        return _other_datamodels(made_from.get("n_models"), n_models_of(run, targets)), what
     elif old := old_result(run, "datamodels", targets):
         return f"it is of datamodels that are old: {old.why}", "datamodels"
     if made_from.get("held_out") != run.rows_digest(spec.rows.held_out):
@@ -216,13 +216,11 @@ def _why_other(run: Run, what: str, note: Mapping[str, Any], targets: TargetsNam
     return None, what
 
 
-def _called(n_models: Any) -> str:
-    return f"datamodels of {n_models:,} models" if isinstance(n_models, int) else "other datamodels"
-
-
-def _now(run: Run, targets: TargetsName) -> str:
-    n_models = n_models_of(run, targets)
-    return "" if n_models is None else f", fitted on {n_models:,} models"
+def _other_datamodels(before: Any, now: int | None) -> str:
+    """Say what tells datamodels from those in place now: how many models they were fitted on, where that differs."""
+    if isinstance(before, int) and now is not None and before != now:
+        return f"it is of datamodels of {before:,} models, those in place now are of {now:,}"
+    return "it is of other datamodels than those in place now"
 
 
 def _next(run: Run, maker: str, targets: TargetsName, options: Sequence[str]) -> str:

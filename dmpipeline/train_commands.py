@@ -331,7 +331,10 @@ def _print_status(talk: Talk, runs: list["Run"]) -> None:
 
 
 def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
+    from dmpipeline.targets import datamodels_path
+
     spec, rate = run.spec, facts["models_per_second"]
+    of_train = {"datamodels of training examples": str(datamodels_path(run, "train"))}
     return facts_table(
         {
             "run": facts["run"],
@@ -341,6 +344,7 @@ def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
             "left": _left(facts),
             "datamodels": str(run.datamodels_path) if facts["datamodels"] else "not fitted yet",
         }
+        | (of_train if facts["train_datamodels"] else {})
     )
 
 
