@@ -171,8 +171,8 @@ class LazyArray(ArrayProtocols):
         Where they are read from.
     rows : ModelRows or None
         Which rows are models to fit on and which are held out, as the catalog says: ``masks[masks.rows.fit]``. None
-        for what is opened by its address, has no models along its first dimension, or has fewer rows than its catalog
-        says.
+        for what is opened by its address and is no mirror, has no models along its first dimension, or has fewer rows
+        than its catalog says.
 
     Examples
     --------

@@ -23,6 +23,7 @@ from dmdata.errors import CatalogError, FormatError, SelectionError, SourceError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
 from dmdata.headers import NPY, Header, known_charge, read_header
+from dmdata.journal import JOURNAL
 from dmdata.layouts import listed
 from dmdata.locate import is_address, path_of, url_and_member
 from dmdata.prices import Destination, Estimate, destination_of, usage_of
@@ -494,7 +495,7 @@ def open_artifact(artifact: Artifact, destination: Destination, prefer: Preferen
             CatalogMismatchWarning,
             stacklevel=3,
         )
-    return replace(array, rows=_rows_of(artifact, array))
+    return replace(array, rows=_rows_of(artifact, array) or array.rows)
 
 
 def _rows_of(artifact: Artifact, array: LazyArray) -> ModelRows | None:
@@ -512,7 +513,9 @@ def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArra
     if dims is None or len(dims) != opened.ndim:
         numbered = _numbered_dims(opened.ndim)
         dims = tuple(given or number for given, number in zip(named or numbered, numbered, strict=True))
-    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body)
+    journal = opened.attrs.get(JOURNAL)
+    rows = ModelRows.from_dict(journal.get("rows")) if isinstance(journal, dict) else None
+    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body, rows)
 
 
 def _numbered_dims(n: int) -> tuple[str, ...]:

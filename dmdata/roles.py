@@ -50,6 +50,51 @@ class ModelRows:
             role[(numbers >= rows.start) & (numbers < rows.stop)] = nth
         return np.asarray(ROLES[role])
 
+    def within(self, rows: range) -> "ModelRows | None":
+        """Say what adjacent rows are for that were copied to a place of their own.
+
+        Parameters
+        ----------
+        rows : range
+            Of the whole array.
+
+        Returns
+        -------
+        rows : ModelRows or None
+            None where the rows are not adjacent, or cut the retrainings of a subset apart.
+        """
+        if rows.step != 1:
+            return None
+        fit, evaluation = (
+            slice(max(part.start, rows.start) - rows.start, max(min(part.stop, rows.stop), rows.start) - rows.start)
+            for part in (self.fit, self.evaluation)
+        )
+        ends = (evaluation.start + rows.start - self.evaluation.start, evaluation.stop - evaluation.start)
+        if evaluation.stop > evaluation.start and any(end % self.n_retrainings for end in ends):
+            return None
+        return ModelRows(_ordered(fit), _ordered(evaluation), self.n_retrainings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give all there is, ready for JSON."""
+        ends = {name: [part.start, part.stop] for name, part in (("fit", self.fit), ("evaluation", self.evaluation))}
+        return ends | {"n_retrainings": self.n_retrainings}
+
+    @classmethod
+    def from_dict(cls, facts: Any) -> "ModelRows | None":
+        """Take what `as_dict` gave; None for anything else, as nothing is known then."""
+        match facts:
+            case {
+                "fit": [int(), int()] as fit,
+                "evaluation": [int(), int()] as evaluation,
+                "n_retrainings": int(n_retrainings),
+            }:
+                return cls(slice(*fit), slice(*evaluation), n_retrainings)
+        return None
+
+
+def _ordered(rows: slice) -> slice:
+    return slice(0, 0) if rows.stop <= rows.start else rows
+
 
 ROLES = np.array(["", "fit", "evaluation"])
 """The names of roles, that of rows without one first."""

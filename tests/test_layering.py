@@ -13,8 +13,8 @@ ROOMS_IN_ORDER = {
     "dmdata": """
         errors settings layouts npy archives pickles pt npz safetensors formats locate catalog selection prices
         progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients aws s3 uploads
-        connections web source meter pace reader fetch locks headers digests place spool journal cluster mirror
-        download interop view array_protocols roles array pricing release copies verify listing scan confirm filesystem
+        connections web source meter pace reader fetch locks headers digests roles place spool journal cluster mirror
+        download interop view array_protocols array pricing release copies verify listing scan confirm filesystem
         xarray_engine console cache doctor completion copy_commands money_commands catalog_commands
         upkeep_commands cli
     """,

@@ -83,3 +83,36 @@ def test_an_array_with_fewer_rows_than_its_catalog_says_does_not_offer_rows_it_l
 def test_roles_are_told_row_by_row() -> None:
     rows = dmdata.ModelRows(fit=slice(0, 4), evaluation=slice(6, 8), n_retrainings=2)
     assert rows.role_of(range(9)).tolist() == ["fit"] * 4 + [""] * 2 + ["evaluation"] * 2 + [""]
+
+
+def test_a_mirror_keeps_what_its_rows_are_for(catalog: Path, tmp_path: Path) -> None:
+    dmdata.mirror("toy/50pct/*", tmp_path / "mirror", catalog=catalog)
+    margins = dmdata.open(tmp_path / "mirror" / "toy/50pct/test_margins")
+    assert margins.rows == dmdata.open("toy/50pct/test_margins", catalog=catalog).rows
+    np.testing.assert_array_equal(margins[margins.rows.evaluation], RELEASE["toy/50pct/test_margins"][14:])
+
+
+@pytest.mark.parametrize(
+    ("copied", "fit", "evaluation"),
+    [
+        (slice(0, 10), slice(0, 10), slice(0, 0)),
+        (slice(4, 20), slice(0, 10), slice(10, 16)),
+        (slice(17, 20), slice(0, 0), slice(0, 3)),
+        (slice(10, 17), slice(0, 4), slice(4, 7)),
+        (slice(10, 18), None, None),
+        (slice(15, 20), None, None),
+        (slice(0, 20, 2), None, None),
+        ([3, 4, 5], None, None),
+    ],
+)
+def test_a_mirror_of_some_rows_knows_what_is_true_of_those(
+    catalog: Path, tmp_path: Path, copied: object, fit: slice | None, evaluation: slice | None
+) -> None:
+    dmdata.open("toy/50pct/train_masks", catalog=catalog).mirror(tmp_path / "mirror", rows=copied, progress=False)
+    mirrored = dmdata.open(tmp_path / "mirror")
+    if fit is None or evaluation is None:
+        assert mirrored.rows is None
+    else:
+        assert mirrored.rows == dmdata.ModelRows(fit, evaluation, 3)
+        whole = RELEASE["toy/50pct/train_masks"][copied]
+        np.testing.assert_array_equal(mirrored[mirrored.rows.fit], whole[fit])
