@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import explain_os_errors
+from dmpipeline.errors import RunError, explain_os_errors
 from dmpipeline.store import Run
 from dmpipeline.targets import TARGETS, TargetsName, datamodels_path, options_of, place_of
 
@@ -190,7 +190,7 @@ def _why_datamodels(run: Run, note: Mapping[str, Any] | None, targets: TargetsNa
     n_models = n_models_of(run, targets)
     if n_models is not None and n_models != run.spec.n_models:
         return f"fitted on {n_models:,} models, the run has {run.spec.n_models:,}"
-    if note is not None and note["made_from"].get("models") != run.rows_digest(run.spec.rows.models):
+    if note is not None and note["made_from"].get("models") != _rows_digest(run, run.spec.rows.models):
         return f"some of the {run.spec.n_models:,} models it was fitted on have been trained again since, or are gone"
     return None
 
@@ -201,13 +201,13 @@ def _why_other(run: Run, what: str, note: Mapping[str, Any], targets: TargetsNam
     if what == "curve":
         if made_from.get("n_models") != spec.n_models:
             return f"drawn when the run had {made_from.get('n_models'):,} models, it has {spec.n_models:,}", what
-        if made_from.get("models") != run.rows_digest(spec.rows.models):
+        if made_from.get("models") != _rows_digest(run, spec.rows.models):
             return "some of the models it was drawn of have been trained again since, or are gone", what
     elif made_from.get("datamodels") != _digest(run, "datamodels", targets):
         return _other_datamodels(made_from.get("n_models"), n_models_of(run, targets)), what
     elif old := old_result(run, "datamodels", targets):
         return f"it is of datamodels that are old: {old.why}", "datamodels"
-    if made_from.get("held_out") != run.rows_digest(spec.rows.held_out):
+    if made_from.get("held_out") != _rows_digest(run, spec.rows.held_out):
         moved = made_from.get("rows") != [spec.rows.held_out.start, spec.rows.held_out.stop]
         why = "the run was extended" if moved else "held-out models were trained again, or are gone,"
         return f"{why} since it was made", what
@@ -221,6 +221,14 @@ def _other_datamodels(before: Any, now: int | None) -> str:
     if isinstance(before, int) and now is not None and before != now:
         return f"it is of datamodels of {before:,} models, those in place now are of {now:,}"
     return "it is of other datamodels than those in place now"
+
+
+def _rows_digest(run: Run, rows: slice) -> str | None:
+    """Digest rows; None where that cannot be told: digests are damaged, or another process lays the run out anew."""
+    try:
+        return run.rows_digest(rows)
+    except RunError:
+        return None
 
 
 def _next(run: Run, maker: str, targets: TargetsName, options: Sequence[str]) -> str:

@@ -240,6 +240,13 @@ def test_a_fit_from_before_there_were_notes_says_how_many_models_it_is_of(longer
     assert n_models_of(run) == N_MODELS
 
 
+def test_status_tells_of_a_run_whose_digests_are_damaged(run, capsys):
+    (run.path / "store.zarr" / "block_digests" / "c" / "0" / "0").write_bytes(b"cut short")
+    code, data, _ = call(capsys, "status", run.path, "--json")
+    assert code == 0
+    assert [result["what"] for result in data["old"]] == ["datamodels", "evaluation", "curve", "report"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sha256": 3}', '{"made_from": "here"}'])
 def test_a_note_that_cannot_be_read_is_of_nothing(run, text):
     for note in (run.path / "made_from").iterdir():
