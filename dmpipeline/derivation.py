@@ -224,7 +224,7 @@ def _other_datamodels(before: Any, now: int | None) -> str:
 
 
 def _rows_digest(run: Run, rows: slice) -> str | None:
-    """Digest rows; None where that cannot be told: digests are damaged, or another process lays the run out anew."""
+    """Digest rows; None where that cannot be told: digests are damaged, or another process is changing the run."""
     try:
         return run.rows_digest(rows)
     except RunError:
