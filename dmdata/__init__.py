@@ -14,6 +14,7 @@ from dmdata.interop import torch_dataset
 from dmdata.ledger import Ledger, Spending, budget, home
 from dmdata.prices import Estimate
 from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, load_catalog, open  # noqa: A004
+from dmdata.roles import ModelRows
 from dmdata.verify import Comparison, verify
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Comparison",
     "Estimate",
     "LazyArray",
+    "ModelRows",
     "Spending",
     "budget",
     "estimate",

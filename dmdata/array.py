@@ -39,6 +39,7 @@ from dmdata.prices import (
 )
 from dmdata.progress_bar import can_show, shown
 from dmdata.reader import Spool
+from dmdata.roles import ModelRows
 from dmdata.selection import Selection, select
 from dmdata.view import ArrayValues, Form, View
 
@@ -168,6 +169,10 @@ class LazyArray(ArrayProtocols):
         Where the elements lie; for a Zarr array, where they would lie in a ``.npy``, which is what it is priced by.
     body : InObject or InZarr
         Where they are read from.
+    rows : ModelRows or None
+        Which rows are models to fit on and which are held out, as the catalog says: ``masks[masks.rows.fit]``. None
+        for what is opened by its address and is no mirror, has no models along its first dimension, or has fewer rows
+        than its catalog says.
 
     Examples
     --------
@@ -175,12 +180,15 @@ class LazyArray(ArrayProtocols):
     >>> masks = dmdata.open("cifar/50pct/train_masks")  # doctest: +SKIP
     >>> masks.estimate(np.s_[:1000]).usd                # doctest: +SKIP
     0.0041924
+    >>> masks.rows.evaluation                           # doctest: +SKIP
+    slice(300000, 310000, None)
     """
 
     name: str
     dims: tuple[str, ...]
     layout: Layout
     body: InObject | InZarr
+    rows: ModelRows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -394,7 +402,7 @@ class LazyArray(ArrayProtocols):
             Read from the same object under the same budget.
         """
         layout = Layout((self.layout.n_bytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
-        return replace(self, dims=("slab", "byte"), layout=layout)
+        return replace(self, dims=("slab", "byte"), layout=layout, rows=None)
 
     def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:
         """Show the array to whoever only speaks Zarr, without copying anything.

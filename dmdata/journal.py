@@ -29,6 +29,7 @@ from dmdata.errors import DmdataError, FormatError, IntegrityError
 from dmdata.formats import NPY_PREFIX_BYTES, Layout, contiguous_strides
 from dmdata.place import LEASE, SPOOL, Place
 from dmdata.prices import readable_bytes
+from dmdata.roles import ModelRows
 from dmdata.selection import AxisRequest, Selection
 
 JOURNAL = "dmdata_mirror"
@@ -178,9 +179,18 @@ class Journal:
 
     @classmethod
     def create(
-        cls, place: Place, original: Original, blocks: Blocks, *, dims: tuple[str, ...], dtype: np.dtype[Any]
+        cls,
+        place: Place,
+        original: Original,
+        blocks: Blocks,
+        *,
+        dims: tuple[str, ...],
+        dtype: np.dtype[Any],
+        rows: ModelRows | None = None,
     ) -> "Journal":
         """Make an empty mirror: its own ``zarr.json`` comes last, so that it is one or is none.
+
+        What the source's rows are for is kept with it, as far as it is true of the rows that are copied.
 
         Raises
         ------
@@ -194,6 +204,9 @@ class Journal:
         facts: dict[str, Any] = {"version": _VERSION, "artifact": original.artifact, "object": original.identity}
         facts |= {"shape": original.shape, "dtype": original.dtype, "selection": blocks.selection.digest}
         facts |= {"axis": blocks.axis, "block_rows": blocks.rows, "digest": "sha256", "axes": []}
+        first = blocks.selection.axes[0] if blocks.selection.axes else None
+        if rows is not None and isinstance(first, range) and (copied := rows.within(first)) is not None:
+            facts["rows"] = copied.as_dict()
         for axis, indices in enumerate(blocks.selection.axes):
             if isinstance(indices, range):
                 facts["axes"].append([indices.start, indices.stop, indices.step])

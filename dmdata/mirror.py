@@ -258,7 +258,9 @@ def _open_or_create(source: Readable, place: Place, selection: Selection, memory
     itemsize = source.dtype.itemsize
     blocks = Blocks.cut(selection, axis=source.slowest_axis, itemsize=itemsize, memory_bytes=memory_bytes)
     blocks.require_memory(source.name, itemsize=itemsize, memory_bytes=memory_bytes)
-    return Journal.create(place, original, blocks, dims=source.dims, dtype=source.dtype)
+    # a view of bytes has no models
+    rows = getattr(source, "rows", None)
+    return Journal.create(place, original, blocks, dims=source.dims, dtype=source.dtype, rows=rows)
 
 
 def _copy_here(

@@ -25,10 +25,12 @@ from dmdata.errors import CatalogError, FormatError, SelectionError, SourceError
 from dmdata.fetch import Transport
 from dmdata.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
 from dmdata.headers import NPY, Header, known_charge, read_header
+from dmdata.journal import JOURNAL
 from dmdata.layouts import listed
 from dmdata.locate import is_address, path_of, url_and_member
 from dmdata.prices import Destination, Estimate, destination_of, usage_of
 from dmdata.pricing import as_npy, price_artifacts, price_header, total_of
+from dmdata.roles import ModelRows
 from dmdata.settings import settings
 
 CatalogLike: TypeAlias = Catalog | str | os.PathLike[str] | None
@@ -535,7 +537,15 @@ def open_artifact(artifact: Artifact, destination: Destination, prefer: Preferen
             CatalogMismatchWarning,
             stacklevel=3,
         )
-    return array
+    return replace(array, rows=_rows_of(artifact, array) or array.rows)
+
+
+def _rows_of(artifact: Artifact, array: LazyArray) -> ModelRows | None:
+    """Say what an array's rows are for, where the catalog knows and the array has all those rows."""
+    rows = artifact.rows
+    if rows is None or array.dims[:1] != ("model",) or array.shape[0] < max(rows.fit[1], rows.evaluation[1]):
+        return None
+    return ModelRows(slice(*rows.fit), slice(*rows.evaluation), rows.n_retrainings)
 
 
 def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArray:
@@ -545,7 +555,9 @@ def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArra
     if dims is None or len(dims) != opened.ndim:
         numbered = _numbered_dims(opened.ndim)
         dims = tuple(given or number for given, number in zip(named or numbered, numbered, strict=True))
-    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body)
+    journal = opened.attrs.get(JOURNAL)
+    rows = ModelRows.from_dict(journal.get("rows")) if isinstance(journal, dict) else None
+    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body, rows)
 
 
 def _numbered_dims(n: int) -> tuple[str, ...]:

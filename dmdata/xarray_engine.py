@@ -14,7 +14,7 @@ from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
 from dmdata.array import LazyArray
-from dmdata.catalog import Artifact, Catalog, Rows
+from dmdata.catalog import Artifact, Catalog
 from dmdata.catalogued import catalog_below
 from dmdata.errors import CatalogError, FormatError
 from dmdata.interop import block_shape
@@ -22,10 +22,10 @@ from dmdata.locate import is_address
 from dmdata.pricing import arrays_of
 from dmdata.release import CatalogLike, load_catalog
 from dmdata.release import open as open_array
+from dmdata.roles import ROLES, ModelRows
 from dmdata.selection import select
 
 _MODEL = "model"
-_ROLES = np.array(["", "fit", "evaluation"])
 
 
 class DmdataBackendEntrypoint(BackendEntrypoint):
@@ -80,8 +80,8 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
         }
         sizes = _common_sizes(opened)
         coordinates = {}
-        rows = artifacts[0].rows
-        if _MODEL in sizes and rows is not None and "role" not in dropped:
+        rows = next((array.rows for array in opened.values() if array.rows is not None), None)
+        if rows is not None and "role" not in dropped:
             lazy = indexing.LazilyIndexedArray(_Roles(rows, sizes[_MODEL]))
             coordinates["role"] = xarray.Variable((_MODEL,), lazy)
         dataset = xarray.Dataset(
@@ -116,21 +116,17 @@ class _LazyRead(BackendArray):
 class _Roles(BackendArray):
     """What each model is for, told without holding a million words in memory."""
 
-    def __init__(self, rows: Rows, n_models: int) -> None:
+    def __init__(self, rows: ModelRows, n_models: int) -> None:
         self.rows = rows
         self.shape = (n_models,)
-        self.dtype = _ROLES.dtype
+        self.dtype = ROLES.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> npt.NDArray[Any]:
         outer = indexing.IndexingSupport.OUTER
         return np.asarray(indexing.explicit_indexing_adapter(key, self.shape, outer, self._roles_of))
 
     def _roles_of(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
-        models = np.arange(self.shape[0])[key]
-        role = np.zeros(np.shape(models), np.intp)
-        for nth, (start, stop) in enumerate([self.rows.fit, self.rows.evaluation], 1):
-            role[(models >= start) & (models < stop)] = nth
-        return np.asarray(_ROLES[role])
+        return self.rows.role_of(np.arange(self.shape[0])[key])
 
 
 def _catalog_and_name(name: str, catalog: CatalogLike) -> tuple[Catalog, str]:

@@ -17,6 +17,7 @@ from dmpipeline.errors import SpecError
 from dmpipeline.layers import State
 from dmpipeline.masks import subset_masks
 from dmpipeline.store import Run
+from dmpipeline.targets import TargetsName, check_targets
 from dmpipeline.train import GradientTrainer
 
 _EXAMPLES_AT_ONCE = 256
@@ -27,9 +28,10 @@ def gradient_scores(
     *,
     n_models: int = 10,
     damping: float = 1.0,
+    targets: TargetsName = "test",
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Score every training example for every test example of a run by the gradients of its first models.
+    """Score every training example for every test example, or every other one, by gradients of a run's first models.
 
     With g_i the gradient of example i's log odds log(p_i / (1 - p_i)) in all parameters at a trained model, and G those
     of the training examples as rows, the scores for a target t are
@@ -47,29 +49,32 @@ def gradient_scores(
     damping : float
         Above zero: how far examples with like gradients share their leverage. On digits the scores' own LDS is 0.29,
         0.38, 0.52, 0.63 and 0.55 with a damping of 0.001, 0.01, 0.1, 1 and 10.
+    targets : {"test", "train"}
+        Whose outputs the scores are for. A training example's score for itself is large: it is what was learned of it.
     progress : callable, optional
         Called with (models done, models in all).
 
     Returns
     -------
-    scores : array of float32, shape (n_train, n_test)
+    scores : array of float32, shape (n_train, n_test), or (n_train, n_train) for training examples
         Positive where an example speaks for the target's true class.
 
     Raises
     ------
     SpecError
-        If `n_models` is not from 1 to the run's, `damping` is not positive, or the run's models are no classifiers
-        trained by gradients.
+        If `n_models` is not from 1 to the run's, `damping` is not positive, there are no such targets, or the run's
+        models are no classifiers trained by gradients.
 
     Notes
     -----
     Memory holds the gradients of all examples for one model, 4 (n_train + n_test) n_parameters bytes, and two matrices
-    of 8 n_train^2.
+    of 8 n_train^2; for training examples those of training examples alone, and three matrices.
     """
     if not 1 <= n_models <= run.spec.n_models:
         raise SpecError(f"n_models is {n_models}; choose from 1 to the run's {run.spec.n_models}")
     if not damping > 0:
         raise SpecError(f"damping is {damping}; choose a number above 0, such as 1")
+    is_of_train = check_targets(targets) == "train"
     trainer, dataset = run.trainer(), run.dataset()
     if not isinstance(trainer, GradientTrainer) or dataset.is_regression or dataset.is_sequence:
         raise SpecError(
@@ -78,19 +83,23 @@ def gradient_scores(
             field="prior",
         )
     material = trainer.material
-    inputs = torch.cat([material.network_inputs(part) for part in (material.train_inputs, material.test_inputs)])
-    labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
+    parts, of_parts = [material.train_inputs], [dataset.train_labels]
+    if not is_of_train:
+        parts, of_parts = [*parts, material.test_inputs], [*of_parts, dataset.test_labels]
+    inputs = torch.cat([material.network_inputs(part) for part in parts])
+    labels = torch.tensor(np.concatenate(of_parts), dtype=torch.int64)
     network = copy.deepcopy(material.network).eval()
-    scores = torch.zeros(dataset.n_train, dataset.n_test, dtype=torch.float64)
+    n_targets = dataset.n_train if is_of_train else dataset.n_test
+    scores = torch.zeros(dataset.n_train, n_targets, dtype=torch.float64)
     rows = range(n_models)
     states = trainer.states(subset_masks(run.spec, rows, dataset.n_train), run.spec.model_indices(rows))
     for done, state in enumerate(states, start=1):
         with trainer.user_code():
             gradients = log_odds_gradients(network, state, inputs, labels)
-        train, test = gradients[: dataset.n_train], gradients[dataset.n_train :]
+        train, of_targets = gradients[: dataset.n_train], gradients[-n_targets:]
         kernel = (train @ train.T).double()
         kernel.diagonal().add_(damping * kernel.diagonal().mean())
-        leverage = torch.linalg.solve(kernel, (train @ test.T).double())
+        leverage = torch.linalg.solve(kernel, (train @ of_targets.T).double())
         with torch.no_grad():
             logits = torch.func.functional_call(network, state, (inputs[: dataset.n_train],))
             odds = torch.softmax(logits, -1)

@@ -15,6 +15,9 @@ from dmpipeline.examples import Dataset
 from dmpipeline.spec import GIVEN, MASK_LAWS, RunSpec
 from dmpipeline.subsets import SubsetSizes
 
+DATAMODELS_TARGETS = {"test_datamodels": "test_example", "train_datamodels": "train_target"}
+"""What catalogs call datamodels, and the dimension of what these predict, both as the release has it."""
+
 
 def catalog_of(
     spec: RunSpec, dataset: Dataset, stored: Mapping[str, StoredArray], *, alpha_name: str, sizes: SubsetSizes | None
@@ -71,8 +74,50 @@ def describe_array(
     )
 
 
-def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> StoredArray:
-    """Describe a `.pt` of test datamodels for a catalog, from the file's own directory.
+def datamodels_of_train(path: Path) -> Path:
+    """Say where datamodels of training examples belong, from where those of test examples do."""
+    return path.with_name(path.name.replace("test_", "train_", 1))
+
+
+def describe_fitted(folder: Path, path: Path, *, only_sound: bool) -> dict[str, StoredArray]:
+    """Describe the datamodels of a run that are there, by the names that catalogs give them.
+
+    Parameters
+    ----------
+    folder, path : pathlib.Path
+        The run's directory, where keys start, and where datamodels of test examples belong.
+    only_sound : bool
+        Leave out a file that is damaged, which is an error otherwise.
+
+    Raises
+    ------
+    dmdata.errors.FormatError, RunError
+        As `describe_datamodels`.
+    """
+    stored = {}
+    for name, file in {"test_datamodels": path, "train_datamodels": datamodels_of_train(path)}.items():
+        if file.exists():
+            try:
+                stored[name] = describe_datamodels(file, name=name, key=file.relative_to(folder).as_posix())
+            except FormatError:
+                if not only_sound:
+                    raise
+    return stored
+
+
+def describe_datamodels(
+    path: Path, *, key: str, name: str = "test_datamodels", sha256: str | None = None, note: str | None = None
+) -> StoredArray:
+    """Describe a `.pt` of datamodels for a catalog, from the file's own directory.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    key : str
+        Its place below the catalog's folder.
+    name : {"test_datamodels", "train_datamodels"}
+        What the catalog is to call them, which says what they predict.
+    sha256, note : str, optional
 
     Raises
     ------
@@ -90,25 +135,26 @@ def describe_datamodels(path: Path, *, key: str, sha256: str | None = None) -> S
 
         layouts = pt_layouts(read_at, object_bytes=n_bytes, url=str(path))
     shapes = {name: layout.shape for name, layout in layouts.items()}
-    n_train, n_test = (*shapes.get("weight", ()), 0, 0)[:2]
-    of_models = {name for name in set(shapes) & {"fitted_masks"} if len(shapes[name]) == 1}
+    n_train, n_targets = (*shapes.get("weight", ()), 0, 0)[:2]
+    of_models = {tensor for tensor in set(shapes) & {"fitted_masks"} if len(shapes[tensor]) == 1}
     of_targets = set(shapes) - {"weight"} - of_models
-    expected: dict[str, tuple[int, ...]] = {"weight": (n_train, n_test)} | dict.fromkeys(of_targets, (n_test,))
-    expected |= {name: shapes[name] for name in of_models}
+    expected: dict[str, tuple[int, ...]] = {"weight": (n_train, n_targets)} | dict.fromkeys(of_targets, (n_targets,))
+    expected |= {tensor: shapes[tensor] for tensor in of_models}
     if not of_targets >= {"bias", "lam"} or shapes != expected:
         raise FormatError(
-            f"{path} holds {shapes}; datamodels are weight (n_train, n_test), bias and lam (n_test,), and what else "
-            "there is of each target",
+            f"{path} holds {shapes}; datamodels are weight (n_train, n_targets), bias and lam (n_targets,), and what "
+            "else there is of each target",
             url=str(path),
         )
-    dims = {"weight": ("train_example", "test_example")} | dict.fromkeys(of_targets, ("test_example",))
+    target = DATAMODELS_TARGETS[name]
+    dims = {"weight": ("train_example", target)} | dict.fromkeys(of_targets, (target,))
     dims |= dict.fromkeys(of_models, ("fitted_model",))
     members = {
-        name: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[name])
-        for name, layout in layouts.items()
+        tensor: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[tensor])
+        for tensor, layout in layouts.items()
     }
     basis = _measured("key", "format", "n_bytes")
-    return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis)
+    return StoredArray(key=key, format="pt", n_bytes=n_bytes, sha256=sha256, members=members, basis=basis, note=note)
 
 
 def _measured(*facts: str) -> dict[str, Basis]:

@@ -7,7 +7,7 @@ should wait for who asks for help, and without the `pipeline` extra they are not
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.table import Table
@@ -20,13 +20,14 @@ from dmpipeline.errors import SpecChangedError, VerificationError, explain_missi
 from dmpipeline.plan_command import plan
 from dmpipeline.run_commands import for_each_run, next_to_evaluate, next_to_list, next_to_report
 from dmpipeline.spec import RunSpec
-from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train
+from dmpipeline.train_commands import DIRECTORY, TARGETS, facts_table, init, status, submit, train
 
 if TYPE_CHECKING:
     from dmpipeline import workflow
     from dmpipeline.curves import LearningCurve
     from dmpipeline.evaluate import Evaluation
     from dmpipeline.store import Run
+    from dmpipeline.targets import TargetsName
     from dmpipeline.verify import Finding
 
 
@@ -126,6 +127,7 @@ def verify(talk: Talk, directory: Path) -> None:
 @click.option("--device", metavar="NAME", help="Solve with torch there, as cuda. [default: on the processors]")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep what is finished here, not in DIRECTORY/fitting.")
 @click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do it, as tcp://host:8786.")
+@TARGETS
 @talk_options
 @for_each_run
 def fit(
@@ -139,19 +141,25 @@ def fit(
     device: str | None,
     work: Path | None,
     scheduler: str | None,
+    targets: "TargetsName",
 ) -> None:
-    """Fit a datamodel to every test example's margin, on the models of the run at DIRECTORY.
+    """Fit a datamodel to every target's margin, on the models of the run at DIRECTORY.
+
+    Targets are test examples, or with --targets train the training examples themselves. The weight of one of these on
+    itself says how much it is remembered rather than foreseen, and a wrong label stands out by it.
 
     Stop it at any time and run it again to go on. The second moments of the models are kept: a fit with other options
     does not read them again, nor one of a longer run of the same seed that is given this one's by --work.
     """
     from dmpipeline import workflow
     from dmpipeline.store import Run
+    from dmpipeline.targets import datamodels_path
 
     opened = Run.open(directory)
     with talk.stages(workflow.FIT_STAGES) as progress:
         workflow.fit_run(
             opened,
+            targets=targets,
             validation=validation,
             folds=folds,
             prior=prior,
@@ -162,36 +170,54 @@ def fit(
             scheduler=scheduler,
             progress=progress,
         )
-    facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
-    talk.print_data(facts, facts_table(facts))
-    talk.remark(next_to_evaluate(directory, opened))
+    facts: dict[str, Any] = {"datamodels": str(datamodels_path(opened, targets)), "targets": targets}
+    facts |= workflow.fit_facts(opened, targets)
+    talk.print_data(facts | {"warnings": []}, facts_table(facts))
+    talk.remark(next_to_evaluate(directory, opened, targets))
 
 
 @commands.command("evaluate")
 @DIRECTORY
 @click.option("--compare", "is_compared", is_flag=True, help="Beside ridge, debiased weights and differences of means.")
+@TARGETS
 @talk_options
 @for_each_run
-def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
+def evaluate(talk: Talk, directory: Path, is_compared: bool, targets: "TargetsName") -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
+    from dmpipeline.derivation import n_models_of, without_warnings
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
-    evaluation = workflow.evaluate_run(opened)
+    with without_warnings():
+        evaluation = workflow.evaluate_run(opened, targets)
+    n_models = n_models_of(opened, targets)
+    facts: dict[str, Any] = evaluation.as_dict() | {"targets": targets, "n_models": n_models}
+    facts |= {"warnings": _told_of_old(opened, targets)}
     if is_compared:
-        _print_comparison(talk, opened, evaluation)
+        _print_comparison(talk, opened, targets, facts)
     else:
-        talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
-    talk.remark(next_to_report(directory))
+        talk.print_data(facts, _evaluation_table(evaluation, n_models))
+    talk.remark(next_to_report(directory, targets))
 
 
-def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> None:
+def _print_comparison(talk: Talk, opened: "Run", targets: "TargetsName", facts: dict[str, Any]) -> None:
     from dmpipeline import workflow
 
     with talk.stages(workflow.COMPARE_STAGES) as progress:
-        compared = workflow.compare_run(opened, progress=progress)
-    talk.print_data(evaluation.as_dict() | {"comparison": compared.as_rows()}, compared.table())
+        compared = workflow.compare_run(opened, targets=targets, progress=progress)
+    talk.print_data(facts | {"comparison": compared.as_rows()}, compared.table())
+
+
+def _told_of_old(opened: "Run", targets: "TargetsName", *results: str) -> list[str]:
+    """Say on standard error which results are old, of datamodels and these, and return what was said."""
+    from dmpipeline.derivation import old_result
+
+    old = (old_result(opened, what, targets) for what in ("datamodels", *results))
+    said = [str(result) for result in old if result is not None]
+    for text in said:
+        click.echo(f"warning: {text}", err=True)
+    return said
 
 
 @commands.command("curve")
@@ -204,9 +230,10 @@ def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> No
     show_default=True,
     help="Draw a second curve, with gradient scores of the run's first models as the prior.",
 )
+@TARGETS
 @talk_options
 @for_each_run
-def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> None:
+def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str, targets: "TargetsName") -> None:
     """Draw LDS against the number of models of the run at DIRECTORY that are fitted on.
 
     Leaves curve.json and curve.svg in the run; dmpipeline report shows them.
@@ -216,10 +243,12 @@ def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> 
 
     opened = Run.open(directory)
     with talk.stages(workflow.CURVE_STAGES) as progress:
-        curves = workflow.curve_run(opened, counts, "gradient" if prior == "gradient" else None, progress=progress)
+        guide: Literal["gradient"] | None = "gradient" if prior == "gradient" else None
+        curves = workflow.curve_run(opened, counts, guide, targets=targets, progress=progress)
     tables = [drawn.table() for drawn in curves.values()]
     data: dict[str, Any] = {name: drawn.as_dict() for name, drawn in curves.items()}
-    facts: dict[str, Any] = {"picture": str(workflow.curve_picture(opened)), "curves": data}
+    picture = str(workflow.curve_picture(opened, targets))
+    facts: dict[str, Any] = {"picture": picture, "curves": data, "targets": targets, "warnings": []}
     if workflow.GRADIENT in curves:
         for name, table in zip(curves, tables, strict=True):
             table.columns[0].header = f"models, {name}"
@@ -229,7 +258,7 @@ def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str) -> 
     talk.print_data(facts, *tables)
     if workflow.GRADIENT in curves:
         talk.remark(_saving(plain, helped, needed))
-    talk.remark(f"drawn in {facts['picture']}; {next_to_report(directory)}")
+    talk.remark(f"drawn in {picture}; {next_to_report(directory, targets)}")
 
 
 def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> str:
@@ -245,16 +274,21 @@ def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> s
 
 @commands.command("report")
 @DIRECTORY
+@TARGETS
 @talk_options
 @for_each_run
-def report(talk: Talk, directory: Path) -> None:
+def report(talk: Talk, directory: Path, targets: "TargetsName") -> None:
     """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
     from dmpipeline import workflow
+    from dmpipeline.derivation import n_models_of, without_warnings
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
-    path = workflow.report_run(opened, workflow.evaluate_run(opened))
-    talk.print_data({"report": str(path)}, facts_table({"report": str(path)}))
+    with without_warnings():
+        path = workflow.report_run(opened, workflow.evaluate_run(opened, targets), targets)
+    facts: dict[str, Any] = {"report": str(path), "targets": targets, "n_models": n_models_of(opened, targets)}
+    facts |= {"warnings": _told_of_old(opened, targets, "curve")}
+    talk.print_data(facts, facts_table({"report": str(path)}))
 
 
 @commands.command("export")
@@ -267,19 +301,24 @@ def report(talk: Talk, directory: Path) -> None:
 def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, acl: str | None) -> None:
     """Write the run at DIRECTORY in the release's own layout to DESTINATION, a folder or s3://bucket/prefix.
 
-    .npy arrays, the .pt of its datamodels if there are any, and a catalog.yaml that dmdata opens. Other datasets and
-    alphas that are in DESTINATION stay. What is sent to a bucket before you stop it is not sent again.
+    .npy arrays, the .pt of its datamodels of test and of training examples if there are any, and a catalog.yaml that
+    dmdata opens. Other datasets and alphas that are in DESTINATION stay. What is sent to a bucket before you stop it is
+    not sent again.
     """
     from dmpipeline.export import export_run, publish_run
     from dmpipeline.store import Run
+    from dmpipeline.targets import TARGETS, datamodels_path
 
     opened = Run.open(directory)
+    fitted = {targets: path for targets in TARGETS if (path := datamodels_path(opened, targets)).exists()}
+    told = [text for targets in fitted for text in _told_of_old(opened, targets)]
     with talk.counting("exporting", "models") as progress:
-        fitted = opened.datamodels_path if opened.datamodels_path.exists() else None
+        what: dict[str, Any] = {"datamodels": fitted.get("test"), "train_datamodels": fitted.get("train")}
+        what |= {"progress": progress, "requester_pays": requester_pays}
         if destination.startswith("s3://"):
-            files = publish_run(opened, destination, fitted, progress, requester_pays=requester_pays, acl=acl)
+            files = publish_run(opened, destination, acl=acl, **what)
         else:
-            files = export_run(opened, destination, fitted, progress, requester_pays=requester_pays)
+            files = export_run(opened, destination, **what)
     in_bucket = destination.startswith("s3://")
     table = Table("artifact", "key", "size", "SHA-256", *(["sent"] if in_bucket else []), box=None, header_style="bold")
     data = []
@@ -290,7 +329,7 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
             facts |= {"sent_bytes": file.sent_bytes, "present_bytes": file.n_bytes - file.sent_bytes}
         table.add_row(file.name, file.key, readable_bytes(file.n_bytes), file.sha256[:16], *row)
         data.append(facts | {"replaced": file.replaced})
-    talk.print_data({"destination": destination, "files": data}, table)
+    talk.print_data({"destination": destination, "files": data, "warnings": told}, table)
     if n_replaced := sum(file.replaced for file in files):
         talk.remark(f"{n_replaced} of {len(files)} files replaced those that {destination} listed under their names")
     talk.remark(next_to_list(destination))
@@ -307,7 +346,7 @@ def _verdict(finding: "Finding") -> Text:
     return Text("ok") if finding.passed else Text("differs", style="bold red")
 
 
-def _evaluation_table(evaluation: "Evaluation") -> Table:
+def _evaluation_table(evaluation: "Evaluation", n_models: int | None) -> Table:
     from dmpipeline.evaluate import readable_score
 
     table = Table("score", "", "against", box=None, header_style="bold")
@@ -320,5 +359,6 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
     table.add_row("LDS", readable_score(evaluation.lds_single), "single retrainings")
     table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
     table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, in squared units of the output")
+    table.add_row("models", "unknown" if n_models is None else f"{n_models:,}", "that the datamodels were fitted on")
     table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
     return table

@@ -33,10 +33,12 @@ from dmdata.errors import CatalogError, FactualError
 from dmdata.formats import npy_header
 from dmdata.uploads import EtagDigest, Uploads
 from dmpipeline.cataloguing import describe_datamodels
+from dmpipeline.derivation import old_result
 from dmpipeline.directory import write_beside
 from dmpipeline.errors import RunError, VerificationError, explain_os_errors, quoted
 from dmpipeline.rows import block_digest
 from dmpipeline.store import Progress, Run
+from dmpipeline.targets import check_targets, datamodels_path
 
 _COPIED_BYTES = 2**22
 _STALE_SECONDS = 7 * 86_400
@@ -81,6 +83,7 @@ def export_run(
     datamodels: str | Path | None = None,
     progress: Progress | None = None,
     *,
+    train_datamodels: str | Path | None = None,
     requester_pays: bool = False,
 ) -> list[ExportedFile]:
     """Write a complete run, and datamodels if given, as the release would have them.
@@ -90,8 +93,9 @@ def export_run(
     run : Run
     folder : path
         Made if it is not there. Files of an earlier export of this dataset and alpha are replaced, others stay listed.
-    datamodels : path, optional
-        A `.pt` of test datamodels, copied as it is.
+    datamodels, train_datamodels : path, optional
+        A `.pt` of test datamodels, and one of training examples, copied as they are. If it is the run's own and old,
+        the catalog says so in a note.
     progress : callable, optional
         Called with (rows written, rows in all) after each block.
     requester_pays : bool
@@ -119,7 +123,7 @@ def export_run(
     if folder.resolve() == run.path.resolve():
         raise RunError(f"{folder} is the run itself, which has a catalog of its own; choose {folder / 'export'}")
     with explain_os_errors(folder), _Folder(folder) as place:
-        return _export(run, place, datamodels, progress, requester_pays=requester_pays)
+        return _export(run, place, _named(datamodels, train_datamodels), progress, requester_pays=requester_pays)
 
 
 def publish_run(
@@ -128,6 +132,7 @@ def publish_run(
     datamodels: str | Path | None = None,
     progress: Progress | None = None,
     *,
+    train_datamodels: str | Path | None = None,
     requester_pays: bool = False,
     acl: str | None = None,
 ) -> list[ExportedFile]:
@@ -141,7 +146,7 @@ def publish_run(
 
     Parameters
     ----------
-    run, datamodels, progress, requester_pays
+    run, datamodels, progress, train_datamodels, requester_pays
         As in `export_run`; rows are counted anew when what is there has been compared.
     url : str
         ``s3://bucket/prefix``.
@@ -157,7 +162,8 @@ def publish_run(
     """
     with explain_os_errors(run.path, "read"), Uploads(url, acl=acl) as place:
         try:
-            return _export(run, place, datamodels, progress, requester_pays=requester_pays)
+            fitted = _named(datamodels, train_datamodels)
+            return _export(run, place, fitted, progress, requester_pays=requester_pays)
         except FactualError as error:
             if place.has_unfinished:
                 error.message += f"; what was sent waits in {place.url}, and the same command goes on from there"
@@ -215,20 +221,25 @@ class _Output:
             taker.write(data)
 
 
+def _named(datamodels: str | Path | None, train_datamodels: str | Path | None) -> dict[str, Path]:
+    """Name the files of datamodels that are given as catalogs do."""
+    given = {"test_datamodels": datamodels, "train_datamodels": train_datamodels}
+    return {name: Path(path) for name, path in given.items() if path is not None}
+
+
 def _export(
-    run: Run, place: _Place, datamodels: str | Path | None, progress: Progress | None, *, requester_pays: bool
+    run: Run, place: _Place, fitted: Mapping[str, Path], progress: Progress | None, *, requester_pays: bool
 ) -> list[ExportedFile]:
     run.require_complete()
-    source = None if datamodels is None else Path(datamodels)
-    stored = _describe(run, source)
+    stored = _describe(run, fitted)
     ours = _catalog_of(run, stored, requester_pays=requester_pays)
     ((dataset, entry),) = ours.datasets.items()
     (alpha_name,) = entry.alphas
     listed = _listed(place, ours)
-    outputs = _kept(run, place, stored, source, progress)
+    outputs = _kept(run, place, stored, fitted, progress)
     sinks = {name: place.begin(stored[name].key, stored[name].n_bytes) for name in stored if name not in outputs}
     outputs |= {name: _Output(stored[name].key, stored[name].n_bytes, sink) for name, sink in sinks.items()}
-    _write(run, {name: outputs[name] for name in sinks}, source, progress)
+    _write(run, {name: outputs[name] for name in sinks}, fitted, progress)
     for sink in sinks.values():
         sink.finish()
     replaced = {artifact.name for artifact in listed.artifacts()} if listed else set()
@@ -259,24 +270,31 @@ def _export(
     ]
 
 
-def _describe(run: Run, datamodels: Path | None) -> dict[str, StoredArray]:
+def _describe(run: Run, fitted: Mapping[str, Path]) -> dict[str, StoredArray]:
     """Describe all files before any is written; their digests are not known yet."""
     names, dataset, alpha_name = run.spec.arrays, run.dataset().name, run.alpha_name
     stored = {}
     for name in names:
         n_bytes = len(_header(run, name)) + run.array(name).nbytes
         stored[name] = run.describe(name, key=f"{dataset}/data/{name}_{alpha_name}.npy", form="npy", n_bytes=n_bytes)
-    if datamodels is not None:
-        if not datamodels.is_file():
-            raise RunError(
-                f"{datamodels} is no file; fit datamodels first, or leave them out of the export", path=datamodels
-            )
-        stored["test_datamodels"] = describe_datamodels(datamodels, key=f"{dataset}/datamodels/test_{alpha_name}.pt")
+    for name, path in fitted.items():
+        if not path.is_file():
+            raise RunError(f"{path} is no file; fit datamodels first, or leave them out of the export", path=path)
+        key = f"{dataset}/datamodels/{name.partition('_')[0]}_{alpha_name}.pt"
+        stored[name] = describe_datamodels(path, name=name, key=key, note=_why_old(run, name, path))
     return stored
 
 
+def _why_old(run: Run, name: str, path: Path) -> str | None:
+    """Say of datamodels that are the run's own, and are old, what they were fitted on."""
+    targets = check_targets(name.partition("_")[0])
+    is_own = path.resolve() == datamodels_path(run, targets).resolve()
+    old = old_result(run, "datamodels", targets) if is_own else None
+    return None if old is None else old.why
+
+
 def _kept(
-    run: Run, place: _Place, stored: Mapping[str, StoredArray], datamodels: Path | None, progress: Progress | None
+    run: Run, place: _Place, stored: Mapping[str, StoredArray], fitted: Mapping[str, Path], progress: Progress | None
 ) -> dict[str, _Output]:
     """Read what would be written where the place has files of the same sizes; return those that it has."""
     etags = {name: place.etag(entry.key, entry.n_bytes) for name, entry in stored.items()}
@@ -285,17 +303,16 @@ def _kept(
         for name, etag in etags.items()
         if etag is not None
     }
-    _write(run, outputs, datamodels, progress)
+    _write(run, outputs, fitted, progress)
     return {name: output for name, output in outputs.items() if output.etag and output.etag.etag == etags[name]}
 
 
-def _write(run: Run, outputs: Mapping[str, _Output], datamodels: Path | None, progress: Progress | None) -> None:
-    outputs = dict(outputs)
-    copy = outputs.pop("test_datamodels", None)
-    if outputs:
-        _write_arrays(run, outputs, progress)
-    if copy is not None and datamodels is not None:
-        _copy(datamodels, copy)
+def _write(run: Run, outputs: Mapping[str, _Output], fitted: Mapping[str, Path], progress: Progress | None) -> None:
+    if arrays := {name: output for name, output in outputs.items() if name not in fitted}:
+        _write_arrays(run, arrays, progress)
+    for name in fitted:
+        if name in outputs:
+            _copy(fitted[name], outputs[name])
 
 
 def _write_arrays(run: Run, outputs: Mapping[str, _Output], progress: Progress | None) -> None:

@@ -56,12 +56,13 @@ def write_report(
     datamodels: Datamodels,
     predicted: NDArray[Any],
     true: NDArray[Any],
-    n_models: int,
+    n_models: int | None,
     made: Mapping[str, object],
     costs: Mapping[str, object],
     gallery: Gallery | None,
     output_name: str,
     curves: Mapping[str, LearningCurve] | None = None,
+    old: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the report page.
 
@@ -74,8 +75,8 @@ def write_report(
     datamodels : Datamodels
     predicted, true : arrays of float, shape (n_subsets, n_targets)
         Outputs on the held-out subsets: foreseen, and averaged over the retrainings.
-    n_models : int
-        Models fitted on.
+    n_models : int or None
+        Models fitted on; None where that is not known.
     made, costs : mappings of str to anything printable
         Rows of the tables of provenance and of costs, in order.
     gallery : Gallery or None
@@ -84,6 +85,8 @@ def write_report(
         What a trained model gave for a target, say "margin".
     curves : mapping of str to LearningCurve, optional
         By the names to show; LDS against the number of models.
+    old : mapping of str to str, optional
+        Why the "datamodels" or the "curve" are not of what the run has now.
 
     Raises
     ------
@@ -105,13 +108,13 @@ def write_report(
         light=LIGHT,
         dark=DARK,
         title=title,
-        summary=_summary(evaluation, n_models=n_models, output_name=output_name),
+        summary=_summary(evaluation, n_models=n_models, output_name=output_name) + _old_remark(old, "datamodels"),
         tiles=_tiles(evaluation, output_name=output_name),
         retrainings=_times(evaluation.n_retrainings),
         figures=[
             _lds_figure(evaluation),
             _margins_figure(evaluation, predicted, true, output_name=output_name),
-            *([_curves_figure(curves)] if curves else []),
+            *([_curves_figure(curves, remark=_old_remark(old, "curve"))] if curves else []),
         ],
         cards=cards,
         n_shown=_N_SHOWN,
@@ -149,12 +152,23 @@ def _times(n: int) -> str:
     return {1: "once", 2: "twice"}.get(n, f"{n} times")
 
 
-def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
+def _old_remark(old: Mapping[str, str] | None, what: str) -> str:
+    """Say of datamodels or a curve that are old why they are; nothing of what is as it should be."""
+    if not old or what not in old:
+        return ""
+    subject, again = {
+        "datamodels": ("These datamodels are", "dmpipeline fit makes new ones"),
+        "curve": ("This curve is", "dmpipeline curve draws it again"),
+    }[what]
+    return f" {subject} old: {old[what]}; {again}."
+
+
+def _summary(evaluation: Evaluation, *, n_models: int | None, output_name: str) -> str:
     e = evaluation
     if math.isnan(e.lds):
         return f"None of the {e.n_targets:,} targets varies over the held-out subsets, so there is nothing to foresee."
     text = (
-        f"From {n_models:,} models trained on random subsets, the datamodels learnt to foresee the {output_name} of "
+        f"From {_models(n_models)} trained on random subsets, the datamodels learnt to foresee the {output_name} of "
         f"{e.n_targets:,} targets. On {e.n_subsets:,} subsets they had not seen, each trained "
         f"{_times(e.n_retrainings)}, the mean LDS is {_number(e.lds, 3)} "
         f"({e.level:.0%} interval {_number(e.lds_low, 3)} to {_number(e.lds_high, 3)})"
@@ -163,6 +177,10 @@ def _summary(evaluation: Evaluation, *, n_models: int, output_name: str) -> str:
     if math.isnan(share):
         return text + "."
     return text + f", which is {share:.0%} of what the noise of training allows ({_number(e.lds_ceiling, 3)})."
+
+
+def _models(n_models: int | None) -> str:
+    return "models" if n_models is None else f"{n_models:,} models"
 
 
 def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:
@@ -179,10 +197,10 @@ def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:
     return [{"value": value, "meaning": meaning} for meaning, value in facts.items()]
 
 
-def _fit_rows(datamodels: Datamodels, evaluation: Evaluation, *, n_models: int) -> list[tuple[str, str]]:
+def _fit_rows(datamodels: Datamodels, evaluation: Evaluation, *, n_models: int | None) -> list[tuple[str, str]]:
     support = np.count_nonzero(datamodels.weight, axis=0)
     rows = [
-        ("Models fitted on", f"{n_models:,}"),
+        ("Models fitted on", "not recorded" if n_models is None else f"{n_models:,}"),
         ("Targets", f"{datamodels.n_targets:,}"),
         ("Training examples", f"{datamodels.n_train:,}"),
         ("Nonzero weights a target, median", f"{np.median(support):,.0f}"),
@@ -252,11 +270,11 @@ def _margins_figure(
     return {"name": "margins", "svg": page_svg(figure, label=label, salt="margins"), "caption": caption}
 
 
-def _curves_figure(curves: Mapping[str, LearningCurve]) -> dict[str, str]:
+def _curves_figure(curves: Mapping[str, LearningCurve], *, remark: str) -> dict[str, str]:
     level = next(iter(curves.values())).level
     caption = (
         f"LDS of datamodels fitted on the first models of the run, with {level:.0%} intervals over the held-out "
-        "subsets. The dashed line is the mean noise ceiling."
+        f"subsets. The dashed line is the mean noise ceiling.{remark}"
     )
     svg = page_svg(curve_figure(curves, palette=PAGE), label=describe(curves), salt="curve")
     return {"name": "curve", "svg": svg, "caption": caption}

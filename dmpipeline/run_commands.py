@@ -13,6 +13,7 @@ from dmpipeline.errors import SpecError, VerificationError, quoted
 
 if TYPE_CHECKING:
     from dmpipeline.store import Run
+    from dmpipeline.targets import TargetsName
 
 
 def for_each_run(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,10 +76,10 @@ def next_to_train(directory: Path) -> str:
     return f"next: dmpipeline run {quoted(directory)}"
 
 
-def next_to_check_and_fit(directory: Path, runs: Sequence["Run"]) -> str:
+def next_to_check_and_fit(directory: Path, runs: Sequence["Run"], targets: "TargetsName" = "test") -> str:
     """Name the commands after all runs in a directory were trained; `fit` for those that can be fitted."""
     commands = [f"dmpipeline verify {quoted(directory)}"]
-    fits = {run.path: options for run in runs if (options := _fit_options(run)) is not None}
+    fits = {run.path: options for run in runs if (options := _fit_options(run, targets)) is not None}
     if len(fits) == len(runs) and len(set(fits.values())) == 1:
         commands.append(f"dmpipeline fit {quoted(directory)}{next(iter(fits.values()))}")
     else:
@@ -86,18 +87,18 @@ def next_to_check_and_fit(directory: Path, runs: Sequence["Run"]) -> str:
     return f"next: {', '.join(commands)}"
 
 
-def next_to_evaluate(directory: Path, run: "Run") -> str:
+def next_to_evaluate(directory: Path, run: "Run", targets: "TargetsName" = "test") -> str:
     """Name the command after datamodels of a run were fitted; without held-out subsets they can be looked at alone."""
     from dmpipeline.evaluate import LEAST_SUBSETS
 
     if run.spec.held_out.n_subsets < LEAST_SUBSETS:
         return f"next: dmdata ls --catalog {quoted(directory)}"
-    return f"next: dmpipeline evaluate {quoted(directory)}"
+    return f"next: dmpipeline evaluate {quoted(directory)}{_options(targets)}"
 
 
-def next_to_report(directory: Path) -> str:
+def next_to_report(directory: Path, targets: "TargetsName" = "test") -> str:
     """Name the command after datamodels were scored."""
-    return f"next: dmpipeline report {quoted(directory)}"
+    return f"next: dmpipeline report {quoted(directory)}{_options(targets)}"
 
 
 def next_to_list(destination: str) -> str:
@@ -109,12 +110,19 @@ def next_to_list(destination: str) -> str:
 _VALIDATION_SHARES = (0.1, 0.2, 0.5)
 
 
-def _fit_options(run: "Run") -> str | None:
+def _options(targets: "TargetsName") -> str:
+    from dmpipeline.targets import options_of
+
+    return "".join(f" {word}" for word in options_of(targets))
+
+
+def _fit_options(run: "Run", targets: "TargetsName") -> str | None:
     """Tell with which options datamodels can be fitted; None where they cannot."""
     from dmpipeline.fitting import split_rows
+    from dmpipeline.targets import fitted_array
 
     try:
-        run.fitted_array  # noqa: B018 - it says whether there is one
+        fitted_array(run, targets)
     except SpecError:
         return None
     for share in _VALIDATION_SHARES:
@@ -122,7 +130,7 @@ def _fit_options(run: "Run") -> str | None:
             split_rows(run.spec.n_models, share)
         except SpecError:
             continue
-        return "" if share == _VALIDATION_SHARES[0] else f" --validation {share}"
+        return ("" if share == _VALIDATION_SHARES[0] else f" --validation {share}") + _options(targets)
     return None
 
 

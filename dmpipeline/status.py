@@ -9,11 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dmpipeline.derivation import old_results
 from dmpipeline.directory import done_blocks, require_run
 from dmpipeline.errors import explain_os_errors
 from dmpipeline.spec import MASK_LAWS
 from dmpipeline.store import Run
 from dmpipeline.subsets import sizes_of
+from dmpipeline.targets import datamodels_path
 
 _WINDOW_SECONDS = 1200.0
 _WINDOW_BLOCKS = 10
@@ -64,6 +66,8 @@ def run_facts(run: Run) -> dict[str, Any]:
         "models_per_second": rate,
         "seconds_left": left / rate if rate else None,
         "datamodels": run.datamodels_path.exists(),
+        "train_datamodels": datamodels_path(run, "train").exists(),
+        "old": [old.as_dict() for old in old_results(run)],
         "failures": failures,
         "sessions": run.provenance["sessions"],
     }

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ import zarr
 from dmdata import phases
 from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
-from dmpipeline.cataloguing import catalog_of, describe_array, describe_datamodels
+from dmpipeline.cataloguing import catalog_of, describe_array, describe_fitted
 from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_beside
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors, quoted
@@ -530,26 +530,26 @@ class Run(Shown):
         """Read what went wrong with blocks that are not done, a traceback each, by block."""
         return directory.recorded_failures(self.path)
 
-    def write_catalog(self, *, datamodels: bool = True) -> Path:
+    def write_catalog(self, *, datamodels: bool | Literal["sound"] = True) -> Path:
         """Write catalog.yaml, by which dmdata opens this run's arrays and datamodels; return its path.
 
         Parameters
         ----------
-        datamodels : bool
-            Whether to list the file at `datamodels_path`, if it is there.
+        datamodels : bool or "sound"
+            Whether to list the file at `datamodels_path` and that of training examples, if they are there; "sound"
+            leaves out those that are damaged.
 
         Raises
         ------
         IncompleteRunError
             If rows are missing.
         FormatError
-            If the file at `datamodels_path` is not one of datamodels.
+            If one of these files is not one of datamodels, and only sound ones are not asked for.
         """
         self.require_complete()
         stored = {name: self.describe(name, key=f"store.zarr/{name}", form="zarr") for name in self.spec.arrays}
-        if datamodels and self.datamodels_path.exists():
-            key = self.datamodels_path.relative_to(self.path).as_posix()
-            stored["test_datamodels"] = describe_datamodels(self.datamodels_path, key=key)
+        if datamodels:
+            stored |= describe_fitted(self.path, self.datamodels_path, only_sound=datamodels == "sound")
         path = self.path / "catalog.yaml"
         write_beside(path, self.catalog(stored).dump())
         return path

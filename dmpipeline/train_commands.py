@@ -20,9 +20,17 @@ from dmpipeline.spec import MASK_LAWS, RunSpec
 if TYPE_CHECKING:
     from dmpipeline.ensembles import Method
     from dmpipeline.store import Run
+    from dmpipeline.targets import TargetsName
     from dmpipeline.train import Way
 
 DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+TARGETS = click.option(
+    "--targets",
+    type=click.Choice(["test", "train"]),
+    default="test",
+    show_default=True,
+    help="Whose outputs datamodels predict: test examples', or training examples', by which wrong labels are found.",
+)
 
 _LINES_OF_A_TRACEBACK = 3
 _AUTO = 0
@@ -189,6 +197,7 @@ _HELD_OUT_FIELDS = {"held_out": "n_subsets", "retrainings": "n_retrainings"}
 @click.option("--scheduler", metavar="ADDRESS", help="Train on a Dask cluster, as tcp://host:8786.")
 @click.option("--shard", type=_Shard(), metavar="I/N", help="Train only every N-th block, as the I-th of N hosts.")
 @click.option("--replay", metavar="ROW", type=int, help="Train this row again instead, store nothing, and compare.")
+@TARGETS
 @talk_options
 @with_dataset_option
 def train(
@@ -202,17 +211,25 @@ def train(
     scheduler: str | None,
     shard: tuple[int, int] | None,
     replay: int | None,
+    targets: "TargetsName",
 ) -> None:
-    """Train what is missing in the run at DIRECTORY, or in all runs there. Run it again at any time to go on."""
+    """Train what is missing in the run at DIRECTORY, or in all runs there. Run it again at any time to go on.
+
+    With --targets train it makes sure first that what datamodels of training examples are fitted to will be stored.
+    """
     from dmdata.cluster import connect
     from dmpipeline.extension import extend, extended_spec
     from dmpipeline.status import runs_in
     from dmpipeline.store import Run
+    from dmpipeline.targets import fitted_array
 
     ways = {"--workers": workers, "--scheduler": scheduler, "--shard": shard, "--replay": replay}
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
         raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
     opened = [Run.open(path) for path in runs_in(directory)]
+    if targets == "train":
+        for run in opened:
+            fitted_array(run, targets)
     if replay is not None:
         if len(opened) > 1:
             raise click.UsageError(f"{directory} holds {len(opened)} runs; name the one to replay row {replay} of")
@@ -252,7 +269,7 @@ def train(
         n_rows = sum(run.spec.n_rows for run in opened)
         talk.remark(f"shard {shard[0]}/{shard[1]} is done; other shards lack {left:,} of {n_rows:,} models")
     else:
-        talk.remark(next_to_check_and_fit(directory, opened))
+        talk.remark(next_to_check_and_fit(directory, opened, targets))
 
 
 @click.command("status")
@@ -361,20 +378,25 @@ def _print_status(talk: Talk, runs: list["Run"]) -> None:
 
     facts = [run_facts(run) for run in runs]
     if len(runs) == 1:
-        talk.print_data(facts[0], _status_table(runs[0], facts[0]), *_failure_tables(talk, facts[0]))
+        talk.print_data(
+            facts[0], _status_table(runs[0], facts[0]), *_old_tables(facts[0]), *_failure_tables(talk, facts[0])
+        )
         return
-    table = Table("run", "models", "of", "a second", "left", "failed blocks", box=None, header_style="bold")
+    table = Table("run", "models", "of", "a second", "left", "failed blocks", "old", box=None, header_style="bold")
     for run, its in zip(runs, facts, strict=True):
         rate = its["models_per_second"]
         cells = f"{its['n_rows_done']:,}", f"{its['n_rows']:,}", f"{rate:,.1f}" if rate else ""
-        table.add_row(run.path.name, *cells, _left(its), str(len(its["failures"]) or ""))
+        old = ", ".join(result["what"] for result in its["old"])
+        table.add_row(run.path.name, *cells, _left(its), str(len(its["failures"]) or ""), old)
     talk.print_data({"runs": facts}, table)
 
 
 def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
     from dmpipeline.subsets import law_in_words, sizes_of
+    from dmpipeline.targets import datamodels_path
 
     spec, rate = run.spec, facts["models_per_second"]
+    of_train = {"datamodels of training examples": str(datamodels_path(run, "train"))}
     return facts_table(
         {
             "run": facts["run"],
@@ -387,6 +409,7 @@ def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
             "left": _left(facts),
             "datamodels": str(run.datamodels_path) if facts["datamodels"] else "not fitted yet",
         }
+        | (of_train if facts["train_datamodels"] else {})
     )
 
 
@@ -394,6 +417,16 @@ def _left(facts: dict[str, Any]) -> str:
     if facts["n_rows_done"] == facts["n_rows"]:
         return "nothing"
     return f"{facts['seconds_left']:,.0f} s" if facts["seconds_left"] else "unknown"
+
+
+def _old_tables(facts: dict[str, Any]) -> list[Table]:
+    """Show what was made from rows or datamodels that the run does not have any more."""
+    if not facts["old"]:
+        return []
+    table = Table("old", "why", "next", box=None, header_style="bold")
+    for old in facts["old"]:
+        table.add_row(old["path"], old["why"], old["next"])
+    return [table]
 
 
 def _failure_tables(talk: Talk, facts: dict[str, Any]) -> list[Table]:

@@ -9,6 +9,9 @@
       evaluation.json              evaluate_run
       curve.json, curve.svg        curve_run
       report.html                  report_run
+      made_from/                   each: what its result was made from, see `dmpipeline.derivation`
+
+What is made of datamodels of training examples has the same names with ``train_`` in front: see `dmpipeline.targets`.
 
 Arrays are read through the run's catalog, a block of rows at a time, as those of a release would be. What is damaged
 ends a step with a `RunError` that names the command which finds or replaces it.
@@ -17,7 +20,7 @@ ends a step with a `RunError` that names the command which finds or replaces it.
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +39,41 @@ from dmpipeline.checkpoints import Checkpoints
 from dmpipeline.curves import Estimate, LearningCurve, default_counts, draw_curves, learning_curves, split_counts
 from dmpipeline.datamodels import Datamodels
 from dmpipeline.datasets import Dataset
+from dmpipeline.derivation import old_result, result_path, sources_of, take_note, warn_of_old_datamodels
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
+from dmpipeline.errors import RunError, SpecError, quoted
 from dmpipeline.evaluate import Evaluation, evaluate
+from dmpipeline.fitted import command, fit_facts, fit_notes_path, load_datamodels
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.identity import files_digest
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run
 from dmpipeline.subsets import law_in_words, sizes_of
+from dmpipeline.targets import TargetsName, datamodels_path, fitted_array, place_of
+
+__all__ = [
+    "COMPARE_STAGES",
+    "CURVE_STAGES",
+    "FIT_STAGES",
+    "GRADIENT",
+    "PLAIN",
+    "PriorName",
+    "RowsOf",
+    "artifact_name",
+    "compare_run",
+    "curve_picture",
+    "curve_run",
+    "download_price",
+    "evaluate_run",
+    "fit_facts",
+    "fit_run",
+    "load_curves",
+    "load_datamodels",
+    "price_of_arrays",
+    "probe_seconds_per_model",
+    "report_run",
+]
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
 """Stages that `fit_run` reports, and what each counts."""
@@ -60,6 +89,9 @@ PLAIN, GRADIENT = "plain", "gradient scores"
 
 
 PriorName = Literal["none", "gradient"]
+
+_VALIDATION = 0.1
+_FITTING = "fitting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +132,8 @@ class RowsOf:
 def fit_run(
     run: Run,
     *,
-    validation: float = 0.1,
+    targets: TargetsName = "test",
+    validation: float = _VALIDATION,
     folds: int | None = None,
     prior: PriorName = "none",
     is_positive: bool = False,
@@ -110,7 +143,7 @@ def fit_run(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Datamodels:
-    """Fit datamodels of what a run stores first of test examples, mostly margins, and save them in the run.
+    """Fit datamodels of what a run stores first of its targets, mostly margins, and save them in the run.
 
     Held-out models are left out. What is finished is kept in the run, or in `directory`, as `dmpipeline.fit` has it.
 
@@ -118,6 +151,9 @@ def fit_run(
     ----------
     run : Run
         Complete.
+    targets : {"test", "train"}
+        Whose outputs to predict: test examples', or training examples'. Of the latter, the weight of a target on
+        itself is what its own presence adds: it stands out where an example is only remembered.
     validation, folds, is_positive, strict, device, scheduler
         As for `dmpipeline.fit`.
     prior : {"none", "gradient"}
@@ -134,25 +170,26 @@ def fit_run(
     RunError
         If the arrays are damaged, or the results cannot be written.
     SpecError, ConvergenceError
-        As for `dmpipeline.fit`.
+        As for `dmpipeline.fit`; SpecError also if the run stores no outputs of these targets, before any is read.
     """
+    array = fitted_array(run, targets)
     _write_catalog(run)
-    started = time.monotonic()
-    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", run.fitted_array))
+    started, sources = time.monotonic(), sources_of(run, "datamodels", targets)
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", array))
     datamodels = fit(
         masks,
         margins,
         validation=validation,
         folds=folds,
-        prior=_gradient_scores(run, progress) if prior == "gradient" else None,
+        prior=_gradient_scores(run, targets, progress) if prior == "gradient" else None,
         is_positive=is_positive,
         strict=strict,
         device=device,
-        directory=directory or _fitting_path(run),
+        directory=directory or place_of(run, _FITTING, targets),
         scheduler=scheduler,
         progress=progress,
     )
-    datamodels.save(run.datamodels_path)
+    datamodels.save(datamodels_path(run, targets))
     facts: dict[str, float] = {"n_models": run.spec.n_models}
     facts |= {"validation": validation} if folds is None else {"folds": folds}
     facts |= {"seconds": round(time.monotonic() - started, 3)}
@@ -162,13 +199,24 @@ def fit_run(
     if datamodels.certificate is not None:
         facts["worst_gap"] = float(datamodels.certificate.gap.max())
         facts["worst_kkt"] = float(datamodels.certificate.kkt.max())
-    write_beside(_fit_path(run), json.dumps(facts, indent=2) + "\n")
-    run.write_catalog()
+    write_beside(fit_notes_path(run, targets), json.dumps(facts, indent=2) + "\n")
+    options = [] if folds is None else ["--folds", str(folds)]
+    options += ["--validation", str(validation)] if folds is None and validation != _VALIDATION else []
+    options += ["--prior", prior] if prior != "none" else []
+    options += ["--positive"] if is_positive else []
+    take_note(run, "datamodels", targets, sources, options)
+    _write_catalog(run)
     return datamodels
 
 
-def evaluate_run(run: Run) -> Evaluation:
+def evaluate_run(run: Run, targets: TargetsName = "test") -> Evaluation:
     """Score a run's datamodels on its held-out models.
+
+    Parameters
+    ----------
+    run : Run
+    targets : {"test", "train"}
+        Which datamodels.
 
     Raises
     ------
@@ -178,19 +226,32 @@ def evaluate_run(run: Run) -> Evaluation:
         If it has too few held-out subsets.
     RunError
         If arrays or datamodels are damaged, or the scores cannot be written.
+
+    Warns
+    -----
+    OldResultWarning
+        If the datamodels were fitted on other models than the run has now: the scores are those of that fit.
     """
-    held_out = run.spec.rows.held_out
+    array, held_out, sources = (
+        fitted_array(run, targets),
+        run.spec.rows.held_out,
+        sources_of(run, "evaluation", targets),
+    )
+    datamodels = load_datamodels(run, targets)
+    warn_of_old_datamodels(run, targets)
     evaluation = evaluate(
-        load_datamodels(run),
+        datamodels,
         _open(run, "train_masks", held_out),
-        _open(run, run.fitted_array, held_out),
+        _open(run, array, held_out),
         n_retrainings=run.spec.held_out.n_retrainings,
     )
-    write_beside(run.path / "evaluation.json", json.dumps(evaluation.as_dict(), indent=2) + "\n")
+    facts = evaluation.as_dict() | {"targets": targets, "n_models": sources["n_models"]}
+    write_beside(result_path(run, "evaluation", targets), json.dumps(facts, indent=2) + "\n")
+    take_note(run, "evaluation", targets, sources)
     return evaluation
 
 
-def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
+def compare_run(run: Run, *, targets: TargetsName = "test", progress: Progress | None = None) -> Comparison:
     """Score a run's datamodels beside other estimates from the same models, on its held-out models.
 
     These are least squares on the support of the saved ones, ridge with the same validation models, and differences of
@@ -200,6 +261,8 @@ def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
     ----------
     run : Run
         Complete, with datamodels.
+    targets : {"test", "train"}
+        Which datamodels.
     progress : callable, optional
         Called with (stage, done, in all); see `COMPARE_STAGES`.
 
@@ -212,8 +275,9 @@ def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
     RunError
         If arrays, datamodels or the notes on their fit are damaged.
     """
-    saved, held_out = load_datamodels(run), run.spec.rows.held_out
-    fitting, validation = _moments(run, fit_facts(run).get("validation", 0.1), progress=progress)
+    array, saved, held_out = fitted_array(run, targets), load_datamodels(run, targets), run.spec.rows.held_out
+    share = fit_facts(run, targets).get("validation", _VALIDATION)
+    fitting, validation = _moments(run, targets, share, progress=progress)
     whole = fitting + validation
     estimates = {
         "saved datamodels": saved,
@@ -221,7 +285,7 @@ def compare_run(run: Run, *, progress: Progress | None = None) -> Comparison:
         "ridge": ridge(fitting, validation),
         "difference of means": difference_of_means(whole),
     }
-    masks, margins = _open(run, "train_masks", held_out), _open(run, run.fitted_array, held_out)
+    masks, margins = _open(run, "train_masks", held_out), _open(run, array, held_out)
     return compare(estimates, masks, margins, n_retrainings=run.spec.held_out.n_retrainings)
 
 
@@ -230,7 +294,8 @@ def curve_run(
     counts: Sequence[int] | None = None,
     prior: Literal["gradient"] | None = None,
     *,
-    validation: float = 0.1,
+    targets: TargetsName = "test",
+    validation: float = _VALIDATION,
     progress: Progress | None = None,
 ) -> dict[str, LearningCurve]:
     """Draw LDS against the number of a run's models fitted on; write ``curve.json`` and ``curve.svg`` in the run.
@@ -243,6 +308,8 @@ def curve_run(
         Numbers of models, rising; see `dmpipeline.curves.default_counts`.
     prior : {"gradient"}, optional
         Draw a second curve, of fits with the run's gradient scores as their prior.
+    targets : {"test", "train"}
+        Whose outputs to predict.
     validation : float
         Share of each number of models on which lambda is chosen.
     progress : callable, optional
@@ -264,16 +331,17 @@ def curve_run(
     """
     if prior not in (None, "gradient"):
         raise SpecError(f"prior is {prior!r}; choose gradient, or leave it out", value=prior)
-    spec = run.spec
+    spec, array = run.spec, fitted_array(run, targets)
     counts = default_counts(spec.n_models, validation=validation) if counts is None else counts
     split_counts(counts, n_models=spec.n_models, validation=validation)
     _write_catalog(run)
+    sources = sources_of(run, "curve", targets)
     estimates: dict[str, Estimate] = {PLAIN: fit_moments}
     if prior is not None:
-        estimates[GRADIENT] = functools.partial(fit_moments, prior=_gradient_scores(run, progress))
+        estimates[GRADIENT] = functools.partial(fit_moments, prior=_gradient_scores(run, targets, progress))
     curves = learning_curves(
-        *(_open(run, name, spec.rows.models) for name in ("train_masks", run.fitted_array)),
-        *(_open(run, name, spec.rows.held_out) for name in ("train_masks", run.fitted_array)),
+        *(_open(run, name, spec.rows.models) for name in ("train_masks", array)),
+        *(_open(run, name, spec.rows.held_out) for name in ("train_masks", array)),
         estimates=estimates,
         counts=counts,
         n_retrainings=spec.held_out.n_retrainings,
@@ -281,17 +349,18 @@ def curve_run(
         progress=progress,
     )
     facts = {name: curve.as_dict() for name, curve in curves.items()}
-    write_beside(_curve_path(run), json.dumps(facts, indent=2) + "\n")
-    draw_curves(curves, curve_picture(run))
+    write_beside(result_path(run, "curve", targets), json.dumps(facts, indent=2) + "\n")
+    draw_curves(curves, curve_picture(run, targets))
+    take_note(run, "curve", targets, sources, [] if prior is None else ["--prior", prior])
     return curves
 
 
-def curve_picture(run: Run) -> Path:
+def curve_picture(run: Run, targets: TargetsName = "test") -> Path:
     """Where `curve_run` draws."""
-    return _curve_path(run).with_suffix(".svg")
+    return result_path(run, "curve", targets).with_suffix(".svg")
 
 
-def load_curves(run: Run) -> dict[str, LearningCurve]:
+def load_curves(run: Run, targets: TargetsName = "test") -> dict[str, LearningCurve]:
     """Read the curves that `curve_run` wrote; empty where there are none.
 
     Raises
@@ -299,7 +368,7 @@ def load_curves(run: Run) -> dict[str, LearningCurve]:
     RunError
         If they are damaged.
     """
-    path = _curve_path(run)
+    path = result_path(run, "curve", targets)
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
@@ -309,12 +378,19 @@ def load_curves(run: Run) -> dict[str, LearningCurve]:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} is damaged ({error}); draw it again with `dmpipeline curve {quoted(run.path)}`", path=run.path
+            f"{path} is damaged ({error}); draw it again with `{command(run, 'curve', targets)}`", path=run.path
         ) from error
 
 
-def report_run(run: Run, evaluation: Evaluation) -> Path:
+def report_run(run: Run, evaluation: Evaluation, targets: TargetsName = "test") -> Path:
     """Write a run's page, ``report.html``; return its path.
+
+    Parameters
+    ----------
+    run : Run
+    evaluation : Evaluation
+        Of these targets' datamodels, by `evaluate_run`.
+    targets : {"test", "train"}
 
     Raises
     ------
@@ -322,69 +398,44 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
         If the run has no datamodels yet.
     RunError
         If arrays, datamodels, the notes on their fit or the learning curve are damaged, or the page cannot be written.
+
+    Warns
+    -----
+    OldResultWarning
+        If the datamodels were fitted on other models than the run has now. The page says so, too, as it says of a
+        learning curve that is old.
     """
-    spec, dataset, datamodels = run.spec, run.dataset(), load_datamodels(run)
+    array, spec, dataset, sources = (
+        fitted_array(run, targets),
+        run.spec,
+        run.dataset(),
+        sources_of(run, "report", targets),
+    )
+    datamodels = load_datamodels(run, targets)
+    warn_of_old_datamodels(run, targets)
     n_subsets, n_retrainings = spec.held_out.n_subsets, spec.held_out.n_retrainings
     held_out = spec.rows.held_out
     masks = _open(run, "train_masks", held_out)[0 : held_out.stop]
-    margins = _open(run, run.fitted_array, held_out)[0 : held_out.stop].astype(np.float32)
-    return write_report(
-        run.path / "report.html",
-        title=f"Datamodels of {dataset.name} {law_in_words(spec)}",
+    margins = _open(run, array, held_out)[0 : held_out.stop].astype(np.float32)
+    old = {what: old_result(run, what, targets) for what in ("datamodels", "curve")}
+    of_train = " of training examples" if targets == "train" else ""
+    path = write_report(
+        result_path(run, "report", targets),
+        title=f"Datamodels{of_train} of {dataset.name} {law_in_words(spec)}",
         evaluation=evaluation,
         datamodels=datamodels,
         predicted=datamodels.predict(masks[::n_retrainings]),
         true=margins.reshape(n_subsets, n_retrainings, -1).mean(1),
-        n_models=spec.n_models,
-        made=_how_it_was_made(run),
-        costs=_costs(run),
-        gallery=_gallery(dataset),
-        output_name=run.fitted_array.removeprefix("test_").removesuffix("s").replace("_", " "),
-        curves=load_curves(run),
+        n_models=sources["n_models"],
+        made=_how_it_was_made(run, targets, sources),
+        costs=_costs(run, targets),
+        gallery=_gallery(dataset, targets),
+        output_name=array.partition("_")[2].removesuffix("s").replace("_", " "),
+        curves=load_curves(run, targets),
+        old={what: found.why for what, found in old.items() if found is not None},
     )
-
-
-def load_datamodels(run: Run) -> Datamodels:
-    """Read a run's datamodels.
-
-    Raises
-    ------
-    IncompleteRunError
-        If it has none yet.
-    RunError
-        If they are damaged.
-    """
-    if not run.datamodels_path.exists():
-        raise IncompleteRunError(
-            f"{run.path} has no datamodels yet; fit them with `dmpipeline fit {quoted(run.path)}`", path=run.path
-        )
-    try:
-        return Datamodels.load(run.datamodels_path)
-    except FormatError as error:
-        raise RunError(
-            f"{run.datamodels_path} is damaged ({error}); fit again with `dmpipeline fit {quoted(run.path)}`",
-            path=run.path,
-        ) from error
-
-
-def fit_facts(run: Run) -> dict[str, float]:
-    """Read what `fit_run` noted: settings, seconds, certificate; empty where the datamodels came from elsewhere.
-
-    Raises
-    ------
-    RunError
-        If the notes are damaged.
-    """
-    path = _fit_path(run)
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise _damaged_notes(run, str(error)) from error
-    if not isinstance(facts, dict) or not all(isinstance(fact, int | float) for fact in facts.values()):
-        raise _damaged_notes(run, "it holds no numbers by name")
-    return facts
+    take_note(run, "report", targets, sources)
+    return path
 
 
 def download_price(run: Run) -> dmdata.Estimate:
@@ -424,7 +475,7 @@ def artifact_name(run: Run, array: str) -> str:
     return f"{run.provenance['dataset']['name']}/{run.alpha_name}/{array}"
 
 
-def _how_it_was_made(run: Run) -> dict[str, object]:
+def _how_it_was_made(run: Run, targets: TargetsName, sources: Mapping[str, Any]) -> dict[str, object]:
     spec, provenance = run.spec, run.provenance
     sessions = provenance["sessions"]
     versions = provenance["versions"]
@@ -440,11 +491,13 @@ def _how_it_was_made(run: Run) -> dict[str, object]:
         "device": provenance["machine"]["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "created": provenance["created"],
-    } | _certificate(run)
+        "datamodels, SHA-256": sources["datamodels"],
+        "held-out rows, SHA-256 of their digests": sources["held_out"],
+    } | _certificate(run, targets)
 
 
-def _certificate(run: Run) -> dict[str, object]:
-    facts = fit_facts(run)
+def _certificate(run: Run, targets: TargetsName) -> dict[str, object]:
+    facts = fit_facts(run, targets)
     if "worst_gap" not in facts:
         return {}
     return {
@@ -453,8 +506,8 @@ def _certificate(run: Run) -> dict[str, object]:
     }
 
 
-def _costs(run: Run) -> dict[str, object]:
-    price, spent, facts = download_price(run), dmdata.spend(), fit_facts(run)
+def _costs(run: Run, targets: TargetsName) -> dict[str, object]:
+    price, spent, facts = download_price(run), dmdata.spend(), fit_facts(run, targets)
     return {
         "a download of the same from a requester-pays bucket": (
             f"{readable_usd(price.usd)} for {readable_bytes(price.n_bytes)} in {price.n_requests:,} requests, "
@@ -465,27 +518,32 @@ def _costs(run: Run) -> dict[str, object]:
     }
 
 
-def _gallery(dataset: Dataset) -> Gallery | None:
+def _gallery(dataset: Dataset, targets: TargetsName) -> Gallery | None:
     if dataset.image_shape is None:
         return None
     # a single channel is a grey picture; bytes stay bytes, on disk where they are mapped
     shape = dataset.image_shape[:2] if dataset.image_shape[2:] == (1,) else dataset.image_shape
+    pictures = {"train": dataset.train_inputs, "test": dataset.test_inputs}
+    labels = {"train": dataset.train_labels, "test": dataset.test_labels}
     return Gallery(
-        train=dataset.train_inputs.reshape(-1, *shape),
-        targets=dataset.test_inputs.reshape(-1, *shape),
-        train_labels=[dataset.name_of(label) for label in dataset.train_labels],
-        target_labels=[dataset.name_of(label) for label in dataset.test_labels],
+        train=pictures["train"].reshape(-1, *shape),
+        targets=pictures[targets].reshape(-1, *shape),
+        train_labels=[dataset.name_of(label) for label in labels["train"]],
+        target_labels=[dataset.name_of(label) for label in labels[targets]],
     )
 
 
-def _moments(run: Run, validation: float, *, progress: Progress | None) -> tuple[Moments, Moments]:
+def _moments(
+    run: Run, targets: TargetsName, validation: float, *, progress: Progress | None
+) -> tuple[Moments, Moments]:
     """Give the moments of a run's models, of those to fit on and of those that choose lambda; kept ones where they are.
 
     The run is fitted already, mostly: then no model is read.
     """
     n_models, n_fit = run.spec.n_models, split_rows(run.spec.n_models, validation)
-    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", run.fitted_array))
-    place = Checkpoints.at(_fitting_path(run))
+    array = fitted_array(run, targets)
+    masks, margins = (_open(run, name, run.spec.rows.models) for name in ("train_masks", array))
+    place = Checkpoints.at(place_of(run, _FITTING, targets))
     with place.claimed():
         fitting, held_out = place.moments(
             masks,
@@ -498,20 +556,14 @@ def _moments(run: Run, validation: float, *, progress: Progress | None) -> tuple
     return fitting, held_out
 
 
-def _gradient_scores(run: Run, progress: Progress | None) -> npt.NDArray[np.float32]:
-    return gradient_scores(run, progress=None if progress is None else functools.partial(progress, "gradients"))
-
-
-def _fitting_path(run: Run) -> Path:
-    return run.path / "fitting"
+def _gradient_scores(run: Run, targets: TargetsName, progress: Progress | None) -> npt.NDArray[np.float32]:
+    report = None if progress is None else functools.partial(progress, "gradients")
+    return gradient_scores(run, targets=targets, progress=report)
 
 
 def _write_catalog(run: Run) -> None:
-    """List in the catalog what the run holds, without datamodels that are damaged and are to be replaced."""
-    try:
-        run.write_catalog()
-    except FormatError:
-        run.write_catalog(datamodels=False)
+    """List in the catalog what the run holds, without datamodels that are damaged."""
+    run.write_catalog(datamodels="sound")
 
 
 def _open(run: Run, array: str, rows: slice) -> RowsOf:
@@ -529,17 +581,3 @@ def _explained(run: Run) -> Iterator[None]:
             f"{error}; find out which rows of the run are affected with `dmpipeline verify {quoted(run.path)}`",
             path=run.path,
         ) from error
-
-
-def _damaged_notes(run: Run, how: str) -> RunError:
-    return RunError(
-        f"{_fit_path(run)} is damaged ({how}); fit again with `dmpipeline fit {quoted(run.path)}`", path=run.path
-    )
-
-
-def _curve_path(run: Run) -> Path:
-    return run.path / "curve.json"
-
-
-def _fit_path(run: Run) -> Path:
-    return run.datamodels_path.with_name("fit.json")

@@ -13,7 +13,7 @@ ROOMS_IN_ORDER = {
     "dmdata": """
         errors phases streams settings layouts npy archives pickles pt npz safetensors formats locate catalog catalogued
         selection prices progress_bar plan blocks commits ledger address endpoints segments ranges refusals clients
-        aws s3 uploads connections web source meter pace reader fetch locks headers digests place spool journal
+        aws s3 uploads connections web source meter pace reader fetch locks headers digests roles place spool journal
         cluster mirror download interop view array_protocols array pricing release copies verify listing scan confirm
         filesystem xarray_engine watch console cache doctor completion copy_commands money_commands catalog_commands
         upkeep_commands cli
@@ -21,10 +21,11 @@ ROOMS_IN_ORDER = {
     "dmpipeline": """
         errors shown compute philox regeneration spec masks subsets places scaling examples conversion labels tasks
         folders cifar fmow datasets usercode recipes pinned rows returned outputs settling augmentation networks lines
-        convolution layers ensembles train probe directory relocation cataloguing store extension worker handing cluster
-        status slurm attribution repeats verify tensors arrays binary moments identity overlaps checkpoints spaces
-        descent lasso proximal datamodels priors fitting forecast readings evaluate alternatives figures curves
-        applications export report workflow demo introduction plan_command run_commands train_commands cli
+        convolution layers ensembles train probe directory relocation cataloguing store targets derivation extension
+        worker handing cluster status slurm attribution repeats verify tensors arrays binary moments identity overlaps
+        checkpoints spaces descent lasso proximal datamodels fitted priors fitting forecast readings evaluate
+        alternatives figures curves applications export report workflow demo introduction plan_command run_commands
+        train_commands cli
     """,
 }
 ROOMS = {package: text.split() for package, text in ROOMS_IN_ORDER.items()}
