@@ -7,6 +7,7 @@ its own rows, which then say why, and the next part begins in a fresh process.
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -31,7 +32,7 @@ FROM_WHEELS += ("platformdirs", "pydantic", "pytest_asyncio", "pytest_timeout", 
 
 PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "environment": (40, ("GPU", "torch", "Python")),
-    "tests": (90, ("tests marked gpu",)),
+    "tests": (110, ("tests marked gpu",)),
     "equal": (
         45,
         (
@@ -101,6 +102,7 @@ PARTS: dict[str, tuple[float, tuple[str, ...]]] = {
         50,
         ("ResNet-9, loop, half precision, 2 processes", "ResNet-9, loop, half precision, 4 processes"),
     ),
+    "probe": (60, ("the way that the probe chooses",)),
 }
 """Seconds that a part may take, and the rows that it owes, in the order of their worth."""
 
@@ -241,7 +243,8 @@ def run_parts(
 ) -> int:
     """Run parts in one process until one fails; count those that are through with, well or not."""
     command = [sys.executable, str(Path(__file__)), "--run", ",".join(parts), "--device", device]
-    command += [] if is_full else ["--rehearse"]
+    if not is_full:
+        command, environ = [*command, "--rehearse"], environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors, started(command, environ, errors) as (process, lines):
         for n_done, part in enumerate(parts):
             limit = PARTS[part][0] * (1 if is_full else REHEARSED_LONGER)
@@ -276,7 +279,14 @@ def run_parts(
 def started(command: list[str], environ: dict[str, str], errors) -> Iterator[tuple[subprocess.Popen, queue.Queue]]:
     """Run a command whose lines come by a queue, None after the last; in the end all its processes are killed."""
     process = subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, cwd=ROOT
+        command,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+        preexec_fn=_end_with_parent,
     )
     lines: queue.Queue = queue.Queue()
 
@@ -285,13 +295,26 @@ def started(command: list[str], environ: dict[str, str], errors) -> Iterator[tup
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         yield process, lines
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        reader.join(5)
+        if not reader.is_alive():
+            process.stdout.close()
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when who started it is gone, however it went."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def parsed(line: str) -> dict[str, str] | None:
@@ -308,10 +331,7 @@ def run_here(parts: list[str], device: str, *, is_full: bool) -> None:
     for part in parts:
         try:
             import gpu_parts
-            import torch
 
-            if not is_full:
-                torch.set_num_threads(1)
             for row in gpu_parts.PARTS[part](gpu_parts.Size(device, is_full)):
                 print(json.dumps(row._asdict()), flush=True)
         except Exception as error:
@@ -329,7 +349,8 @@ def run_tests(table: Table, environ: dict[str, str], limit: float, *, is_rehears
     environ |= {"DMDATA_GPU_REHEARSAL": "1"} if is_rehearsed else {}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "errors"), "w+") as errors:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "60", "--junitxml", str(report)]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--junitxml", str(report)]
+        command += [] if is_rehearsed else ["--timeout", "60"]
         command += ["-p", "no:cacheprovider", "-p", "pytest_timeout", "-p", "pytest_asyncio.plugin", *files]
         said: list[str] = []
         until = time.monotonic() + limit

@@ -22,7 +22,7 @@ from dmpipeline.examples import Dataset, checked_dataset
 from dmpipeline.fitting import fit_moments
 from dmpipeline.masks import draw_masks
 from dmpipeline.moments import Moments
-from dmpipeline.probe import model_bytes
+from dmpipeline.probe import fastest_way, model_bytes
 from dmpipeline.recipes import ConvNet, Perceptron, Recipe, Resnet9Release, Resnet18Release
 from dmpipeline.train import GradientTrainer, Way
 
@@ -325,7 +325,7 @@ def int8(size: Size) -> Iterator[Row]:
     note = f"{n_models:,} x {n_train:,}, and {counted - began:.2g} s to pack them"
     yield Row("X'X by packed bits, processors", f"{ended - counted:.3g} s", note=note)
     on_host = torch.from_numpy(masks)
-    found = int8_counts(on_host[:64].to(size.device))
+    found = int8_counts(on_host[:8192].to(size.device))
     _wait(size)
     began = time.perf_counter()
     there = on_host.to(size.device)
@@ -342,8 +342,30 @@ def int8(size: Size) -> Iterator[Row]:
     yield _judged("X'X by int8 products, counts that differ", f"{n_wrong:,}", "= 0", n_wrong == 0, "")
 
 
+def probe(size: Size) -> Iterator[Row]:
+    """The way that a run of this many models would be trained in."""
+    dataset, recipe = size.pictures(), size.recipe()
+    small = ConvNet(epochs=1, batch_size=8, channels=(4, 8))
+    tried: list[str] = []
+
+    def tell(way: Way, rate: float) -> None:
+        tried.append(f"{_named(way)} {1 / rate:.3g} s" if rate else f"{_named(way)} not")
+
+    began = time.perf_counter()
+    masks = _masks(16 if size.is_full else 2, dataset.n_train)
+    chosen = fastest_way(
+        dataset, recipe if size.is_full else small, seed=SEED, masks=masks, n_models=1000, device=size.device, tell=tell
+    )
+    note = f"found in {time.perf_counter() - began:.1f} s; a model: {', '.join(tried)}"
+    yield _on_cuda(size, Row("the way that the probe chooses", _named(chosen), note=note))
+
+
+def _named(way: Way) -> str:
+    return f"{way.method} {way.n_models}{' compiled' * way.compiled}"
+
+
 PARTS: dict[str, Callable[[Size], Iterator[Row]]] = {
-    part.__name__: part for part in (environment, equal, ways, whole, compiled, processes, resnet18, fit, int8)
+    part.__name__: part for part in (environment, equal, ways, whole, compiled, processes, resnet18, fit, int8, probe)
 }
 
 

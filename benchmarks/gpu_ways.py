@@ -66,6 +66,8 @@ class WholeStep:
 
     def step(self, examples: Tensor, words: Tensor | None, lr: float) -> None:
         """Take one step, on examples of shape (1, batch); on a GPU it is only begun, on the model's own stream."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             self.examples.copy_(examples[0])
             if words is not None:
