@@ -8,7 +8,7 @@ TESTED := $(VENV)/.tested
 # what the tests ran on: every file, changed or not, and what had to or could run
 TREE = $(shell (git ls-files -s; git diff HEAD; git status --porcelain; echo $$DMDATA_TESTS_REQUIRE $$S3_ENDPOINT) | git hash-object --stdin)
 
-.PHONY: install demo test tested test-newest test-peers peers check lint types docs bench clean
+.PHONY: install demo test tested test-newest test-peers peers check lint types docs bench gpu gpu-wheels gpu-rehearsal clean
 
 install: $(STAMP)
 
@@ -60,6 +60,20 @@ test-peers: install peers
 bench: install peers
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
+# a table of what a GPU does, and the tests marked gpu, in under six minutes; this Python has torch, and no network is
+# needed where gpu-wheels has what else is missing
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
+
+# what a machine with torch, numpy, numba and pytest lacks, to be taken there with this checkout
+PYTHON_THERE ?= 3.12
+gpu-wheels: install
+	$(BIN)/python benchmarks/gpu_wheels.py --python $(PYTHON_THERE)
+
+# the same table on the CPU, tiny: shows that all of it runs
+gpu-rehearsal: install
+	$(BIN)/python benchmarks/gpu.py --rehearse
+
 # s3fs and public LASSO solvers, in an environment of their own: they pin packages that are not ours
 peers: $(PEERS)
 
@@ -70,4 +84,4 @@ $(PEERS): pyproject.toml
 	touch $(PEERS)
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-newest demo site dist
+	rm -rf $(VENV) .venv-peers .venv-newest demo site dist gpu-wheels

@@ -5,6 +5,8 @@ sees the same pictures wherever and beside whichever others it is trained. Every
 one model or of many, on any device.
 """
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -116,7 +118,7 @@ def normalised(inputs: torch.Tensor, image_shape: tuple[int, ...], recipe: Recip
         return images / 255 if stored_as_bytes else images
     if not stored_as_bytes:
         images = images * 255
-    mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (recipe.mean, recipe.std))
+    mean, std = (_constant(numbers, images.device) for numbers in (recipe.mean, recipe.std))
     return (images - mean) / std
 
 
@@ -141,6 +143,13 @@ def tta_views(images: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
             return [images, images.flip(3)]
         case "channel_flip":
             return [images, images.flip(1)]
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Put numbers, one a channel, on a device once: a copy in each step would have a GPU and its host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _choice(words: torch.Tensor, lowest_bit: int, n: int) -> torch.Tensor:

@@ -226,9 +226,12 @@ def provenance(path: Path, spec: RunSpec, dataset: Dataset) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of whatever a row's last bit may hang on."""
-    packages = ("dmdata", "numpy", "torch", "zarr", "scikit-learn")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    """Versions of what a row's last bit may depend on; what is not installed, as in a bare checkout, is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("dmdata", "numpy", "torch", "zarr", "scikit-learn"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def machine(device: str) -> dict[str, Any]:
