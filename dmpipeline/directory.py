@@ -30,6 +30,7 @@ from dmpipeline.examples import Dataset
 from dmpipeline.masks import masks_digest
 from dmpipeline.outputs import dims_of, output_of
 from dmpipeline.recipes import code_digest, find_recipe
+from dmpipeline.scores import SCORES, baseline_facts
 from dmpipeline.spec import RunSpec
 from dmpipeline.train import Way
 
@@ -37,6 +38,9 @@ from dmpipeline.train import Way
 # present, and shares that with others; whoever extends a run must be alone.
 PROVENANCE_BYTE = 2**40
 PRESENCE_BYTE = 2**40 + 1
+
+PER_ROW = ("model_scores",)
+"""Arrays of a run's store that have a row a model, and are no part of what a block's digest covers."""
 
 _LARGEST_CHUNK_BYTES = 2**24
 _EXTENDED = ".extended"
@@ -126,6 +130,16 @@ def create_store(path: Path, spec: RunSpec, dataset: Dataset) -> zarr.Group:
         compressors=None,
         fill_value=0,
         dimension_names=("block", "byte"),
+    )
+    group.create_array(
+        "model_scores",
+        shape=(spec.n_rows, len(SCORES)),
+        dtype="float64",
+        chunks=(min(spec.block_models, spec.n_rows), len(SCORES)),
+        compressors=None,
+        fill_value=float("nan"),
+        dimension_names=("model", "score"),
+        attributes={"scores": list(SCORES), "baseline": baseline_facts(dataset, spec)},
     )
     return group
 

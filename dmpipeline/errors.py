@@ -66,6 +66,10 @@ class ConvergenceError(DmpipelineError):
     """A fit stopped short of its certificate; `targets` lists the columns."""
 
 
+class LearningWarning(UserWarning):
+    """Trained models have not learned, or their outputs tell nothing; issued while a run is trained."""
+
+
 @contextmanager
 def explain_os_errors(path: str | Path, what: str = "written") -> Iterator[None]:
     """Turn what the system refuses while the block runs into a `RunError` that names the path and a remedy.

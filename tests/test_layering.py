@@ -20,7 +20,8 @@ ROOMS_IN_ORDER = {
     """,
     "dmpipeline": """
         errors compute philox regeneration spec masks examples folders cifar fmow datasets recipes outputs augmentation
-        networks lines convolution layers ensembles train probe directory cataloguing store extension worker handing
+        networks lines convolution layers ensembles train scores probe directory learned cataloguing store
+        extension worker handing
         cluster status slurm attribution verify tensors binary moments checkpoints spaces descent lasso proximal
         datamodels priors fitting forecast readings evaluate alternatives figures curves applications export report
         workflow demo plan_command train_commands cli
