@@ -19,12 +19,13 @@ from dmdata.prices import readable_bytes
 from dmpipeline.errors import VerificationError, explain_missing_extra
 from dmpipeline.plan_command import plan
 from dmpipeline.spec import RunSpec
-from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train
+from dmpipeline.train_commands import DIRECTORY, facts_table, init, status, submit, train, warn_of
 
 if TYPE_CHECKING:
     from dmpipeline import workflow
     from dmpipeline.curves import LearningCurve
     from dmpipeline.evaluate import Evaluation
+    from dmpipeline.learned import Learned
     from dmpipeline.store import Run
     from dmpipeline.verify import Finding
 
@@ -79,6 +80,7 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     spec = RunSpec(n_models=models, held_out={"n_subsets": held_out, "n_retrainings": retrainings})
     summary = run_demo(talk, directory, spec)
     talk.print_data(summary.as_dict(), summary.table())
+    warn_of(summary.warnings)
 
 
 @commands.command("verify")
@@ -86,6 +88,7 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 @talk_options
 def verify(talk: Talk, directory: Path) -> None:
     """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
     from dmpipeline.verify import verify_run
 
@@ -94,9 +97,14 @@ def verify(talk: Talk, directory: Path) -> None:
         findings = verify_run(opened, progress)
     passed = all(finding.passed for finding in findings)
     data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
-    talk.print_data({"passed": passed, "findings": data}, _findings_table(findings))
-    if not passed:
-        wrong = [finding.detail for finding in findings if not finding.passed]
+    facts = {"passed": passed, "findings": data, "warnings": what_was_learned(opened).texts}
+    talk.print_data(facts, _findings_table(findings))
+    wrong = [finding.detail for finding in findings if not finding.passed and finding.check != "learned"]
+    if not passed and not wrong:
+        raise VerificationError(
+            f"{directory} is what was specified, but {findings[-1].detail}", findings=[findings[-1].detail]
+        )
+    if wrong:
         raise VerificationError(
             f"{directory} is not what was specified: {wrong[0]}; if rows are missing run `dmpipeline run {directory}`, "
             "else train it anew in another directory",
@@ -139,6 +147,7 @@ def fit(
     does not read them again, nor one of a longer run of the same seed that is given this one's by --work.
     """
     from dmpipeline import workflow
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
@@ -156,7 +165,9 @@ def fit(
             progress=progress,
         )
     facts = {"datamodels": str(opened.datamodels_path)} | workflow.fit_facts(opened)
-    talk.print_data(facts, facts_table(facts))
+    learned = what_was_learned(opened)
+    talk.print_data(facts | {"warnings": learned.texts}, facts_table(facts))
+    warn_of(learned.texts)
     talk.remark(f"next: dmpipeline evaluate {directory}")
 
 
@@ -167,23 +178,26 @@ def fit(
 def evaluate(talk: Talk, directory: Path, is_compared: bool) -> None:
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
-    evaluation = workflow.evaluate_run(opened)
+    evaluation, learned = workflow.evaluate_run(opened), what_was_learned(opened)
+    facts = evaluation.as_dict() | learned.as_dict() | {"warnings": learned.texts}
     if is_compared:
-        _print_comparison(talk, opened, evaluation)
+        _print_comparison(talk, opened, facts)
     else:
-        talk.print_data(evaluation.as_dict(), _evaluation_table(evaluation))
+        talk.print_data(facts, _evaluation_table(evaluation, learned))
+    warn_of(learned.texts)
     talk.remark(f"next: dmpipeline report {directory}")
 
 
-def _print_comparison(talk: Talk, opened: "Run", evaluation: "Evaluation") -> None:
+def _print_comparison(talk: Talk, opened: "Run", facts: dict[str, Any]) -> None:
     from dmpipeline import workflow
 
     with talk.stages(workflow.COMPARE_STAGES) as progress:
         compared = workflow.compare_run(opened, progress=progress)
-    talk.print_data(evaluation.as_dict() | {"comparison": compared.as_rows()}, compared.table())
+    talk.print_data(facts | {"comparison": compared.as_rows()}, compared.table())
 
 
 @commands.command("curve")
@@ -240,11 +254,13 @@ def _saving(plain: "LearningCurve", helped: "LearningCurve", needed: float) -> s
 def report(talk: Talk, directory: Path) -> None:
     """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
     from dmpipeline import workflow
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
-    path = workflow.report_run(opened, workflow.evaluate_run(opened))
-    talk.print_data({"report": str(path)}, facts_table({"report": str(path)}))
+    path, learned = workflow.report_run(opened, workflow.evaluate_run(opened)), what_was_learned(opened)
+    talk.print_data({"report": str(path), "warnings": learned.texts}, facts_table({"report": str(path)}))
+    warn_of(learned.texts)
 
 
 @commands.command("export")
@@ -296,7 +312,7 @@ def _verdict(finding: "Finding") -> Text:
     return Text("ok") if finding.passed else Text("differs", style="bold red")
 
 
-def _evaluation_table(evaluation: "Evaluation") -> Table:
+def _evaluation_table(evaluation: "Evaluation", learned: "Learned") -> Table:
     from dmpipeline.evaluate import readable_score
 
     table = Table("score", "", "against", box=None, header_style="bold")
@@ -310,4 +326,6 @@ def _evaluation_table(evaluation: "Evaluation") -> Table:
     table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
     table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, in squared units of the output")
     table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
+    if sentence := learned.sentence():
+        table.add_row("models", learned.figure(), sentence)
     return table

@@ -24,6 +24,7 @@ from dmpipeline.compute import available_threads
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import ClusterError, SpecError, TrainingError
 from dmpipeline.handing import Handing
+from dmpipeline.learned import Watch
 from dmpipeline.store import Progress, Run
 
 WAIT_FOR_WORKERS_SECONDS = 60.0
@@ -102,9 +103,10 @@ def train_on_cluster(
         }
         order |= {"versions": worker.code_versions(), "method": method, "n_models": n_models}
         order["way"] = client.submit(worker.settle, order, pure=False).result()
-        handing = Handing(run, client, order, wait_seconds)
+        handing, watch = Handing(run, client, order, wait_seconds), Watch(run)
         try:
             for n_done in handing.until_done():
+                watch.look()
                 report(n_done, run.spec.n_rows)
         finally:
             if handing.sessions:

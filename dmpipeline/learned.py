@@ -149,6 +149,10 @@ class Learned:
         facts |= {name: _or_none(value) if is_accuracy else None for name, value in accuracies.items()}
         return facts | {name: None if is_accuracy else _or_none(value) for name, value in r2s.items()}
 
+    def figure(self) -> str:
+        """Say the score alone, as 96.2% or an R2."""
+        return "not known" if math.isnan(self.score) else (_share if self.measure == "accuracy" else _r2)(self.score)
+
     def sentence(self) -> str:
         """Say how good the models are, in plain words; empty where the run does not tell."""
         if math.isnan(self.score):

@@ -113,14 +113,16 @@ def baseline_facts(dataset: Dataset, spec: RunSpec) -> dict[str, Any]:
         facts["measure"] = "accuracy"
         facts["unit"] = "positions of the test sequences" if dataset.is_sequence else "test examples"
         facts["baseline"] = float((known == commonest).mean()) if known.size else None
-        facts["commonest"] = class_name(dataset, commonest)
+        facts["commonest"] = label_name(dataset, commonest)
     return facts | {"largest_input": _largest_input(dataset, spec)}
 
 
-def class_name(dataset: Dataset, label: int) -> str:
-    """Call a class by its name, where the dataset has names, else by its number."""
+def label_name(dataset: Dataset, label: Any) -> str:
+    """Call a class by its name, where the dataset has names, else by its number; a number of a regression as it is."""
     names = getattr(dataset, "class_names", None)
-    return str(names[label]) if names is not None and 0 <= label < len(names) else str(label)
+    if names is None or dataset.is_regression or not 0 <= int(label) < len(names):
+        return str(label)
+    return str(names[int(label)])
 
 
 def _commonest_class(dataset: Dataset) -> int:

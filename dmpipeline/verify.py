@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import dims_of_array
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError
+from dmpipeline.learned import what_was_learned
 from dmpipeline.masks import subset_masks, subset_size
 from dmpipeline.outputs import output_of
 from dmpipeline.spec import MASK_LAWS
@@ -31,6 +32,7 @@ CHECKS = {
     "masks": "every mask is the one its seed draws, or that was given",
     "margins": "margins, and what else follows from the logits, equal those of the logits, to the bit",
     "duplicates": "no two rows share a subset, unless declared retrainings, nor outputs",
+    "learned": "models are better than always saying the commonest class, or the mean, and their outputs vary",
 }
 """What is checked, in the order of the findings, and what holds where it passed."""
 
@@ -98,6 +100,7 @@ def verify_run(run: Run, progress: Progress | None = None) -> list[Finding]:
             duplicates.check(run, rows, block, notes)
         if progress is not None:
             progress(rows.stop, run.spec.n_rows)
+    _check_learned(run, dataset, notes)
     return notes.findings()
 
 
@@ -187,6 +190,8 @@ class _Notes:
 
     sentences: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     rows: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    """What is to be known of a check that passed."""
 
     def add(self, check: str, sentence: str) -> None:
         self.sentences[check].append(sentence)
@@ -199,9 +204,8 @@ class _Notes:
         for (check, what), rows in self.rows.items():
             if rows:
                 wrong.setdefault(check, []).append(_sentence(rows, what))
-        return [
-            Finding(check, check not in wrong, "; ".join(wrong.get(check, [holds]))) for check, holds in CHECKS.items()
-        ]
+        holding = {check: self.remarks.get(check) or [holds] for check, holds in CHECKS.items()}
+        return [Finding(check, check not in wrong, "; ".join(wrong.get(check, holding[check]))) for check in CHECKS]
 
 
 def _find_dataset(run: Run, notes: _Notes) -> Dataset | None:
@@ -235,6 +239,15 @@ def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
         if found[name] != (shape, dtype):
             notes.add("arrays", f"{name} is {found[name][1]} {found[name][0]}, not {dtype} {shape}")
     return found == expected
+
+
+def _check_learned(run: Run, dataset: Dataset | None, notes: _Notes) -> None:
+    """See whether models are better than the baseline, as far as their number and what is stored of them tell."""
+    learned = what_was_learned(run, dataset)
+    for text in learned.texts:
+        notes.add("learned", text)
+    remark = learned.sentence() or "what is stored does not tell whether the models are right"
+    notes.remarks["learned"] = [remark]
 
 
 def _read(run: Run, rows: range, notes: _Notes) -> Block | None:

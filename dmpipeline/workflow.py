@@ -40,8 +40,10 @@ from dmpipeline.directory import write_beside
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError
 from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
+from dmpipeline.learned import what_was_learned
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
+from dmpipeline.scores import label_name
 from dmpipeline.store import Run
 
 FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
@@ -325,6 +327,7 @@ def report_run(run: Run, evaluation: Evaluation) -> Path:
         gallery=_gallery(dataset),
         output_name=run.fitted_array.removeprefix("test_").removesuffix("s").replace("_", " "),
         curves=load_curves(run),
+        learned=what_was_learned(run, dataset),
     )
 
 
@@ -456,8 +459,8 @@ def _gallery(dataset: Dataset) -> Gallery | None:
     return Gallery(
         train=dataset.train_inputs.reshape(-1, *shape),
         targets=dataset.test_inputs.reshape(-1, *shape),
-        train_labels=[str(label) for label in dataset.train_labels],
-        target_labels=[str(label) for label in dataset.test_labels],
+        train_labels=[label_name(dataset, label) for label in dataset.train_labels],
+        target_labels=[label_name(dataset, label) for label in dataset.test_labels],
     )
 
 
