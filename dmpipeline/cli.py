@@ -97,12 +97,13 @@ def verify(talk: Talk, directory: Path) -> None:
         findings = verify_run(opened, progress)
     passed = all(finding.passed for finding in findings)
     data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
-    facts = {"passed": passed, "findings": data, "warnings": what_was_learned(opened).texts}
+    facts: dict[str, Any] = {"passed": passed, "findings": data}
+    facts |= {"warnings": what_was_learned(opened).texts}
     talk.print_data(facts, _findings_table(findings))
     wrong = [finding.detail for finding in findings if not finding.passed and finding.check != "learned"]
     if not passed and not wrong:
         raise VerificationError(
-            f"{directory} is what was specified, but {findings[-1].detail}", findings=[findings[-1].detail]
+            f"{directory} holds what was specified, but {facts['warnings'][0]}", findings=[findings[-1].detail]
         )
     if wrong:
         raise VerificationError(
@@ -309,7 +310,8 @@ def _findings_table(findings: Sequence["Finding"]) -> Table:
 
 
 def _verdict(finding: "Finding") -> Text:
-    return Text("ok") if finding.passed else Text("differs", style="bold red")
+    wrong = "warning" if finding.check == "learned" else "differs"
+    return Text("ok") if finding.passed else Text(wrong, style="bold red")
 
 
 def _evaluation_table(evaluation: "Evaluation", learned: "Learned") -> Table:

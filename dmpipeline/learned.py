@@ -345,7 +345,8 @@ def interval(scores: Floats) -> tuple[float, float, float]:
 
 def _troubles(found: Learned, spec: RunSpec, largest_input: float | None) -> list[tuple[Kind, str]]:
     """Say what is wrong with what models have learned: what was seen, what it means, what to do."""
-    remedy = _remedy(found, spec, largest_input)
+    # said once, with what is said first
+    rest = f". {_EFFECT}. {_remedy(found, spec, largest_input)}"
     troubles: list[tuple[Kind, str]] = []
     if found.n_exploded and found.n_exploded >= found.n_models * 0.01:
         troubles.append(
@@ -353,19 +354,19 @@ def _troubles(found: Learned, spec: RunSpec, largest_input: float | None) -> lis
                 "exploding",
                 f"errors exploded: {_count(found.n_exploded, 'model has', 'models have')} an R2 below "
                 f"{EXPLODED_R2:.0f}, of {found.n_models:,} scored (mean {_r2(found.score)}, median "
-                f"{_r2(found.median)}; always saying the mean has 0). {_EFFECT}. {remedy}",
+                f"{_r2(found.median)}; always saying the mean has 0){rest}",
             )
         )
     only_some_exploded = bool(troubles) and found.median > found.baseline
     if found.verdict == "no better" and not only_some_exploded:
-        troubles.append(("no better", f"models have not learned: {_behind(found)}. {_EFFECT}. {remedy}"))
+        troubles.append(("no better", f"models have not learned: {_behind(found)}{'' if troubles else rest}"))
     if found.n_constant > found.n_models * _MANY_MODELS and found.verdict not in ("unknown", "too few"):
         said = "number" if found.measure == "r2" else "class" if found.unit == "test examples" else "token"
         troubles.append(
             (
                 "constant",
                 f"{found.n_constant:,} of {_count(found.n_models, 'model says', 'models say')} one {said} for all "
-                f"{found.unit}, whatever the inputs are. {_EFFECT}. {remedy}",
+                f"{found.unit}, whatever the inputs are{'' if troubles else rest}",
             )
         )
     if found.unvarying >= _MANY_TARGETS:
@@ -419,8 +420,8 @@ def _remedy(found: Learned, spec: RunSpec, largest_input: float | None) -> str:
         )
     if largest_input is not None and largest_input > LARGEST_PLAIN_INPUT:
         return (
-            f"Inputs reach {largest_input:,.4g} and are not standardised: write `inputs: standardised` in the spec of "
-            "another run"
+            f"Inputs reach {largest_input:,.4g} and are not standardised: create another run with `inputs: "
+            "standardised` in its spec"
         )
     lr = f" from {settings['lr']:g}" if isinstance(settings.get("lr"), int | float) else ""
     if found.n_exploded:

@@ -59,11 +59,11 @@ def correct_class_margins(logits: npt.NDArray[np.floating[Any]], labels: npt.NDA
     step = max(1, _WIDENED_NUMBERS // max(1, len(labels) * n_classes))
     for start in range(0, n_rows, step):
         some = slice(start, start + step)
-        _take_leads(widened(rows[some]), labels.astype(np.int64, copy=False), leads[some])
+        _take_leads(_widened(rows[some]), labels.astype(np.int64, copy=False), leads[some])
     return margins
 
 
-def widened(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _widened(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Convert to float32, by torch, which is several times as fast with float16 as NumPy."""
     with warnings.catch_warnings():
         # of arrays that may not be written to: nobody does
