@@ -218,9 +218,8 @@ def test_a_learner_that_is_right_a_little_more_often_than_chance_is_not_accused(
 
 
 def test_few_models_whose_interval_holds_the_baseline_are_too_few_to_tell(tmp_path, digits):
-    run = made(
-        tmp_path / "chance", n_models=3, held_out={"n_subsets": 0}, recipe={"hidden": 2, "epochs": 1, "lr": 1e-9}
-    )
+    few = {"n_models": 3, "held_out": {"n_subsets": 0}}
+    run = made(tmp_path / "chance", **few, recipe={"hidden": 2, "epochs": 1, "lr": 1e-9})
     run.train(way=Way("products", 3))
     learned = what_was_learned(run)
     assert learned.verdict == "too few"
