@@ -13,7 +13,7 @@
     └── ConvergenceError              a fit did not reach its certificate
 
 Like dmdata's, they carry facts as attributes and pickle. What the system or an installation refuses becomes one of
-them by `explain_os_errors` and `explain_missing_extra`, around the work of each room.
+them by `explain_os_errors` and `explain_missing_extra`, around the work of each room. `LearningWarning` is a warning.
 """
 
 import errno

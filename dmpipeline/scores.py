@@ -83,9 +83,9 @@ def stored_scores(dataset: Dataset, block: Mapping[str, npt.NDArray[Any]]) -> Fl
     Returns
     -------
     scores : array of float64, shape (n_models, 4)
-        Columns as in `SCORES`. R2 is 1 less the squared errors as a share of the labels' own about their mean, the mean
-        of the examples scored on, as scikit-learn has it: the best that any one number could do is 0. It is cut off
-        at -1e30.
+        Columns as in `SCORES`. R2 on test examples is 1 less the squared errors as a share of the test labels' own
+        about their mean, as scikit-learn has it: the best that any one number could do is 0. On left-out examples,
+        which may be a handful, errors are a share of the variance of all training labels. It is cut off at -1e30.
     """
     masks = block["train_masks"]
     scores = np.full((len(masks), len(SCORES)), np.nan)
@@ -207,6 +207,7 @@ def _regression_scores(
     scores[:, 2] = 0
     for part, labels in (("test", dataset.test_labels), ("train", dataset.train_labels)):
         wide = labels.reshape(len(labels), -1).astype(np.float64)
+        variance = float(np.square(wide - wide.mean(0)).sum(1).mean())
         predictions, given = block.get(f"{part}_predictions"), block.get(f"{part}_squared_errors")
         for model, mask in enumerate(masks):
             if predictions is not None:
@@ -217,15 +218,14 @@ def _regression_scores(
             else:
                 break
             if part == "train":
-                scores[model, 1] = _r2(errors[~mask], wide[~mask])
+                scores[model, 1] = _r2(errors[~mask], variance)
                 continue
-            scores[model, 0] = _r2(errors, wide)
+            scores[model, 0] = _r2(errors, variance)
             if predictions is not None:
                 scores[model, 3] = bool((np.ptp(own, axis=0) <= _NO_SPREAD * np.ptp(wide, axis=0)).all())
 
 
-def _r2(errors: npt.NDArray[np.float64], labels: npt.NDArray[np.float64]) -> float:
-    about_mean = float(np.square(labels - labels.mean(0)).sum()) if len(labels) else 0.0
-    if about_mean == 0:
+def _r2(errors: npt.NDArray[np.float64], variance: float) -> float:
+    if not len(errors) or variance == 0:
         return math.nan
-    return max(1 - float(errors.sum()) / about_mean, _LEAST_SCORE)
+    return max(1 - float(errors.mean()) / variance, _LEAST_SCORE)

@@ -286,6 +286,7 @@ class Run:
     ) -> None:
         """Train and store the blocks that are missing, then write the catalog.
 
+        From the first block on, models that have not learned are warned of by an `errors.LearningWarning`.
         Holds one block's outputs in memory, or two where threads train: one is stored while the next is trained.
 
         Parameters

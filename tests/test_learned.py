@@ -47,6 +47,16 @@ def means(dataset, mask, seed):
     mean = dataset.train_labels[mask].mean()
     return _both(dataset, lambda inputs, labels: np.full((len(labels), 1), mean))
 
+def noisy(dataset, mask, seed):
+    rng = np.random.default_rng(seed)
+    noise = 0.7 * dataset.train_labels.std()
+    return _both(dataset, lambda inputs, labels: (labels + noise * rng.normal(size=len(labels)))[:, None])
+
+def knows_its_classes(dataset, mask, seed):
+    rng, known = np.random.default_rng(seed), np.unique(dataset.train_labels[mask])
+    return _both(dataset, lambda inputs, labels: np.eye(dataset.n_classes)[
+        np.where(np.isin(labels, known), labels, known[0])] + 0.1 * rng.random((len(labels), dataset.n_classes)))
+
 def half_right(dataset, mask, seed):
     rng = np.random.default_rng(seed)
     def say(inputs, labels):
@@ -263,6 +273,25 @@ def test_a_regression_that_says_the_mean_has_learned_nothing(tmp_path, monkeypat
     assert kinds(run) == ["no better", "constant"]
     assert "no better than always saying the mean" in what_was_learned(run).texts[0]
     assert "say one number for all test examples" in what_was_learned(run).texts[1]
+
+
+def test_a_handful_of_left_out_numbers_is_measured_against_the_spread_of_all(tmp_path, monkeypatch, diabetes):
+    outputs = ("squared_errors", "predictions")
+    run = taught_by("noisy", tmp_path, monkeypatch, diabetes, outputs=outputs, alpha=0.99)
+    learned = what_was_learned(run)
+    assert learned.left_out == pytest.approx(learned.score, abs=0.25)
+    assert learned.warnings == ()
+
+
+def test_masks_of_ones_own_that_leave_out_a_class_are_no_sign_of_nothing_learned(tmp_path, monkeypatch):
+    data = sklearn.datasets.load_iris()
+    path = save(tmp_path / "iris.npz", data.data, data.target)
+    labels = np.load(path)["train_labels"]
+    np.save(tmp_path / "masks.npy", [labels != of for of in np.arange(13) % 3])
+    masks = str(tmp_path / "masks.npy")
+    run = taught_by("knows_its_classes", tmp_path, monkeypatch, path, masks=masks)
+    assert what_was_learned(run).left_out == 0
+    assert what_was_learned(run).warnings == ()
 
 
 def test_of_tokens_positions_with_a_label_are_counted(tmp_path, monkeypatch):
