@@ -158,8 +158,12 @@ class Learned:
         if math.isnan(self.score):
             return ""
         if self.measure == "r2":
-            text = f"models explain {_share(self.score)} of the variance of {self.unit} (R2 {_r2(self.score)}"
-            text += f", median {_r2(self.median)}); always saying their mean would explain none"
+            text = f"models explain {_share(self.score)} of the variance of {self.unit}"
+            if self.score < 0:
+                text = (
+                    f"models err {_r2(1 - self.score)} times as much on {self.unit} as always saying their mean would"
+                )
+            text += f" (R2 {_r2(self.score)}, median {_r2(self.median)}; always saying their mean would have 0)"
         else:
             text = f"models are right on {_share(self.score)} of {self.unit}"
             if not math.isnan(self.baseline):
@@ -424,8 +428,11 @@ def _remedy(found: Learned, spec: RunSpec, largest_input: float | None) -> str:
             "standardised` in its spec"
         )
     lr = f" from {settings['lr']:g}" if isinstance(settings.get("lr"), int | float) else ""
-    if found.n_exploded:
-        return f"Lower the recipe's lr{lr} or scale labels to a standard deviation of 1, in another run"
+    if found.measure == "r2":
+        return (
+            f"Scale labels to a mean of 0 and a standard deviation of 1 if they are not, or lower the recipe's lr{lr}, "
+            "in another run; and check that labels and inputs are in one order"
+        )
     return (
         f"Check that labels and inputs are in one order; else create another run with another lr{lr}, more epochs or "
         f"larger subsets than alpha {spec.alpha:.0%}, and look at `dmpipeline status` after its first block"
