@@ -160,10 +160,8 @@ class Learned:
         if self.measure == "r2":
             text = f"models explain {_share(self.score)} of the variance of {self.unit}"
             if self.score < 0:
-                text = (
-                    f"models err {_r2(1 - self.score)} times as much on {self.unit} as always saying their mean would"
-                )
-            text += f" (R2 {_r2(self.score)}, median {_r2(self.median)}; always saying their mean would have 0)"
+                text = f"models' squared errors on {self.unit} are {_r2(1 - self.score)} times their mean's"
+            text += f" (R2 {_r2(self.score)}, median {_r2(self.median)}; always saying the mean has 0)"
         else:
             text = f"models are right on {_share(self.score)} of {self.unit}"
             if not math.isnan(self.baseline):

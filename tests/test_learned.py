@@ -259,7 +259,7 @@ def test_a_regressions_r2_is_scikit_learns_and_stands_next_to_the_mean(tmp_path,
     assert data["r2_models"] == pytest.approx(np.mean(expected))
     assert data["accuracy"] is None
     assert data["baseline_accuracy"] is None
-    assert "always saying their mean would have 0" in call(capsys, "status", run.path)[1]
+    assert "always saying the mean has 0" in call(capsys, "status", run.path)[1]
 
 
 def test_exploding_errors_of_a_regression_are_said_to_be_that(tmp_path, monkeypatch, diabetes):
