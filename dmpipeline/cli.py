@@ -20,12 +20,13 @@ from dmpipeline.errors import SpecChangedError, VerificationError, explain_missi
 from dmpipeline.plan_command import plan
 from dmpipeline.run_commands import for_each_run, next_to_evaluate, next_to_list, next_to_report
 from dmpipeline.spec import RunSpec
-from dmpipeline.train_commands import DIRECTORY, TARGETS, facts_table, init, status, submit, train
+from dmpipeline.train_commands import DIRECTORY, TARGETS, facts_table, init, status, submit, train, warn_of
 
 if TYPE_CHECKING:
     from dmpipeline import workflow
     from dmpipeline.curves import LearningCurve
     from dmpipeline.evaluate import Evaluation
+    from dmpipeline.learned import Learned
     from dmpipeline.store import Run
     from dmpipeline.targets import TargetsName
     from dmpipeline.verify import Finding
@@ -81,6 +82,7 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     spec = RunSpec(n_models=models, held_out={"n_subsets": held_out, "n_retrainings": retrainings})
     summary = run_demo(talk, directory, spec)
     talk.print_data(summary.as_dict(), summary.table())
+    warn_of(summary.warnings)
 
 
 @commands.command("verify")
@@ -89,21 +91,25 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 @for_each_run
 def verify(talk: Talk, directory: Path) -> None:
     """Check the run at DIRECTORY against its spec, seeds and digests; exit code 3 if anything differs."""
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
     from dmpipeline.verify import Finding, verify_run
 
     try:
         opened = Run.open(directory)
     except SpecChangedError as error:
-        findings = [Finding("spec", passed=False, detail=str(error))]
-    else:
-        with talk.counting("verifying", "models") as progress:
-            findings = verify_run(opened, progress)
-    passed = all(finding.passed for finding in findings)
-    data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
-    talk.print_data({"passed": passed, "findings": data}, _findings_table(findings))
-    if not passed:
-        wrong = [finding.detail for finding in findings if not finding.passed]
+        _print_findings(talk, [Finding("spec", passed=False, detail=str(error))], [])
+        raise VerificationError(str(error), findings=[str(error)]) from error
+    with talk.counting("verifying", "models") as progress:
+        findings = verify_run(opened, progress)
+    passed, learned = all(finding.passed for finding in findings), what_was_learned(opened).texts
+    _print_findings(talk, findings, learned)
+    wrong = [finding.detail for finding in findings if not finding.passed and finding.check != "learned"]
+    if not passed and not wrong:
+        raise VerificationError(
+            f"{directory} holds what was specified, but {learned[0]}", findings=[findings[-1].detail]
+        )
+    if wrong:
         raise VerificationError(
             f"{directory} is not what was specified: {wrong[0]}; if rows are missing run `dmpipeline run "
             f"{quoted(directory)}`, else train it anew in another directory",
@@ -152,6 +158,7 @@ def fit(
     does not read them again, nor one of a longer run of the same seed that is given this one's by --work.
     """
     from dmpipeline import workflow
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
     from dmpipeline.targets import datamodels_path
 
@@ -172,7 +179,9 @@ def fit(
         )
     facts: dict[str, Any] = {"datamodels": str(datamodels_path(opened, targets)), "targets": targets}
     facts |= workflow.fit_facts(opened, targets)
-    talk.print_data(facts | {"warnings": []}, facts_table(facts))
+    learned = what_was_learned(opened)
+    talk.print_data(facts | {"warnings": learned.texts}, facts_table(facts))
+    warn_of(learned.texts)
     talk.remark(next_to_evaluate(directory, opened, targets))
 
 
@@ -186,18 +195,21 @@ def evaluate(talk: Talk, directory: Path, is_compared: bool, targets: "TargetsNa
     """Score the datamodels of the run at DIRECTORY on its held-out models."""
     from dmpipeline import workflow
     from dmpipeline.derivation import n_models_of, without_warnings
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
     with without_warnings():
         evaluation = workflow.evaluate_run(opened, targets)
-    n_models = n_models_of(opened, targets)
-    facts: dict[str, Any] = evaluation.as_dict() | {"targets": targets, "n_models": n_models}
-    facts |= {"warnings": _told_of_old(opened, targets)}
+    n_models, learned = n_models_of(opened, targets), what_was_learned(opened)
+    told = learned.texts + _old(opened, targets)
+    facts: dict[str, Any] = evaluation.as_dict() | learned.as_dict()
+    facts |= {"targets": targets, "n_models": n_models, "warnings": told}
     if is_compared:
         _print_comparison(talk, opened, targets, facts)
     else:
-        talk.print_data(facts, _evaluation_table(evaluation, n_models))
+        talk.print_data(facts, _evaluation_table(evaluation, n_models, learned))
+    warn_of(told)
     talk.remark(next_to_report(directory, targets))
 
 
@@ -209,15 +221,12 @@ def _print_comparison(talk: Talk, opened: "Run", targets: "TargetsName", facts: 
     talk.print_data(facts | {"comparison": compared.as_rows()}, compared.table())
 
 
-def _told_of_old(opened: "Run", targets: "TargetsName", *results: str) -> list[str]:
-    """Say on standard error which results are old, of datamodels and these, and return what was said."""
+def _old(opened: "Run", targets: "TargetsName", *results: str) -> list[str]:
+    """Say which results are old, of datamodels and these."""
     from dmpipeline.derivation import old_result
 
     old = (old_result(opened, what, targets) for what in ("datamodels", *results))
-    said = [str(result) for result in old if result is not None]
-    for text in said:
-        click.echo(f"warning: {text}", err=True)
-    return said
+    return [str(result) for result in old if result is not None]
 
 
 @commands.command("curve")
@@ -281,14 +290,16 @@ def report(talk: Talk, directory: Path, targets: "TargetsName") -> None:
     """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
     from dmpipeline import workflow
     from dmpipeline.derivation import n_models_of, without_warnings
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.store import Run
 
     opened = Run.open(directory)
     with without_warnings():
         path = workflow.report_run(opened, workflow.evaluate_run(opened, targets), targets)
+    told = what_was_learned(opened).texts + _old(opened, targets, "curve")
     facts: dict[str, Any] = {"report": str(path), "targets": targets, "n_models": n_models_of(opened, targets)}
-    facts |= {"warnings": _told_of_old(opened, targets, "curve")}
-    talk.print_data(facts, facts_table({"report": str(path)}))
+    talk.print_data(facts | {"warnings": told}, facts_table({"report": str(path)}))
+    warn_of(told)
 
 
 @commands.command("export")
@@ -311,7 +322,8 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
 
     opened = Run.open(directory)
     fitted = {targets: path for targets in TARGETS if (path := datamodels_path(opened, targets)).exists()}
-    told = [text for targets in fitted for text in _told_of_old(opened, targets)]
+    told = [text for targets in fitted for text in _old(opened, targets)]
+    warn_of(told)
     with talk.counting("exporting", "models") as progress:
         what: dict[str, Any] = {"datamodels": fitted.get("test"), "train_datamodels": fitted.get("train")}
         what |= {"progress": progress, "requester_pays": requester_pays}
@@ -335,6 +347,12 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     talk.remark(next_to_list(destination))
 
 
+def _print_findings(talk: Talk, findings: Sequence["Finding"], told: list[str]) -> None:
+    data = [{"check": f.check, "passed": f.passed, "detail": f.detail} for f in findings]
+    passed = all(finding.passed for finding in findings)
+    talk.print_data({"passed": passed, "findings": data, "warnings": told}, _findings_table(findings))
+
+
 def _findings_table(findings: Sequence["Finding"]) -> Table:
     table = Table("check", "", "what was found", box=None, header_style="bold")
     for finding in findings:
@@ -343,10 +361,11 @@ def _findings_table(findings: Sequence["Finding"]) -> Table:
 
 
 def _verdict(finding: "Finding") -> Text:
-    return Text("ok") if finding.passed else Text("differs", style="bold red")
+    wrong = "warning" if finding.check == "learned" else "differs"
+    return Text("ok") if finding.passed else Text(wrong, style="bold red")
 
 
-def _evaluation_table(evaluation: "Evaluation", n_models: int | None) -> Table:
+def _evaluation_table(evaluation: "Evaluation", n_models: int | None, learned: "Learned") -> Table:
     from dmpipeline.evaluate import readable_score
 
     table = Table("score", "", "against", box=None, header_style="bold")
@@ -361,4 +380,6 @@ def _evaluation_table(evaluation: "Evaluation", n_models: int | None) -> Table:
     table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, in squared units of the output")
     table.add_row("models", "unknown" if n_models is None else f"{n_models:,}", "that the datamodels were fitted on")
     table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
+    if sentence := learned.sentence():
+        table.add_row("models", learned.figure(), sentence)
     return table

@@ -25,6 +25,7 @@ from dmpipeline.compute import available_threads
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import ClusterError, SpecError, TrainingError, quoted
 from dmpipeline.handing import Handing
+from dmpipeline.learned import Watch
 from dmpipeline.store import Progress, Run
 
 WAIT_FOR_WORKERS_SECONDS = 60.0
@@ -106,13 +107,14 @@ def train_on_cluster(
         order |= {"folder": os.getcwd()}
         phases.phase("finding the fastest way to train, on a worker")
         order["way"] = client.submit(worker.settle, order, pure=False).result()
-        handing = Handing(run, client, order, wait_seconds)
+        handing, watch = Handing(run, client, order, wait_seconds), Watch(run)
         phases.phase(f"first block of {len(run.spec.blocks) - len(directory.done_blocks(run.path))}")
         if (listener := phases.heard_by()) is not None:
             client.subscribe_topic(worker.PROGRESS_TOPIC, lambda event: listener.advance(event[1]))
         try:
             for n_done in handing.until_done():
                 phases.phase("")
+                watch.look()
                 report(n_done, run.spec.n_rows)
         finally:
             if handing.sessions:

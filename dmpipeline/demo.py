@@ -23,6 +23,7 @@ from dmpipeline.errors import SpecError, VerificationError, explain_os_errors, q
 from dmpipeline.evaluate import LEAST_SUBSETS, Evaluation, readable_score
 from dmpipeline.export import export_run
 from dmpipeline.fitting import split_rows
+from dmpipeline.learned import what_was_learned
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.verify import verify_run
@@ -39,6 +40,13 @@ class DemoSummary:
         Models trained to fit on, and to score with.
     n_checks : int
         Checks of the verification that passed.
+    accuracy, accuracy_low, accuracy_high, baseline_accuracy, left_out_accuracy : float
+        See `learned.Learned`; the mean over the trained models on test examples, its interval, what always saying the
+        commonest class would be right on, and the mean on left-out training examples.
+    learned : str
+        The same in words.
+    warnings : tuple of str
+        What is wrong with what the models have learned.
     download_bytes, download_usd
         What a download of the exported artifacts from a requester-pays bucket would be.
     column_usd : float
@@ -55,6 +63,13 @@ class DemoSummary:
     n_models: int
     n_held_out: int
     n_checks: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    baseline_accuracy: float
+    left_out_accuracy: float
+    learned: str
+    warnings: tuple[str, ...]
     download_bytes: int
     download_usd: float
     column_usd: float
@@ -80,6 +95,7 @@ class DemoSummary:
             f"{self.n_models:,} networks on random subsets of {self.dataset}, and {self.n_held_out:,} more to score "
             f"with; {self.n_checks} checks passed",
         )
+        table.add_row("learned", self.learned)
         table.add_row(
             "priced",
             f"a download of the same from a requester-pays bucket: {readable_bytes(self.download_bytes)}, "
@@ -129,7 +145,8 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
         run.train(progress)
     with talk.counting("verifying", "models") as progress:
         findings = verify_run(run, progress)
-    if wrong := [finding.detail for finding in findings if not finding.passed]:
+    # models that have not learned are what was specified, and are warned of at the end
+    if wrong := [finding.detail for finding in findings if not finding.passed and finding.check != "learned"]:
         raise VerificationError(f"the run at {run.path} is not what was specified: {wrong[0]}", findings=wrong)
     with talk.stages(workflow.FIT_STAGES) as stages:
         workflow.fit_run(run, validation=_VALIDATION, progress=stages)
@@ -139,7 +156,7 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
     column = _read_back(talk, run, release)
     evaluation = workflow.evaluate_run(run)
     report = workflow.report_run(run, evaluation)
-    return _summary(run, evaluation, report, len(findings), column, time.monotonic() - started)
+    return _summary(run, evaluation, report, sum(f.passed for f in findings), column, time.monotonic() - started)
 
 
 _VALIDATION = 0.1
@@ -186,7 +203,7 @@ def _summary(
     run: Run, evaluation: Evaluation, report: Path, n_checks: int, column: dmdata.Estimate, seconds: float
 ) -> DemoSummary:
     price = workflow.download_price(run)
-    held_out = run.spec.rows.held_out
+    held_out, learned = run.spec.rows.held_out, what_was_learned(run)
     return DemoSummary(
         directory=str(run.path),
         report=str(report),
@@ -194,6 +211,13 @@ def _summary(
         n_models=run.spec.n_models,
         n_held_out=held_out.stop - held_out.start,
         n_checks=n_checks,
+        accuracy=learned.score,
+        accuracy_low=learned.low,
+        accuracy_high=learned.high,
+        baseline_accuracy=learned.baseline,
+        left_out_accuracy=learned.left_out,
+        learned=learned.sentence(),
+        warnings=tuple(learned.texts),
         download_bytes=price.n_bytes,
         download_usd=price.usd,
         column_usd=column.usd,

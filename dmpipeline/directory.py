@@ -34,6 +34,7 @@ from dmpipeline.pinned import pin
 from dmpipeline.places import relative_places
 from dmpipeline.recipes import code_digest, find_recipe
 from dmpipeline.rows import DIGEST_BYTES
+from dmpipeline.scores import SCORES, baseline_facts
 from dmpipeline.spec import RunSpec
 from dmpipeline.subsets import subsets_on_record
 from dmpipeline.train import Way
@@ -44,7 +45,7 @@ PROVENANCE_BYTE = 2**40
 PRESENCE_BYTE = 2**40 + 1
 
 PER_ROW = ("model_scores",)
-"""Arrays with a row for each model that are no outputs; a store may lack them."""
+"""Arrays with a row for each model that a block's digest does not cover; a store may lack them."""
 
 _LARGEST_CHUNK_BYTES = 2**24
 _EXTENDED = ".extended"
@@ -140,6 +141,16 @@ def create_store(path: Path, spec: RunSpec, dataset: Dataset) -> zarr.Group:
             fill_value=0,
             dimension_names=(dim, "byte"),
         )
+    group.create_array(
+        "model_scores",
+        shape=(spec.n_rows, len(SCORES)),
+        dtype="float64",
+        chunks=(block, len(SCORES)),
+        compressors=None,
+        fill_value=float("nan"),
+        dimension_names=("model", "score"),
+        attributes={"scores": list(SCORES), "baseline": baseline_facts(dataset, spec)},
+    )
     return group
 
 

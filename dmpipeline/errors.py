@@ -14,7 +14,8 @@
     ├── VerificationError             what is stored is not what was specified
     └── ConvergenceError              a fit did not reach its certificate
 
-What is done all the same, but is perhaps not what is meant, is warned of by `DataWarning`.
+What is done all the same, but is perhaps not what is meant, is warned of by `DataWarning`, and by
+`LearningWarning` while a run is trained.
 
 Like dmdata's, they carry facts as attributes and pickle. What the system or an installation refuses becomes one of
 them by `explain_os_errors` and `explain_missing_extra`, around the work of each room.
@@ -87,6 +88,10 @@ class ConvergenceError(DmpipelineError):
 
 class DataWarning(UserWarning):
     """Usable, but perhaps not what is meant, as models that are both fitted and scored on; the message says which."""
+
+
+class LearningWarning(UserWarning):
+    """Trained models have not learned, or their outputs tell nothing; issued while a run is trained."""
 
 
 def quoted(path: str | os.PathLike[str]) -> str:

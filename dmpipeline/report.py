@@ -27,6 +27,7 @@ from dmpipeline.datamodels import Datamodels
 from dmpipeline.errors import SpecError, explain_os_errors
 from dmpipeline.evaluate import Evaluation, readable_score
 from dmpipeline.figures import DARK, LIGHT, PAGE, blank, page_svg
+from dmpipeline.learned import Learned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +64,7 @@ def write_report(
     output_name: str,
     curves: Mapping[str, LearningCurve] | None = None,
     old: Mapping[str, str] | None = None,
+    learned: Learned | None = None,
 ) -> Path:
     """Write the report page.
 
@@ -87,6 +89,8 @@ def write_report(
         By the names to show; LDS against the number of models.
     old : mapping of str to str, optional
         Why the "datamodels" or the "curve" are not of what the run has now.
+    learned : Learned, optional
+        How good the models are; what is wrong with them is shown first.
 
     Raises
     ------
@@ -109,7 +113,9 @@ def write_report(
         dark=DARK,
         title=title,
         summary=_summary(evaluation, n_models=n_models, output_name=output_name) + _old_remark(old, "datamodels"),
-        tiles=_tiles(evaluation, output_name=output_name),
+        warnings=[] if learned is None else [text[0].upper() + text[1:] for text in learned.texts],
+        models=_models_sentence(learned),
+        tiles=_model_tiles(learned) + _tiles(evaluation, output_name=output_name),
         retrainings=_times(evaluation.n_retrainings),
         figures=[
             _lds_figure(evaluation),
@@ -181,6 +187,22 @@ def _summary(evaluation: Evaluation, *, n_models: int | None, output_name: str) 
 
 def _models(n_models: int | None) -> str:
     return "models" if n_models is None else f"{n_models:,} models"
+
+
+def _models_sentence(learned: Learned | None) -> str:
+    sentence = "" if learned is None else learned.sentence()
+    return f"The {sentence}.".replace("-", "\N{MINUS SIGN}") if sentence else ""
+
+
+def _model_tiles(learned: Learned | None) -> list[dict[str, str]]:
+    if learned is None or math.isnan(learned.score):
+        return []
+    meaning = f"of {learned.unit} the models are right on"
+    if learned.measure == "r2":
+        meaning = "R\N{SUPERSCRIPT TWO} of the models; always saying the mean has 0"
+    elif not math.isnan(learned.baseline):
+        meaning += f"; always saying {learned.commonest} would be on {learned.baseline:.1%}"
+    return [{"value": learned.figure().replace("-", "\N{MINUS SIGN}"), "meaning": meaning}]
 
 
 def _tiles(evaluation: Evaluation, *, output_name: str) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from dmpipeline.derivation import old_results
 from dmpipeline.directory import done_blocks, require_run
 from dmpipeline.errors import explain_os_errors
+from dmpipeline.learned import Learned, what_was_learned
 from dmpipeline.spec import MASK_LAWS
 from dmpipeline.store import Run
 from dmpipeline.subsets import sizes_of
@@ -45,8 +46,9 @@ def models_per_second(run: Run) -> float | None:
     return sum(len(run.spec.blocks[block]) for _, block in recent[1:]) / seconds if seconds else None
 
 
-def run_facts(run: Run) -> dict[str, Any]:
-    """State a run's progress, as ``dmpipeline status --json`` prints it."""
+def run_facts(run: Run, learned: Learned | None = None) -> dict[str, Any]:
+    """State a run's progress and what its models have learned, as ``dmpipeline status --json`` prints it."""
+    learned = learned or what_was_learned(run)
     spec, done, rate = run.spec, run.n_rows_done, models_per_second(run)
     left = spec.n_rows - done
     failures = [
@@ -70,7 +72,22 @@ def run_facts(run: Run) -> dict[str, Any]:
         "old": [old.as_dict() for old in old_results(run)],
         "failures": failures,
         "sessions": run.provenance["sessions"],
+        **learned.as_dict(),
+        "warnings": learned.texts + _failed(run, failures),
     }
+
+
+def _failed(run: Run, failures: list[dict[str, Any]]) -> list[str]:
+    """Warn of blocks that could not be trained, as where nearly all models diverged."""
+    if not failures:
+        return []
+    start, stop = failures[0]["rows"]
+    why = (failures[0]["traceback"].strip().splitlines() or ["for no reason on record"])[-1]
+    which = f"{len(failures)} of {len(run.spec.blocks)} blocks"
+    return [
+        f"{which} could not be trained, rows {start} to {stop - 1} first: {why}"
+        f"; see all of it with `dmpipeline status -v {run.path}`"
+    ]
 
 
 def runs_in(directory: Path) -> list[Path]:

@@ -5,7 +5,8 @@
     run/
       run.yaml            the spec; written last when a run is created, so a directory that has it is whole
       provenance.json     versions, machine, dataset fingerprint, training sessions
-      store.zarr/         train_masks, test_margins, train_margins, test_logits, train_logits, block_digests
+      store.zarr/         train_masks, test_margins, train_margins, test_logits, train_logits, block_digests,
+                          model_scores
       catalog.yaml        the same arrays by name, once all rows are there; dmdata opens it
       datamodels/         test_50pct.pt, when datamodels were fitted
       lock                says which process creates the run or trains which block; may be deleted when none does
@@ -41,21 +42,26 @@ from dmpipeline.directory import PRESENCE_BYTE, PROVENANCE_BYTE, claimed, write_
 from dmpipeline.ensembles import Method
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError, explain_os_errors, quoted
 from dmpipeline.examples import Dataset
+from dmpipeline.learned import Watch
 from dmpipeline.masks import given_masks, masks_digest, subset_masks, subset_size
-from dmpipeline.outputs import check_outputs, output_of
+from dmpipeline.outputs import check_outputs
 from dmpipeline.pinned import pin, require_pinned, spec_digest
 from dmpipeline.probe import fastest_way
 from dmpipeline.recipes import AnyRecipe, Recipe, code_digest, find_recipe
 from dmpipeline.relocation import load_recorded, read_spec, remember
 from dmpipeline.rows import DIGEST_BYTES, Block, PartialBlock, block_digest
+from dmpipeline.scores import SCORES, measure
 from dmpipeline.settling import settle, settled_as
 from dmpipeline.shown import Shown
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.subsets import alpha_name_of, sizes_of, spec_facts
-from dmpipeline.train import GradientTrainer, Logits, Trainer, Way, make_trainer, usable_device
+from dmpipeline.train import GradientTrainer, Trainer, Way, make_trainer, usable_device
 
 ARRAYS = RunSpec().arrays
 """Names of a run's arrays, unless its spec asks for other outputs: `RunSpec.arrays`."""
+
+Measured = tuple[Block, npt.NDArray[np.float64]]
+"""A block that was trained, and its models' scores: see `scores.SCORES`."""
 
 Progress = Callable[[int, int], None]
 """Called with the rows done and the rows in all."""
@@ -330,6 +336,7 @@ class Run(Shown):
     ) -> None:
         """Train and store the blocks that are missing, then write the catalog.
 
+        From the first block on, models that have not learned are warned of by an `errors.LearningWarning`.
         Holds one block's outputs in memory, or two where threads train: one is stored while the next is trained.
 
         Parameters
@@ -360,6 +367,7 @@ class Run(Shown):
         with self.presence() as lock:
             trainer = self.trainer(device, way, lock=lock)
             began, clock, n_trained = directory.now(), time.monotonic(), 0
+            watch = Watch(self, trainer.dataset)
             wanted = range(len(self.spec.blocks)) if blocks is None else blocks
             n_left = len(set(wanted) - directory.done_blocks(self.path).keys())
             phases.phase(f"first block of {n_left}")
@@ -368,6 +376,7 @@ class Run(Shown):
                     for n_rows in stored:
                         n_trained += n_rows
                         phases.phase("")
+                        watch.look()
                         report(self.n_rows_done, self.spec.n_rows)
             finally:
                 if n_trained:
@@ -504,7 +513,7 @@ class Run(Shown):
     def train_rows(self, trainer: Trainer, rows: Sequence[int]) -> Block:
         """Train some rows; nothing is stored."""
         with trainer.workers():
-            return self._start(trainer, rows)()
+            return self._start(trainer, rows)()[0]
 
     def is_done(self, block: int) -> bool:
         """Tell whether a block is trained and stored."""
@@ -584,6 +593,12 @@ class Run(Shown):
             return np.zeros((len(rows), DIGEST_BYTES), np.uint8)
         return self._read("row_digests", slice(rows.start, rows.stop))
 
+    def _scores(self, rows: range) -> npt.NDArray[np.float64]:
+        """Read what is on record of how good models are, NaN where nothing is."""
+        if "model_scores" not in self.arrays:
+            return np.full((len(rows), len(SCORES)), np.nan)
+        return self._read("model_scores", slice(rows.start, rows.stop))
+
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)
 
@@ -592,7 +607,7 @@ class Run(Shown):
 
         It waits for no claim of others while it has any.
         """
-        started: deque[tuple[int, int, Callable[[], Block], ExitStack]] = deque()
+        started: deque[tuple[int, int, Callable[[], Measured], ExitStack]] = deque()
 
         def finish_first() -> int:
             block, n_rows, trained, claim = started.popleft()
@@ -617,22 +632,28 @@ class Run(Shown):
             for *_, claim in started:
                 claim.close()
 
-    def _start(self, trainer: Trainer, rows: Sequence[int]) -> Callable[[], Block]:
+    def _start(self, trainer: Trainer, rows: Sequence[int]) -> Callable[[], Measured]:
         masks = subset_masks(self.spec, rows, trainer.dataset.n_train)
         trained = trainer.start(masks, self.spec.model_indices(rows), rows)
-        return lambda: self._outputs(trainer.dataset, masks, trained())
+        return lambda: measure(self.spec.arrays, trainer.dataset, masks, trained())
 
-    def _start_block(self, trainer: Trainer, block: int) -> tuple[int, Callable[[], Block]]:
+    def _start_block(self, trainer: Trainer, block: int) -> tuple[int, Callable[[], Measured]]:
         """Have the rows of a block trained that are missing; tell how many, and what gives the whole block."""
         rows = self.spec.blocks[block]
         with self._failure_on_record(block):
             if block not in directory.cut_blocks(self.path):
                 return len(rows), self._start(trainer, rows)
             there = self.read_partial(rows)
+            scores = self._scores(rows)
             if not there.missing:
-                return 0, lambda: there.block
+                return 0, lambda: (there.block, scores)
             trained = self._start(trainer, [rows[place] for place in there.missing])
-            return len(there.missing), lambda: there.filled(trained())
+
+            def filled() -> Measured:
+                block, scores[~there.is_done] = trained()
+                return there.filled(block), scores
+
+            return len(there.missing), filled
 
     @contextmanager
     def _failure_on_record(self, block: int) -> Iterator[None]:
@@ -642,29 +663,23 @@ class Run(Shown):
             directory.record_failure(self.path, block, self.spec.blocks[block], error)
             raise
 
-    def _finish(self, block: int, trained: Callable[[], Block]) -> None:
+    def _finish(self, block: int, trained: Callable[[], Measured]) -> None:
         """Wait for a block and store it."""
         rows = self.spec.blocks[block]
         with self._failure_on_record(block):
-            data = trained()
+            data, scores = trained()
         # compressed side by side: one thread would keep many cores waiting
         with ThreadPoolExecutor(len(data)) as pool:
             digest = pool.submit(block_digest, data)
             list(pool.map(lambda name: self._write(name, rows, data[name]), data))
+        if "model_scores" in self.arrays:  # not in runs of before there were any
+            self._write("model_scores", rows, scores)
         self._write("block_digests", range(block, block + 1), np.frombuffer(digest.result(), np.uint8)[None])
         directory.forget_failure(self.path, block)
 
     def _write(self, name: str, rows: range, data: npt.NDArray[Any]) -> None:
         # to look first whether all of it is missing values, and need not be written, takes longer than to write it
         self.array(name).with_config({"write_empty_chunks": True})[rows.start : rows.stop] = data
-
-    def _outputs(self, dataset: Dataset, masks: npt.NDArray[np.bool_], logits: Logits) -> Block:
-        # all is taken from the rounded logits, so that whoever reads those can recompute it to the bit
-        parts = {"test": (logits.test, dataset.test_labels), "train": (logits.train, dataset.train_labels)}
-        names = self.spec.arrays[1:]
-        with ThreadPoolExecutor(len(names)) as pool:
-            outputs = pool.map(lambda name: output_of(name)(*parts[name.partition("_")[0]]), names)
-            return {"train_masks": masks} | dict(zip(names, outputs, strict=True))
 
     def _recorded_way(self, device: str) -> Way | None:
         recorded = self.provenance.get("ways", {}).get(device.partition(":")[0])

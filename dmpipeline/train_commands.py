@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -373,25 +373,42 @@ def _print_replay(talk: Talk, opened: "Run", row: int, device: str, way: "Way | 
     talk.remark(f"row {row} trained again is the same{' to the bit' if found.is_same else ', but for rounding'}")
 
 
+def warn_of(texts: Iterable[str]) -> None:
+    """Tell a person what is wrong with a run's models, so that it is not overlooked, on standard error."""
+    for text in texts:
+        click.secho(f"warning: {text}", fg="red", bold=True, err=True)
+
+
 def _print_status(talk: Talk, runs: list["Run"]) -> None:
+    from dmpipeline.learned import what_was_learned
     from dmpipeline.status import run_facts
 
-    facts = [run_facts(run) for run in runs]
+    learned = [what_was_learned(run) for run in runs]
+    facts = [run_facts(run, its) for run, its in zip(runs, learned, strict=True)]
     if len(runs) == 1:
-        talk.print_data(
-            facts[0], _status_table(runs[0], facts[0]), *_old_tables(facts[0]), *_failure_tables(talk, facts[0])
-        )
+        table = _status_table(runs[0], facts[0], learned[0].sentence())
+        talk.print_data(facts[0], table, *_old_tables(facts[0]), *_failure_tables(talk, facts[0]))
+        warn_of(learned[0].texts)
         return
-    table = Table("run", "models", "of", "a second", "left", "failed blocks", "old", box=None, header_style="bold")
+    columns = ("run", "models", "of", "a second", "left", "failed blocks", "accuracy or R2", "commonest or mean", "old")
+    table = Table(*columns, box=None, header_style="bold")
     for run, its in zip(runs, facts, strict=True):
         rate = its["models_per_second"]
-        cells = f"{its['n_rows_done']:,}", f"{its['n_rows']:,}", f"{rate:,.1f}" if rate else ""
-        old = ", ".join(result["what"] for result in its["old"])
-        table.add_row(run.path.name, *cells, _left(its), str(len(its["failures"]) or ""), old)
+        cells = [f"{its['n_rows_done']:,}", f"{its['n_rows']:,}", f"{rate:,.1f}" if rate else ""]
+        cells += _left(its), str(len(its["failures"]) or "")
+        if its["r2_models"] is not None:
+            cells += f"{its['r2_models']:.3f}", "0"
+        elif its["accuracy"] is not None:
+            cells += f"{its['accuracy']:.1%}", f"{its['baseline_accuracy'] or math.nan:.1%}"
+        else:
+            cells += "", ""
+        table.add_row(run.path.name, *cells, ", ".join(result["what"] for result in its["old"]))
     talk.print_data({"runs": facts}, table)
+    for run, found in zip(runs, learned, strict=True):
+        warn_of(f"{run.path.name}: {text}" for text in found.texts)
 
 
-def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
+def _status_table(run: "Run", facts: dict[str, Any], learned: str) -> Table:
     from dmpipeline.subsets import law_in_words, sizes_of
     from dmpipeline.targets import datamodels_path
 
@@ -407,6 +424,7 @@ def _status_table(run: "Run", facts: dict[str, Any]) -> Table:
             "models": f"{facts['n_rows_done']:,} of {spec.n_rows:,} trained ({spec.n_models:,} to fit on)",
             "rate": f"{rate:,.1f} models a second" if rate else "nothing trained yet",
             "left": _left(facts),
+            "learned": learned or "not known yet",
             "datamodels": str(run.datamodels_path) if facts["datamodels"] else "not fitted yet",
         }
         | (of_train if facts["train_datamodels"] else {})

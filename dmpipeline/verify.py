@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dmpipeline.datasets import Dataset
 from dmpipeline.directory import dims_of_array
 from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
+from dmpipeline.learned import what_was_learned
 from dmpipeline.masks import subset_masks, subset_size
 from dmpipeline.outputs import output_of
 from dmpipeline.recipes import Recipe, find_recipe
@@ -33,6 +34,7 @@ CHECKS = {
     "masks": "every mask is the one its seed draws, or that was given",
     "margins": "margins, and what else follows from the logits, equal those of the logits, to the bit",
     "duplicates": "no row is stored over another: no subset repeats but declared retrainings, and no outputs do",
+    "learned": "models are better than always saying the commonest class, or the mean, and their outputs vary",
 }
 """What is checked, in the order of the findings, and what holds where it passed."""
 
@@ -104,6 +106,7 @@ def verify_run(run: Run, progress: Progress | None = None) -> list[Finding]:
     for what, wrong in repeats.faults():
         notes.add_rows("duplicates", what, wrong)
     notes.remarks["duplicates"] = repeats.remarks()
+    _check_learned(run, dataset, notes)
     return notes.findings()
 
 
@@ -244,6 +247,15 @@ def _check_arrays(run: Run, dataset: Dataset | None, notes: _Notes) -> bool:
         if found[name] != (shape, dtype):
             notes.add("arrays", f"{name} is {found[name][1]} {found[name][0]}, not {dtype} {shape}")
     return found == expected
+
+
+def _check_learned(run: Run, dataset: Dataset | None, notes: _Notes) -> None:
+    """See whether models are better than the baseline, as far as their number and what is stored of them tell."""
+    learned = what_was_learned(run, dataset)
+    for text in learned.texts:
+        notes.add("learned", text)
+    remark = learned.sentence() or "what is stored does not tell whether the models are right"
+    notes.remarks["learned"] = [remark]
 
 
 def _read(run: Run, rows: range, notes: _Notes) -> Block | None:

@@ -46,6 +46,7 @@ from dmpipeline.evaluate import Evaluation, evaluate
 from dmpipeline.fitted import command, fit_facts, fit_notes_path, load_datamodels
 from dmpipeline.fitting import Progress, fit, fit_moments, split_rows
 from dmpipeline.identity import files_digest
+from dmpipeline.learned import what_was_learned
 from dmpipeline.moments import BLOCK_ROWS, Moments
 from dmpipeline.report import Gallery, write_report
 from dmpipeline.store import Run
@@ -433,6 +434,7 @@ def report_run(run: Run, evaluation: Evaluation, targets: TargetsName = "test") 
         output_name=array.partition("_")[2].removesuffix("s").replace("_", " "),
         curves=load_curves(run, targets),
         old={what: found.why for what, found in old.items() if found is not None},
+        learned=what_was_learned(run, dataset),
     )
     take_note(run, "report", targets, sources)
     return path

@@ -18,6 +18,7 @@ import psutil
 from dmpipeline.masks import Purpose, draw_bits
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
+from dmpipeline.verify import verify_run
 
 LEARNER = '''
 import json, os, time
@@ -67,6 +68,11 @@ def cause_trouble(run: Run, folder: Path, kinds: dict[int, str]) -> None:
     # a function is given the upper half
     numbers = {row: int(draw_bits(run.spec.seed, Purpose.TORCH_SEED, row, 1)[0]) >> 32 for row in kinds}
     (folder / "trouble.json").write_text(json.dumps({str(numbers[row]): kind for row, kind in kinds.items()}))
+
+
+def faults(run: Run) -> dict[str, str]:
+    """Say what is wrong with what a run stores, by check; that nothing is learned of made-up examples is no fault."""
+    return {f.check: f.detail for f in verify_run(run) if not f.passed and f.check != "learned"}
 
 
 def require_same(run: Run, other: Run) -> None:
