@@ -21,7 +21,7 @@ ROOMS_IN_ORDER = {
     "dmpipeline": """
         errors shown compute philox regeneration spec masks subsets places scaling examples conversion labels tasks
         folders cifar fmow datasets usercode recipes pinned rows returned outputs settling augmentation networks lines
-        convolution layers ensembles train scores probe directory learned relocation cataloguing store targets
+        convolution layers ensembles train scores probe directory learned relocation cataloguing stored store targets
         derivation extension worker handing cluster status slurm attribution repeats verify tensors arrays binary
         moments identity overlaps checkpoints spaces descent lasso proximal datamodels fitted priors fitting forecast
         readings evaluate alternatives figures curves applications export report workflow demo introduction plan_command
