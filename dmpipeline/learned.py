@@ -422,8 +422,8 @@ def _remedy(found: Learned, spec: RunSpec, largest_input: float | None) -> str:
         )
     if largest_input is not None and largest_input > LARGEST_PLAIN_INPUT:
         return (
-            f"Inputs reach {largest_input:,.4g} and are not standardised: create another run with `dmpipeline init OTHER "
-            "--spec RUN/run.yaml --inputs standardised`"
+            f"Inputs reach {largest_input:,.4g} and are not standardised: create another run with `dmpipeline init "
+            "OTHER --spec RUN/run.yaml --inputs standardised`"
         )
     lr = f" from {settings['lr']:g}" if isinstance(settings.get("lr"), int | float) else ""
     if found.measure == "r2":
