@@ -155,7 +155,7 @@ def fit(
     itself says how much it is remembered rather than foreseen, and a wrong label stands out by it.
 
     Stop it at any time and run it again to go on. The second moments of the models are kept: a fit with other options
-    does not read them again, nor one of a longer run of the same seed that is given this one's by --work.
+    does not count them again, nor one of a longer run of the same seed that is given this one's by --work.
     """
     from dmpipeline import workflow
     from dmpipeline.learned import what_was_learned

@@ -11,7 +11,6 @@ each model over its own batch.
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,6 +24,7 @@ from dmpipeline.errors import SpecError, UserCodeError
 from dmpipeline.examples import Dataset, as_features
 from dmpipeline.layers import StackedNetworks, State, can_stack, laid_out, n_models_of, true_outputs
 from dmpipeline.networks import build_network, named_tensors
+from dmpipeline.outputs import as_tensor
 from dmpipeline.recipes import LogisticRegression, Module, Perceptron, Recipe
 from dmpipeline.usercode import explained
 
@@ -173,10 +173,7 @@ class Material:
         return self._on_device(inputs if is_as_stored else as_features(inputs))
 
     def _on_device(self, numbers: np.ndarray[Any, Any]) -> Tensor:
-        with warnings.catch_warnings():
-            # of arrays that may not be written to, as memory maps: nobody does
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.from_numpy(numbers).to(self.device)
+        return as_tensor(numbers).to(self.device)
 
 
 def possible_methods(material: Material) -> tuple[Method, ...]:

@@ -4,7 +4,6 @@ They are plain functions of arrays, so that whoever holds logits can recompute w
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,11 +64,26 @@ def correct_class_margins(logits: npt.NDArray[np.floating[Any]], labels: npt.NDA
 
 def _widened(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Convert to float32, by torch, which is several times as fast with float16 as NumPy."""
-    with warnings.catch_warnings():
-        # of arrays that may not be written to: nobody does
-        warnings.simplefilter("ignore", UserWarning)
-        wide: npt.NDArray[np.float32] = torch.from_numpy(np.ascontiguousarray(numbers)).float().numpy()
+    wide: npt.NDArray[np.float32] = as_tensor(np.ascontiguousarray(numbers)).float().numpy()
     return wide
+
+
+def as_tensor(numbers: npt.NDArray[Any]) -> torch.Tensor:
+    """View an array as a tensor, which nobody may write to where the array is read-only, as a memory map.
+
+    torch would warn of such an array, and Python cannot silence a warning in one thread alone.
+    """
+    if numbers.flags.writeable:
+        return torch.from_numpy(numbers)
+    return torch.from_numpy(np.asarray(_Writable(numbers)))
+
+
+class _Writable:
+    """Lends an array's memory as if it might be written to, and keeps it alive."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        facts = array.__array_interface__
+        self.array, self.__array_interface__ = array, facts | {"data": (facts["data"][0], False)}
 
 
 @kernel

@@ -74,7 +74,14 @@ def load_recorded(path: Path, spec: RunSpec, recorded: Mapping[str, Any]) -> Dat
             field="dataset",
             value=spec.dataset,
         )
-    dataset = dataset_of_run(spec)
+    try:
+        dataset = dataset_of_run(spec)
+    except SpecError as error:
+        raise SpecError(
+            f"the dataset of the run at {path} is not as it was when the run was created: {error}",
+            field="dataset",
+            value=spec.dataset,
+        ) from error
     if dataset.fingerprint != recorded["fingerprint"]:
         raise RunError(
             f"dataset {spec.dataset} has fingerprint {dataset.fingerprint[:12]}, but the run at {path} was created "

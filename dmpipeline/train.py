@@ -29,7 +29,7 @@ from dmpipeline.examples import Dataset
 from dmpipeline.layers import State
 from dmpipeline.masks import Purpose, draw_bits, draw_orders
 from dmpipeline.networks import initial_states, is_whitened, stacked, whitened
-from dmpipeline.outputs import LARGEST_LOGIT
+from dmpipeline.outputs import LARGEST_LOGIT, as_tensor
 from dmpipeline.recipes import AnyRecipe, Function, Module, Recipe
 from dmpipeline.returned import checked_outputs, output_shapes
 from dmpipeline.usercode import explained, import_object, in_words
@@ -384,7 +384,7 @@ class FunctionTrainer(Trainer):
                 with explained(what, path, remedy=FIX_IN_ANOTHER_RUN, rows=[row], value=path):
                     returned = self.function(self.dataset, mask, *self._seeds(number), **self._arguments(number))
             train, test = checked_outputs(returned, self.dataset, mask, row=row, path=path)
-            outputs = [torch.from_numpy(part)[None] for part in (train, test)]
+            outputs = [as_tensor(part)[None] for part in (train, test)]
             too_large += [rows[i] for i in found.store(np.array([place]), *outputs)]
             done.add(1)
         if too_large:

