@@ -1,13 +1,12 @@
 """The README's sample of a dataset of one's own runs as shown, and scikit-learn's other tables by the same lines."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from dmpipeline.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SAMPLE = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "load_wine" in code)
@@ -15,17 +14,12 @@ COMMANDS = re.findall(r"^    \$ dmpipeline (.* wine-run.*)$", README, re.M)
 SHOWN = re.search(r"^    \$ dmpipeline init wine-run.*?\n(.*?)^    \$", README, re.M | re.S)[1]
 
 
-def run(folder, *words, code=None):
-    program = code or "from dmpipeline.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        cwd=folder,
-        env=os.environ | {"DMDATA_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+def call(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    captured = capsys.readouterr()
+    assert ended.value.code == 0, captured.err
+    return captured.out, captured.err
 
 
 def test_the_readmes_sample_has_all_steps():
@@ -36,14 +30,15 @@ def test_the_readmes_sample_has_all_steps():
     ("loader", "least"),
     [("load_wine", 0.9), ("load_breast_cancer", 0.92), ("load_iris", 0.85), ("load_diabetes", 0.3)],
 )
-def test_tables_of_scikit_learn_train_well_as_they_come(tmp_path, loader, least, figures):
-    run(tmp_path, code=SAMPLE.replace("load_wine", loader))
-    printed = {command.split()[0]: run(tmp_path, *command.split()) for command in COMMANDS}
+def test_tables_of_scikit_learn_train_well_as_they_come(tmp_path, monkeypatch, capsys, loader, least, figures):
+    monkeypatch.chdir(tmp_path)
+    exec(SAMPLE.replace("load_wine", loader), {})  # noqa: S102 - the README's own lines
+    printed = {command.split()[0]: call(capsys, *command.split()) for command in COMMANDS}
     if loader == "load_wine":
         said = "".join(printed["init"])
         for line in SHOWN.splitlines():
             assert line.strip() in (*(shown.strip() for shown in said.splitlines()), "...")
-    scores = json.loads(run(tmp_path, "evaluate", "wine-run", "--json", "-q")[0])
+    scores = json.loads(call(capsys, "evaluate", "wine-run", "--json", "-q")[0])
     found = scores["r2_models" if loader == "load_diabetes" else "accuracy"]
     baseline = scores["baseline_accuracy"]
     figures.append(f"{loader} as it comes: {found:.3f} (baseline {baseline}), LDS {scores['lds']:.3f}")
