@@ -61,7 +61,7 @@ def extend(run: Run, n_models: int) -> Run:
         claimed(lock, PRESENCE_BYTE, wait=False) as alone,
     ):
         if not alone:
-            raise RunError(f"{run.path} is being trained by another process; stop it, then extend", path=run.path)
+            raise _trained_by_another(run)
         if not directory.is_settled(run.path) or read_spec(run.path) != old:
             raise RunError(f"{run.path} was extended meanwhile; open it again", path=run.path)
         directory.remove_staging(run.path)
@@ -76,6 +76,26 @@ def extend(run: Run, n_models: int) -> Run:
         write_beside(staging / "run.yaml", new.to_yaml())
         directory.put_extended(run.path, staging)
     return Run.open(run.path)
+
+
+def require_alone(run: Run) -> None:
+    """Refuse to extend a run that another process trains; nothing is changed.
+
+    Raises
+    ------
+    RunError
+    """
+    with (
+        explain_os_errors(run.path),
+        open(run.path / "lock", "a+b") as lock,
+        claimed(lock, PRESENCE_BYTE, wait=False) as alone,
+    ):
+        if not alone:
+            raise _trained_by_another(run)
+
+
+def _trained_by_another(run: Run) -> RunError:
+    return RunError(f"{run.path} is being trained by another process; stop it, then extend", path=run.path)
 
 
 def extended_spec(run: Run, n_models: int) -> RunSpec:
@@ -155,7 +175,7 @@ def _write_rows(
         for name, array in found.block.items():
             data[name][places] = array[taken]
         for name in _per_row(run, store):
-            data[name][places] = np.asarray(run.array(name)[source * step : (source + 1) * step])[taken]
+            data[name][places] = run.scores(run.spec.blocks[source])[taken]
         is_there[places] = True
     if not is_there.any():
         return

@@ -19,7 +19,7 @@ from dmpipeline.spec import MASK_LAWS, RunSpec
 
 def pin(spec: RunSpec) -> dict[str, Any]:
     """Give what the provenance keeps of a spec: the `spec` itself and its `spec_digest`."""
-    return {"spec": spec.model_dump(mode="json", exclude_none=True), "spec_digest": spec_digest(spec)}
+    return {"spec": spec.facts(), "spec_digest": spec_digest(spec)}
 
 
 def spec_digest(spec: RunSpec) -> str:
@@ -63,7 +63,7 @@ def differences(made_by: RunSpec, spec: RunSpec) -> dict[str, tuple[Any, Any]]:
 
 
 def _meaning(spec: RunSpec) -> dict[str, Any]:
-    facts = spec.model_dump(mode="json", exclude_none=True)
+    facts = spec.facts()
     with contextlib.suppress(SpecError):  # what is no recipe's differs as it stands
         facts["recipe"] = find_recipe(spec.recipe).model_dump(mode="json")
     del facts["dataset"]

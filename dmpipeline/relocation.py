@@ -125,11 +125,12 @@ def remember(path: Path, spec: RunSpec) -> None:
         If it cannot be written.
     """
     written = RunSpec.read(path / "run.yaml")
-    if written.dataset == spec.dataset:
-        return
-    write_beside(path / "run.yaml", written.model_copy(update={"dataset": spec.dataset}).to_yaml())
+    if written.dataset != spec.dataset:
+        write_beside(path / "run.yaml", written.model_copy(update={"dataset": spec.dataset}).to_yaml())
     with explain_os_errors(path), open(path / "lock", "a+b") as lock, claimed(lock, PROVENANCE_BYTE, wait=True):
         facts = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
+        if facts.get("places") == relative_places(path, spec) and facts.get("spec", {}).get("dataset") == spec.dataset:
+            return
         facts["places"] = relative_places(path, spec)
         if "spec" in facts:
             facts["spec"]["dataset"] = spec.dataset

@@ -145,7 +145,7 @@ def _of_other_shapes(
 
 
 def _classes_lacking(dataset: Dataset, present: npt.NDArray[Any]) -> str:
-    names = getattr(dataset, "class_names", None)
+    names = dataset.class_names
     lacking = sorted(set(range(dataset.n_classes)) - set(present.tolist()))
     shown = [f"{k} ({names[k]})" if names else str(k) for k in lacking[:_MOST_CLASSES]]
     more = f" and {len(lacking) - _MOST_CLASSES} more" if len(lacking) > _MOST_CLASSES else ""

@@ -35,14 +35,16 @@ def for_each_run(command: Callable[..., Any]) -> Callable[..., Any]:
         parts: list[dict[str, Any]] = []
         wrong: list[VerificationError] = []
         settings = {field.name: getattr(talk, field.name) for field in dataclasses.fields(Talk)}
-        for path in paths:
-            its_talk = _TalkOfOne(**settings, path=path, parts=parts)
-            try:
-                command(talk=its_talk, directory=path, **options)
-            except VerificationError as error:
-                wrong.append(error)
-        if talk.as_json:
-            talk.print_data({"runs": parts})
+        try:
+            for path in paths:
+                its_talk = _TalkOfOne(**settings, path=path, parts=parts)
+                try:
+                    command(talk=its_talk, directory=path, **options)
+                except VerificationError as error:
+                    wrong.append(error)
+        finally:  # what was done of some is told, whatever ended the others
+            if talk.as_json:
+                talk.print_data({"runs": parts})
         if wrong:
             more = f" (and {len(wrong) - 1} more of {len(paths)} runs)" if wrong[1:] else ""
             raise VerificationError(f"{wrong[0]}{more}", findings=[str(error) for error in wrong])

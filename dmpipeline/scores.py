@@ -118,7 +118,7 @@ def baseline_facts(dataset: Dataset, spec: RunSpec) -> dict[str, Any]:
 
 def label_name(dataset: Dataset, label: Any) -> str:
     """Call a class by its name, where the dataset has names, else by its number; a number of a regression as it is."""
-    names = getattr(dataset, "class_names", None)
+    names = dataset.class_names
     if names is None or dataset.is_regression or not 0 <= int(label) < len(names):
         return str(label)
     return str(names[int(label)])

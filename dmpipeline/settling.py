@@ -73,6 +73,29 @@ def settled_as(spec: RunSpec, task: str, inputs: str, n_train: int) -> RunSpec:
     return spec.model_copy(update=decided)
 
 
+def unsettled(spec: RunSpec, *, keep_task: bool) -> RunSpec:
+    """Leave open again what a run's spec had its dataset decide, as far as it can be told from what was typed.
+
+    Parameters
+    ----------
+    spec : RunSpec
+        Of a run.
+    keep_task : bool
+        Whether the dataset is still the same, so that its task and outputs are.
+    """
+    given, settled = dict(spec.recipe.overrides), dict[str, Any]()
+    if spec.task == "regression":
+        settled |= _REGRESSION
+    if spec.inputs == "standardised":
+        settled["epochs"] = _MORE_EPOCHS
+    own = {name: value for name, value in given.items() if name not in settled or settled[name] != value}
+    open_again = {"inputs": None} if keep_task else {"task": None, "inputs": None}
+    values = {name: value for name, value in spec.facts().items() if name not in open_again}
+    if not keep_task:
+        values.pop("outputs")
+    return RunSpec(**(values | {"recipe": {"name": spec.recipe.name, "version": spec.recipe.version, **own}}))
+
+
 def dataset_of_run(spec: RunSpec) -> Dataset:
     """Load the dataset of a run that is there, read as when the run was created.
 

@@ -247,8 +247,12 @@ class RunSpec(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the text of a run.yaml that reads back as this spec, every default spelled out."""
-        # what is left to the dataset is decided when a run is created
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        return yaml.safe_dump(self.facts(), sort_keys=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Give all fields as JSON has them, without what is left to the dataset to decide."""
+        undecided = {name for name in ("task", "inputs") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=undecided)
 
     @property
     def arrays(self) -> tuple[str, ...]:

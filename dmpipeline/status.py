@@ -11,7 +11,7 @@ from typing import Any
 
 from dmpipeline.derivation import old_results
 from dmpipeline.directory import done_blocks, require_run
-from dmpipeline.errors import explain_os_errors
+from dmpipeline.errors import explain_os_errors, quoted
 from dmpipeline.learned import Learned, what_was_learned
 from dmpipeline.spec import MASK_LAWS
 from dmpipeline.store import Run
@@ -86,7 +86,7 @@ def _failed(run: Run, failures: list[dict[str, Any]]) -> list[str]:
     which = f"{len(failures)} of {len(run.spec.blocks)} blocks"
     return [
         f"{which} could not be trained, rows {start} to {stop - 1} first: {why}"
-        f"; see all of it with `dmpipeline status -v {run.path}`"
+        f"; see all of it with `dmpipeline status -v {quoted(run.path)}`"
     ]
 
 

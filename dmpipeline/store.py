@@ -212,8 +212,9 @@ class Run(StoredRun):
             # who comes second waits for what the first finds
             with claimed(lock, PROVENANCE_BYTE, wait=True):
                 way = way or self.find_way(device)
-                if way != self._recorded_way(device):
-                    facts = self.provenance
+                facts = self.provenance
+                if way != self._recorded_way(device) or "spec" not in facts:
+                    facts |= {} if "spec" in facts else pin(self.spec)  # a run made before specs were pinned
                     facts.setdefault("ways", {})[device.partition(":")[0]] = asdict(way)
                     write_beside(self.path / "provenance.json", directory.as_json(facts))
         return GradientTrainer(dataset, recipe, seed=self.spec.seed, way=way, device=device)
@@ -243,19 +244,29 @@ class Run(StoredRun):
             )
         return dataset
 
-    def require_trainable(self, device: str = "cpu", method: Method | None = None) -> None:
+    def require_trainable(
+        self, device: str | None = "cpu", method: Method | None = None, n_models: int | None = None
+    ) -> None:
         """Refuse now whatever would be refused when models are trained; nothing is trained, or measured.
+
+        Parameters
+        ----------
+        device : str or None
+            None where it is another machine's.
+        method, n_models
+            As for `find_way`.
 
         Raises
         ------
         RunError, SpecError
             As `train`.
         """
-        usable_device(device)
+        if device is not None:
+            usable_device(device)
         dataset, recipe = self.require_unchanged(), find_recipe(self.spec.recipe)
-        if isinstance(recipe, Recipe):
+        if isinstance(recipe, Recipe) and device is not None:
             GradientTrainer(dataset, recipe, seed=self.spec.seed, way=Way(method or "loop", 1), device=device)
-        elif method:
+        elif not isinstance(recipe, Recipe) and (method or n_models):
             raise _trains_itself(recipe)
 
     def find_way(self, device: str = "cpu", method: Method | None = None, n_models: int | None = None) -> Way:
@@ -355,7 +366,7 @@ class Run(StoredRun):
             if block not in directory.cut_blocks(self.path):
                 return len(rows), self._start(trainer, rows)
             there = self.read_partial(rows)
-            scores = self._scores(rows)
+            scores = self.scores(rows)
             if not there.missing:
                 return 0, lambda: (there.block, scores)
             trained = self._start(trainer, [rows[place] for place in there.missing])

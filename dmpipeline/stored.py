@@ -6,12 +6,13 @@
       run.yaml            the spec; written last when a run is created, so a directory that has it is whole
       provenance.json     versions, machine, dataset fingerprint, training sessions
       store.zarr/         train_masks, test_margins, train_margins, test_logits, train_logits, block_digests,
-                          model_scores
+                          row_digests of blocks that an extension cut, model_scores
       catalog.yaml        the same arrays by name, once all rows are there; dmdata opens it
-      datamodels/         test_50pct.pt, when datamodels were fitted
+      datamodels/         test_50pct.pt, when datamodels were fitted; train_50pct.pt of training examples
+      made_from/          notes of what datamodels, scores, curves and pages were made from
       lock                says which process creates the run or trains which block; may be deleted when none does
 
-Datamodels are read by `workflow`, all else that lies in a run by `StoredRun`.
+Datamodels are read by `fitted`, the notes by `derivation`, all else that lies in a run by `StoredRun`.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from dmdata.catalog import Catalog, StoredArray
 from dmpipeline import directory
 from dmpipeline.cataloguing import catalog_of, describe_array, describe_fitted
 from dmpipeline.directory import write_beside
-from dmpipeline.errors import IncompleteRunError, RunError, SpecError, quoted
+from dmpipeline.errors import IncompleteRunError, RunError, SpecChangedError, SpecError, quoted
 from dmpipeline.examples import Dataset
 from dmpipeline.pinned import require_pinned
 from dmpipeline.relocation import load_recorded, read_spec, remember
@@ -79,7 +80,13 @@ class StoredRun(Shown):
             # zarr takes a damaged zarr.json for what it should be, and stumbles in several ways
             raise RunError(f"{path} has no readable store.zarr ({error}); restore it", path=path) from error
         run = cls(path=path, spec=spec, arrays=arrays)
-        run._require_pinned()
+        try:
+            run._require_pinned()
+        except SpecChangedError:
+            directory.finish_extension(path)  # or wait until whoever extends the run just now has done so
+            if read_spec(path, dataset) == spec:
+                raise
+            return cls.open(path, dataset=dataset)
         if dataset is not None:
             run.dataset()  # refuses another one
             remember(path, run.spec)
@@ -176,9 +183,27 @@ class StoredRun(Shown):
             facts = self.provenance
         except RunError:  # said by whatever needs it
             return
+        if "spec" not in facts:
+            self._require_room()
         require_pinned(self.path, self.spec, facts)
         if "spec" in facts and facts["spec"]["dataset"] != RunSpec.read(self.path / "run.yaml").dataset:
             self.dataset()  # from another place, as long as it is the same
+
+    def _require_room(self) -> None:
+        """Refuse an edited run.yaml of a run made before specs were pinned, as far as its arrays tell."""
+        try:
+            masks, n_blocks = self.array("train_masks"), self.array("block_digests").shape[0]
+        except RunError:  # said by whatever needs them
+            return
+        n_rows, step = masks.shape[0], masks.chunks[0]
+        if (n_rows, n_blocks) != (self.spec.n_rows, len(self.spec.blocks)):
+            raise SpecChangedError(
+                f"{self.path / 'run.yaml'} was edited: it says {self.spec.n_rows:,} models in blocks of "
+                f"{self.spec.block_models:,}, the run has room for {n_rows:,} in {n_blocks:,} blocks of {step:,}; put "
+                f"back what it said, then extend by `dmpipeline run {quoted(self.path)} --models N`",
+                path=self.path,
+                differences={"n_rows": (n_rows, self.spec.n_rows)},
+            )
 
     def rows_digest(self, rows: slice) -> str:
         """Tell in one digest what the blocks that hold some rows were stored with; nothing of the rows is read.
@@ -303,15 +328,17 @@ class StoredRun(Shown):
 
     def _row_digests(self, rows: range) -> npt.NDArray[np.uint8]:
         """Read what rows of blocks that are not done are known by, zeros for those that are missing."""
-        if "row_digests" not in self.arrays:
+        try:
+            return self._read("row_digests", slice(rows.start, rows.stop))
+        except RunError:  # a run of before, or damaged: then these rows are trained again
             return np.zeros((len(rows), DIGEST_BYTES), np.uint8)
-        return self._read("row_digests", slice(rows.start, rows.stop))
 
-    def _scores(self, rows: range) -> npt.NDArray[np.float64]:
+    def scores(self, rows: range) -> npt.NDArray[np.float64]:
         """Read what is on record of how good models are, NaN where nothing is."""
-        if "model_scores" not in self.arrays:
+        try:
+            return self._read("model_scores", slice(rows.start, rows.stop))
+        except RunError:  # a run of before, or damaged: nothing depends on them
             return np.full((len(rows), len(SCORES)), np.nan)
-        return self._read("model_scores", slice(rows.start, rows.stop))
 
     def _damaged(self, how: str) -> RunError:
         return RunError(f"{self.path} {how}; restore it from a copy", path=self.path)

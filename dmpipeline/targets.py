@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dmpipeline.cataloguing import datamodels_of_train
-from dmpipeline.errors import SpecError
+from dmpipeline.errors import SpecError, quoted
 from dmpipeline.store import Run
 
 TargetsName = Literal["test", "train"]
@@ -47,8 +47,7 @@ def fitted_array(run: Run, targets: TargetsName = "test") -> str:
         raise SpecError(
             f"{run.path} stores nothing that is one number a training example, which datamodels of training examples "
             f"predict: its outputs are {', '.join(run.spec.outputs)}; create another run with "
-            f"`dmpipeline init ... --outputs {','.join(outputs)}`, or outputs: [{', '.join(outputs)}] in its run.yaml "
-            "before it is created",
+            f"`dmpipeline init OTHER --spec {quoted(run.path / 'run.yaml')} --outputs {','.join(outputs)}`",
             field="outputs",
             value=list(run.spec.outputs),
         )

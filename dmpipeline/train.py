@@ -483,8 +483,8 @@ FIX_IN_ANOTHER_RUN = (
 )
 """The remedy where the user's own code fails."""
 
-_INPUTS_LOOKED_AT = 4096
-_LARGE_INPUT = 10.0
+_INPUTS_LOOKED_AT = 1000
+_LARGE_INPUT = 20.0
 
 
 def _too_large(dataset: Dataset) -> str:
@@ -511,7 +511,7 @@ def _diverged(dataset: Dataset, recipe: Recipe, rows: Sequence[int], n_models: i
 
 def _largest_input(dataset: Dataset) -> float:
     """Find how large inputs are that are numbers as the user gave them; 0 of pictures, tokens and scaled ones."""
-    is_scaled = getattr(getattr(dataset, "scaling", None), "inputs", None) is not None
+    is_scaled = dataset.scaling is not None and dataset.scaling.inputs is not None
     if is_scaled or dataset.train_inputs.dtype.kind != "f":
         return 0.0
     return float(np.abs(dataset.train_inputs[:_INPUTS_LOOKED_AT]).max(initial=0.0))

@@ -126,7 +126,7 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
         for name, value in options.items()
         if spec is None or context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
-    specs = _specs(RunSpec.read(spec) if spec else None, given)
+    specs = _specs(_base_spec(spec, given) if spec else None, given)
     if len(specs) > 1 and specs[0].masks not in MASK_LAWS:
         raise click.UsageError(
             f"the masks in {specs[0].masks} have no alpha, so there is one run of them; leave out --alpha"
@@ -152,6 +152,18 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
     if made[0].spec.masks not in MASK_LAWS and made[0].spec.alpha != RunSpec().alpha:
         talk.remark(f"alpha {made[0].spec.alpha:.0%} is not used: the subsets are those in {made[0].spec.masks}")
     talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; {next_to_train(directory)}")
+
+
+def _base_spec(path: Path, given: Mapping[str, Any]) -> RunSpec:
+    """Read the file that --spec names; of a run's own, without what its dataset decided where that is another now."""
+    from dmpipeline.relocation import read_spec
+    from dmpipeline.settling import unsettled
+
+    if path.name != "run.yaml" or not (path.parent / "provenance.json").exists():
+        return RunSpec.read(path)
+    base = read_spec(path.parent.absolute())
+    is_other = given.keys() & {"dataset", "task", "inputs"}
+    return unsettled(base, keep_task="dataset" not in given) if is_other else base
 
 
 def _specs(base: RunSpec | None, given: Mapping[str, Any]) -> list[RunSpec]:
@@ -218,7 +230,7 @@ def train(
     With --targets train it makes sure first that what datamodels of training examples are fitted to will be stored.
     """
     from dmdata.cluster import connect
-    from dmpipeline.extension import extend, extended_spec
+    from dmpipeline.extension import extend, extended_spec, require_alone
     from dmpipeline.status import runs_in
     from dmpipeline.store import Run
     from dmpipeline.targets import fitted_array
@@ -230,6 +242,8 @@ def train(
     if targets == "train":
         for run in opened:
             fitted_array(run, targets)
+    if replay is not None and models is not None:
+        raise click.UsageError("--replay stores nothing, and --models extends the run; give one of them")
     if replay is not None:
         if len(opened) > 1:
             raise click.UsageError(f"{directory} holds {len(opened)} runs; name the one to replay row {replay} of")
@@ -240,9 +254,9 @@ def train(
     for run in opened:
         if models is not None:
             extended_spec(run, models)
-            run.require_unchanged()
-        if workers is None and scheduler is None:
-            run.require_trainable(device, method)
+            require_alone(run)
+        if models is not None or (workers is None and scheduler is None):
+            run.require_trainable(device if scheduler is None else None, method, at_once)
     with contextlib.ExitStack() as stack:
         cluster, n_threads = scheduler, None
         if workers is not None:

@@ -12,7 +12,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def code_versions() -> dict[str, str]:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
-    versions = {name: metadata.version(name) for name in ("dmdata", "numpy", "torch")}
+    versions = {name: directory.versions().get(name, "") for name in ("dmdata", "numpy", "torch")}
     python = ".".join(platform.python_version_tuple()[:2])
     return {"dmpipeline": digest.hexdigest()[:16], **versions, "python": python}
 

@@ -6,10 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from cluster_runs import write_letters
+from cluster_runs import faults, write_letters
+from sklearn.datasets import load_diabetes, load_wine
 
 from dmpipeline.cli import main
 from dmpipeline.errors import RunError, SpecChangedError, SpecError
+from dmpipeline.folders import save_dataset
+from dmpipeline.pinned import differences, pin
 from dmpipeline.spec import RunSpec
 from dmpipeline.store import Run
 from dmpipeline.train import Way
@@ -166,6 +169,39 @@ def test_a_run_made_before_specs_were_pinned_is_pinned_when_it_is_trained(tmp_pa
         Run.open(run.path)
 
 
+def test_a_run_made_before_specs_were_pinned_has_no_room_for_more_models_by_hand(run):
+    facts = {name: fact for name, fact in run.provenance.items() if not name.startswith("spec")}
+    (run.path / "provenance.json").write_text(json.dumps(facts))
+    edit(run, n_models=200)
+    with pytest.raises(SpecChangedError, match=r"206 models .* room for 16 .*--models N"):
+        Run.open(run.path)
+    edit(run, n_models=10)
+    assert Run.open(run.path).n_rows_done == 16
+
+
+def test_a_hyperparameter_that_is_set_to_null_stays_so(tmp_path):
+    given = RunSpec(n_models=4, recipe={"name": "cifar-fast", "mean": None, "std": None})
+    (tmp_path / "run.yaml").write_text(given.to_yaml())
+    assert RunSpec.read(tmp_path / "run.yaml").recipe.overrides == {"mean": None, "std": None}
+    assert differences(RunSpec(**pin(given)["spec"]), given) == {}
+    assert set(differences(given, RunSpec(n_models=4, recipe={"name": "cifar-fast"}))) == {"recipe.mean", "recipe.std"}
+
+
+@pytest.mark.parametrize("name", ["model_scores", "row_digests"])
+def test_what_is_only_on_record_may_be_damaged(tmp_path, spec, capsys, name):
+    run = Run.create(tmp_path / "run", spec)
+    run.train(way=WAY)
+    assert call(capsys, "run", run.path, "--models", "13", "--shard", "1/5", "-q")[0] == 0  # leaves blocks that are cut
+    for file in (run.path / "store.zarr" / name / "c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"nothing")
+    for command in ("status", "run", "verify"):
+        code = call(capsys, command, run.path, "-q")[0]
+        assert code == (3 if command == "verify" else 0)  # nothing is learned of made-up examples
+    assert call(capsys, "run", run.path, "--models", "17", "-q")[0] == 0
+    assert not faults(Run.open(run.path))
+
+
 @pytest.fixture
 def own_code(tmp_path, monkeypatch, letters):
     """A complete run of a function of the user's own, and the module it lies in."""
@@ -203,6 +239,9 @@ def test_an_extension_that_is_refused_leaves_every_file_as_it_was(own_code, caps
     [
         ["--device", "cuda:7"],
         ["--method", "products"],  # of a function, which trains its models itself
+        ["--at-once", "4"],
+        ["--workers", "1", "--method", "vmap"],
+        ["--workers", "1", "--device", "cuda:7"],
         ["--scheduler", "tcp://127.0.0.1:9"],
         ["--models", "3"],
         ["--shard", "3/2"],
@@ -255,6 +294,24 @@ def test_another_recipe_does_not_inherit_hyperparameters_of_the_files(tmp_path, 
         assert recipe.name == "logistic-regression"
         assert "hidden" not in recipe.overrides
         assert recipe.overrides.get("epochs") != 1
+
+
+def test_another_dataset_decides_for_itself_what_a_runs_own_file_had_decided(tmp_path, capsys):
+    data = load_diabetes()
+    save_dataset(tmp_path / "sugar", (data.data[:300], data.target[:300]), (data.data[300:], data.target[300:]))
+    data = load_wine()
+    save_dataset(tmp_path / "wine", (data.data[::2], data.target[::2]), (data.data[1::2], data.target[1::2]))
+    assert call(capsys, "init", tmp_path / "a", "--dataset", tmp_path / "wine", "--models", "6", "--seed", "3")[0] == 0
+    assert Run.open(tmp_path / "a").spec.recipe.overrides == {"epochs": 30}
+    file = tmp_path / "a" / "run.yaml"
+    assert call(capsys, "init", tmp_path / "b", "--spec", file, "--dataset", tmp_path / "sugar")[0] == 0
+    made = Run.open(tmp_path / "b").spec
+    assert (made.task, made.inputs, made.seed, made.n_models) == ("regression", "standardised", 3, 6)
+    assert made.outputs == ("squared_errors", "predictions")
+    assert made.recipe.overrides == {"lr": 0.05, "weight_decay": 0.07}
+    assert call(capsys, "init", tmp_path / "c", "--spec", file, "--inputs", "as-is")[0] == 0
+    made = Run.open(tmp_path / "c").spec
+    assert (made.task, made.inputs, made.recipe.overrides) == ("classification", "as-is", {})
 
 
 def test_of_several_alphas_all_runs_are_made_or_none(tmp_path, letters, capsys):
