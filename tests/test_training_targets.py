@@ -155,7 +155,7 @@ def test_a_run_that_stores_no_outputs_of_training_examples_is_refused_with_the_r
     code, _, said = call(capsys, command, run.path, "--targets", "train")
     assert code == 2
     assert "outputs are test_margins" in said
-    assert "outputs: [margins]" in said
+    assert "--outputs margins`" in said
     assert run.n_rows_done == 0
     assert not (run.path / "catalog.yaml").exists()
 
