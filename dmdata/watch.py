@@ -189,5 +189,5 @@ class Watch:
 def _line_seconds() -> float:
     try:
         return settings().progress_seconds
-    except SettingsError:  # whoever needs a setting says so
+    except SettingsError:  # said by what needs a setting
         return Settings().progress_seconds

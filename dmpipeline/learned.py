@@ -40,7 +40,7 @@ EXPLODED_R2 = -10.0
 _MANY_MODELS, _MANY_TARGETS = 0.1, 0.5
 # what averaging leaves of two equal shares
 _ROUNDING = 1e-9
-# Where no scores are on record, and to see whether outputs vary: so many rows, of so many blocks.
+# How much is read where no scores are on record, and to see whether outputs vary.
 _ROWS_OF_A_BLOCK, _BLOCKS_READ = 50, 4
 
 _STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -264,7 +264,7 @@ def _recorded(run: TrainedRun) -> tuple[dict[str, Any] | None, Floats]:
 def _dataset_of(run: TrainedRun) -> Dataset | None:
     try:
         return run.dataset()
-    except (RunError, SpecError):  # it was moved or changed: whoever needs it says so
+    except (RunError, SpecError):  # it was moved or changed: said by what needs it
         return None
 
 

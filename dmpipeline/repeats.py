@@ -54,7 +54,7 @@ def expected_repeats(spec: RunSpec, n_subsets: int, n_train: int) -> float:
 
 
 def is_beyond_chance(found: int, expected: float) -> bool:
-    """Tell whether so many repeats come by chance less than once in 1e9, by Chernoff's bound for a Poisson count."""
+    """Tell whether as many repeats come by chance less than once in 1e9, by Chernoff's bound for a Poisson count."""
     if found <= expected:
         return False
     if expected <= 0:

@@ -2,7 +2,7 @@
 
 A model's score is its accuracy where classes or tokens are predicted, and R2 in a regression. It is taken twice: on the
 test examples, and on the training examples that the model was not trained on. Scores are taken from raw outputs when
-models are trained, as those are stored, so whoever reads a run's logits can recompute them; where a run has none on
+models are trained, as those are stored, so they can be recomputed from a run's logits; where a run has none on
 record, `stored_scores` takes them from what is stored.
 """
 
@@ -60,7 +60,7 @@ def measure(
     scores : array of float64, shape (n_models, 4)
         See `stored_scores`.
     """
-    # all is taken from the rounded logits, so that whoever reads those can recompute it to the bit
+    # all is taken from the rounded logits, so that it can be recomputed from those to the bit
     parts = {"test": (logits.test, dataset.test_labels), "train": (logits.train, dataset.train_labels)}
     names, raw = arrays[1:], "predictions" if dataset.is_regression else "logits"
     with ThreadPoolExecutor(len(names) + 1) as pool:

@@ -83,7 +83,7 @@ class StoredRun(Shown):
         try:
             run._require_pinned()
         except SpecChangedError:
-            directory.finish_extension(path)  # or wait until whoever extends the run just now has done so
+            directory.finish_extension(path)  # or wait for a process that is extending the run
             if read_spec(path, dataset) == spec:
                 raise
             return cls.open(path, dataset=dataset)
