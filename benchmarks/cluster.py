@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 from timing import Bench
 
-from dmpipeline.cluster import local_cluster, train_on_cluster
+from dmpipeline.cluster.dask_cluster import local_cluster, train_on_cluster
 from dmpipeline.compute import available_threads
-from dmpipeline.ensembles import begin_group
+from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
-from dmpipeline.store import Run
-from dmpipeline.train import GradientTrainer, Way
+from dmpipeline.training.ensembles import begin_group
+from dmpipeline.training.train import GradientTrainer, Way
 
 BLOCK = 512
 
 
 def run(bench: Bench, *, small: bool) -> None:
-    """4,096 perceptrons on halves of digits, small: 1,024, in blocks of 512, trained all in the same way.
+    """4,096 perceptrons on halves of digits (small: 1,024), in blocks of 512, all trained in the same way.
 
-    Bare training draws subsets, initial numbers and orders by torch's own generator, and keeps nothing. Processes share
-    the cores that a single one has to itself. Their start, with all that it loads, is a figure of its own, as it does
-    not grow with the run.
+    Bare training draws subsets, initial weights and orders from torch's own generator, and stores nothing. Processes
+    share the cores that a single one has to itself. The time to start them is a separate figure, because it does not
+    grow with the run.
     """
     n_models = 1024 if small else 4096
     way, n_cores = Way("products", 64), available_threads()
@@ -55,7 +55,7 @@ def run(bench: Bench, *, small: bool) -> None:
     def clustered_seconds(n_workers: int) -> float:
         how = {"method": way.method, "n_models": way.n_models, "n_threads": max(1, n_cores // n_workers)}
         with local_cluster(n_workers) as cluster:
-            # what workers load and compile is no part of it, nor is what idle clusters take from others
+            # first without the clock: what workers load and compile does not count
             train_on_cluster(made(n_workers * BLOCK), cluster, **how)
             trained, start = made(), time.perf_counter()
             train_on_cluster(trained, cluster, **how)
@@ -104,7 +104,7 @@ def run(bench: Bench, *, small: bool) -> None:
 
 
 def _train_barely(trainer: GradientTrainer, n_models: int) -> torch.Tensor:
-    """Train one group as a script would that keeps no account of what is random; return its logits."""
+    """Train one group as a script would that does not record its random draws; return its logits."""
     material, recipe = trainer.material, trainer.recipe
     n_train = len(material.labels)
     size = n_train // 2

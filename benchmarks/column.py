@@ -10,8 +10,8 @@ from server import BUCKET, Nginx, nginx
 from timing import Bench, timed
 
 import dmdata
-from dmdata.formats import npy_header
-from dmdata.pace import SHORT_RANGE_CONNECTIONS
+from dmdata.layout.formats import npy_header
+from dmdata.reading.pace import SHORT_RANGE_CONNECTIONS
 
 COLUMN = 42
 # a request pays more than the gap between two rows of so many bytes

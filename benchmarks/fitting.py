@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from timing import PEERS, Bench, timed
 
-from dmpipeline import binary, fit
+from dmpipeline import fit
 from dmpipeline.compute import available_threads, kernel
-from dmpipeline.datamodels import Datamodels
-from dmpipeline.fitting import fit_moments
-from dmpipeline.masks import draw_masks
-from dmpipeline.moments import BLOCK_ROWS, Moments
+from dmpipeline.draws.masks import draw_masks
+from dmpipeline.fitting.datamodels import Datamodels
+from dmpipeline.fitting.fitting import fit_moments
+from dmpipeline.moments import binary
+from dmpipeline.moments.moments import BLOCK_ROWS, Moments
 
 Array = np.ndarray[Any, Any]
 

@@ -342,9 +342,9 @@ def run_here(parts: list[str], device: str, *, is_full: bool) -> None:
 
 def run_tests(table: Table, environ: dict[str, str], limit: float, *, is_rehearsed: bool) -> None:
     """Run the tests marked gpu; a row says how many passed, and each that did not has one of its own."""
-    files = ["tests/test_gpu.py"]
+    files = ["tests/dmpipeline/cli/test_gpu.py"]
     if importlib.util.find_spec("sklearn") is not None and not is_rehearsed:
-        files.append("tests/test_proximal.py")
+        files.append("tests/dmpipeline/fitting/test_proximal.py")
     environ = environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environ |= {"DMDATA_GPU_REHEARSAL": "1"} if is_rehearsed else {}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "errors"), "w+") as errors:

@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from gpu_ways import Step, WholeStep, int8_counts, over_again, whole_steps
 
-from dmpipeline import binary, ensembles
 from dmpipeline.compute import available_threads
-from dmpipeline.ensembles import Group, repeatable
-from dmpipeline.examples import Dataset, checked_dataset
-from dmpipeline.fitting import fit_moments
-from dmpipeline.masks import draw_masks
-from dmpipeline.moments import Moments
-from dmpipeline.probe import fastest_way, model_bytes
-from dmpipeline.recipes import ConvNet, Perceptron, Recipe, Resnet9Release, Resnet18Release
-from dmpipeline.train import GradientTrainer, Way
+from dmpipeline.data.examples import Dataset, checked_dataset
+from dmpipeline.draws.masks import draw_masks
+from dmpipeline.fitting.fitting import fit_moments
+from dmpipeline.models.recipes import ConvNet, Perceptron, Recipe, Resnet9Release, Resnet18Release
+from dmpipeline.moments import binary
+from dmpipeline.moments.moments import Moments
+from dmpipeline.training.ensembles import Group, repeatable
+from dmpipeline.training.material import COMPILER, Material
+from dmpipeline.training.probe import fastest_way, model_bytes
+from dmpipeline.training.train import GradientTrainer, Way
 
 Array = np.ndarray[Any, Any]
 
 SEED = 0
 ALPHA = 0.5
-TOLERANCE = 0.02  # that of `dmpipeline.verify`, whose import is heavy; a test holds them equal
+TOLERANCE = 0.02  # that of `dmpipeline.checks.verification`, whose import is heavy; a test holds them equal
 NEEDS_CUDA = "needs CUDA"
 A100_SECONDS = 17
 """A CIFAR ResNet-9 on half of the examples, on an A100, as told second-hand of the release."""
@@ -190,10 +191,11 @@ def whole(size: Size) -> Iterator[Row]:
 
 def compiled(size: Size) -> Iterator[Row]:
     """Networks compiled by torch, with its own CUDA graphs and without."""
-    if not size.is_cuda:
-        ensembles.COMPILER = "eager"  # what surrounds the compiler is rehearsed
+    # a rehearsal is of what surrounds the compiler
+    compiler = COMPILER if size.is_cuda else "eager"
+    material = Material.of(size.pictures(), size.recipe(), size.device, compiler=compiler)
     trainer = GradientTrainer(
-        size.pictures(), size.recipe(), seed=SEED, device=size.device, way=Way("loop", 1, compiled=True)
+        material.dataset, material.recipe, seed=SEED, way=Way("loop", 1, compiled=True), material=material
     )
     masks = _masks(1, trainer.dataset.n_train)
     with repeatable(trainer.material.device):
@@ -206,7 +208,7 @@ def compiled(size: Size) -> Iterator[Row]:
         for row in _whole_training(size, "compiled", trainer, lambda: _begin(trainer, masks)):
             yield _on_cuda(size, row)
         network = trainer.material.compiled[0]
-        plain = torch.compile(network, backend=ensembles.COMPILER, dynamic=False)
+        plain = torch.compile(network, backend=compiler, dynamic=False)
         vars(trainer.material)["compiled"] = (network, plain)
         _warm(size, trainer, masks)
         what = "ResNet-9, compiled, no CUDA graphs"

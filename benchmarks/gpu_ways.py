@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmpipeline.augmentation import augmented
-from dmpipeline.ensembles import Group, Material, begin_group, mean_losses
-from dmpipeline.networks import named_tensors
-from dmpipeline.train import GradientTrainer
+from dmpipeline.models.augmentation import augmented
+from dmpipeline.models.networks import named_tensors
+from dmpipeline.training.ensembles import Group, begin_group, mean_losses
+from dmpipeline.training.material import Material
+from dmpipeline.training.train import GradientTrainer
 
 State = dict[str, Tensor]
 Step = tuple[Tensor, Tensor | None, float]

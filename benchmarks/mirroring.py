@@ -15,7 +15,7 @@ from server import BUCKET, Nginx, nginx
 from timing import Bench
 
 import dmdata
-from dmdata.formats import npy_header
+from dmdata.layout.formats import npy_header
 
 N_TRAIN = 50_000
 _BARS_ON_DISK = {10: "<= 1.2", 20: "<= 1.2", 50: "<= 1.15", 75: "<= 1.15"}

@@ -23,7 +23,7 @@ from server import BUCKET, SLOW_BYTES_PER_SECOND, SLOW_SECONDS_TO_FIRST_BYTE, Ng
 from timing import PEERS, Bench, timed
 
 import dmdata
-from dmdata.formats import npy_header
+from dmdata.layout.formats import npy_header
 
 KEY = "whole.npy"
 ROW_BYTES = 20_000

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from rich.table import Table
 
 PEERS = Path(__file__).parents[1] / ".venv-peers"
 """An environment of their own for peers whose requirements are not ours; `make bench` makes it."""
+
+MEASURES = Path(__file__).parents[1] / ".venv-measures"
+"""Another for those of attribution; `make measures` makes it."""
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": operator.eq}
 
@@ -100,6 +104,22 @@ class Bench:
         if path is not None:
             rows = [asdict(row) | {"met": row.met} for row in self.rows]
             path.write_text(json.dumps({**about, "rows": rows}, indent=2))
+
+    def write(self, path: Path, **about: object) -> None:
+        """Write the table for the documentation, as Markdown that says when and how it was measured."""
+        how = ", ".join(f"{name} {value}" for name, value in about.items())
+        lines = [
+            f"Measured on {date.today()} by `benchmarks/run.py`, which wrote this file: {how}, {os.cpu_count()} cores, "
+            f"Python {platform.python_version()}, {self.repeats} rounds.",
+            "",
+            "| what | ours | against | figure | spread | bar |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            figure = f"**{row.figure:.3g}**" if row.met is False else f"{row.figure:.3g}"
+            spread = "" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
+            lines.append(f"| {row.what} | {row.ours} | {row.against} | {figure} | {spread} | {row.bar} |")
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def timed(work: Callable[[], float | object]) -> float:

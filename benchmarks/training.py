@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from timing import Bench, timed
 
-from dmpipeline.datasets import load_dataset
-from dmpipeline.examples import Dataset, checked_dataset
-from dmpipeline.masks import draw_masks
-from dmpipeline.networks import build_network
-from dmpipeline.probe import fastest_way
-from dmpipeline.recipes import ConvNet, Perceptron, Recipe
-from dmpipeline.train import GradientTrainer, Way
+from dmpipeline.data.datasets import load_dataset
+from dmpipeline.data.examples import Dataset, checked_dataset
+from dmpipeline.draws.masks import draw_masks
+from dmpipeline.models.networks import build_network
+from dmpipeline.models.recipes import ConvNet, Perceptron, Recipe
+from dmpipeline.training.probe import fastest_way
+from dmpipeline.training.train import GradientTrainer, Way
 
 SEED = 0
 

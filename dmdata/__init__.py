@@ -3,29 +3,61 @@
 >>> import dmdata
 >>> dmdata.estimate("cifar/50pct/test_margins", select="0:1000,42").n_bytes
 2128
+
+Importing the package is light: a name is looked up, and what it needs is loaded, when it is first used.
 """
 
-import fsspec
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from dmdata.array import LazyArray
-from dmdata.catalog import Artifact, Catalog
-from dmdata.copies import get, mirror
-from dmdata.interop import torch_dataset
-from dmdata.ledger import Ledger, Spending, budget, home
-from dmdata.prices import Estimate
-from dmdata.release import CatalogLike, CatalogMismatchWarning, estimate, load_catalog, open  # noqa: A004
-from dmdata.roles import ModelRows
-from dmdata.verify import Comparison, verify
+from dmdata.late_names import late_names
+from dmdata.objects import forks as _forks  # noqa: F401 - it sees all forks from here on
+from dmdata.plugins.registration import register_with_fsspec
+
+if TYPE_CHECKING:
+    from dmdata.array import LazyArray
+    from dmdata.catalog.entries import Artifact, Catalog
+    from dmdata.catalog.roles import ModelRows
+    from dmdata.copying.mirror import Progress
+    from dmdata.errors import (
+        AccessError,
+        BudgetError,
+        CatalogError,
+        DmdataError,
+        FormatError,
+        IntegrityError,
+        ObjectMissingError,
+        SelectionError,
+        SettingsError,
+        SourceError,
+    )
+    from dmdata.money.ledger import Spending, budget, spend
+    from dmdata.money.prices import Estimate
+    from dmdata.release.copies import get, mirror
+    from dmdata.release.opening import CatalogLike, CatalogMismatchWarning, estimate, load_catalog, open  # noqa: A004
+    from dmdata.release.verification import Comparison, verify
+    from dmdata.views.interop import torch_dataset
 
 __all__ = [
+    "AccessError",
     "Artifact",
+    "BudgetError",
     "Catalog",
+    "CatalogError",
     "CatalogLike",
     "CatalogMismatchWarning",
     "Comparison",
+    "DmdataError",
     "Estimate",
+    "FormatError",
+    "IntegrityError",
     "LazyArray",
     "ModelRows",
+    "ObjectMissingError",
+    "Progress",
+    "SelectionError",
+    "SettingsError",
+    "SourceError",
     "Spending",
     "budget",
     "estimate",
@@ -38,16 +70,53 @@ __all__ = [
     "verify",
 ]
 
-# an installed dmdata is found by its entry point; this serves a checkout that is only on the path
-fsspec.register_implementation("dmdata", "dmdata.filesystem.DmdataFileSystem", clobber=True)
+_MODULE_OF = {
+    "AccessError": "dmdata.errors",
+    "Artifact": "dmdata.catalog.entries",
+    "BudgetError": "dmdata.errors",
+    "Catalog": "dmdata.catalog.entries",
+    "CatalogError": "dmdata.errors",
+    "CatalogLike": "dmdata.release.opening",
+    "CatalogMismatchWarning": "dmdata.release.opening",
+    "Comparison": "dmdata.release.verification",
+    "DmdataError": "dmdata.errors",
+    "Estimate": "dmdata.money.prices",
+    "FormatError": "dmdata.errors",
+    "IntegrityError": "dmdata.errors",
+    "LazyArray": "dmdata.array",
+    "ModelRows": "dmdata.catalog.roles",
+    "ObjectMissingError": "dmdata.errors",
+    "Progress": "dmdata.copying.mirror",
+    "SelectionError": "dmdata.errors",
+    "SettingsError": "dmdata.errors",
+    "SourceError": "dmdata.errors",
+    "Spending": "dmdata.money.ledger",
+    "budget": "dmdata.money.ledger",
+    "estimate": "dmdata.release.opening",
+    "get": "dmdata.release.copies",
+    "load_catalog": "dmdata.release.opening",
+    "mirror": "dmdata.release.copies",
+    "open": "dmdata.release.opening",
+    "spend": "dmdata.money.ledger",
+    "torch_dataset": "dmdata.views.interop",
+    "verify": "dmdata.release.verification",
+}
+
+register_with_fsspec()
 
 
-def spend() -> Spending:
-    """Add up everything that went through this machine's ledger (``DMDATA_HOME``).
+_value_of = late_names(__name__, _MODULE_OF)
 
-    Returns
-    -------
-    spending : Spending
-        Its ``usd``, ``n_requests``, ``n_bytes`` and ``n_reads``.
-    """
-    return Ledger(home()).spent().get("total", Spending(0.0, 0, 0, 0))
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import
+
+        return version("dmdata")
+    if name == "errors":
+        return importlib.import_module("dmdata.errors")
+    return _value_of(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", "errors"})

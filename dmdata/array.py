@@ -15,33 +15,31 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from dmdata.array_protocols import ArrayProtocols
+from dmdata.catalog.roles import ModelRows
+from dmdata.copying.mirror import DEFAULT_MEMORY_BYTES, Progress, plan_copy, require_budget, run_copy
+from dmdata.copying.place import Place
 from dmdata.errors import FormatError, IntegrityError
-from dmdata.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
-from dmdata.formats import Layout
-from dmdata.headers import forget_header
-from dmdata.interop import to_dask, to_xarray
-from dmdata.mirror import DEFAULT_MEMORY_BYTES, Progress, mirror
-from dmdata.pace import CONNECTIONS
-from dmdata.plan import ReadPlan, plan_read, product_array
-from dmdata.prices import (
-    ANY_MONTH,
+from dmdata.layout.formats import Layout
+from dmdata.layout.plan import ReadPlan, plan_read, product_array
+from dmdata.layout.selection import Selection, select
+from dmdata.money.prices import (
     Destination,
     Estimate,
     PriceTable,
-    Usage,
-    assumed_link,
+    Terms,
     destination_of,
-    price_table,
-    quote,
     readable_bytes,
     usage_of,
 )
-from dmdata.progress_bar import can_show, shown
-from dmdata.reader import Spool
-from dmdata.roles import ModelRows
-from dmdata.selection import Selection, select
-from dmdata.view import ArrayValues, Form, View
+from dmdata.reading.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
+from dmdata.reading.headers import forget_header
+from dmdata.reading.pace import CONNECTIONS
+from dmdata.reading.progress_bar import can_show, shown
+from dmdata.reading.reader import Spool
+from dmdata.settings import Settings, settings
+from dmdata.views.array_protocols import ArrayProtocols
+from dmdata.views.interop import to_dask, to_xarray
+from dmdata.views.zarr_store import ArrayValues, Form, View
 
 if TYPE_CHECKING:
     import dask.array
@@ -58,7 +56,7 @@ Preference: TypeAlias = Literal["price", "speed"]
 class InObject:
     """Elements in one object, read by byte ranges; `etag` is that of the header's reading.
 
-    With `cache`, what was paid for once is kept and not paid again: see `dmdata.ranges`.
+    With `cache`, what was paid for once is kept and not paid again: see `dmdata.reading.ranges`.
     """
 
     transport: Transport
@@ -78,8 +76,8 @@ class InObject:
         if address.is_local:
             return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
         if self.prefer == "speed" or not self.transport.is_paid:
-            return fastest_plan(layout, selection, to=self.transport.destination)
-        return cheapest_plan(layout, selection, to=self.transport.destination)
+            return fastest_plan(layout, selection, self.transport.terms)
+        return cheapest_plan(layout, selection, self.transport.terms)
 
     def rest_of(self, plan: ReadPlan) -> ReadPlan:
         """Leave out of a plan what is kept from earlier reads."""
@@ -125,7 +123,7 @@ class InZarr:
         try:
             return zarr.open_array(self.url, mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{self.url} is no readable Zarr array: {error}", url=self.url) from error
+            raise FormatError(f"{self.url} is not a readable Zarr array: {error}", url=self.url) from error
 
     def read(
         self,
@@ -135,7 +133,7 @@ class InZarr:
         progress: Callable[[int], object] | None,
         spool: Spool | None = None,
     ) -> npt.NDArray[Any]:
-        """Read a selection; it is free, so that a spool would save nothing and is not asked."""
+        """Read a selection; it is free, so a spool would save nothing and is not used."""
         del spool
         if selection.n_elements == 0:
             return np.empty(selection.shape, layout.dtype)
@@ -147,7 +145,7 @@ class InZarr:
             product = np.asarray(self.open().oindex[wanted])
         except (OSError, ValueError, RuntimeError, SystemError) as error:
             raise FormatError(
-                f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it anew",
+                f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it again",
                 url=self.url,
             ) from error
         if progress:
@@ -158,6 +156,10 @@ class InZarr:
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyArray(ArrayProtocols):
     """An array that is read when it is indexed. Made by `dmdata.open`.
+
+    Its prices, its destination, the assumed link and the bound on what is kept are those that were set when it was
+    opened; open it again after changing them. The budget, and whether to be offline, are looked up at every read; what
+    the account used this month, and the prices of an array in a Zarr store, at every estimate.
 
     Attributes
     ----------
@@ -171,8 +173,8 @@ class LazyArray(ArrayProtocols):
         Where they are read from.
     rows : ModelRows or None
         Which rows are models to fit on and which are held out, as the catalog says: ``masks[masks.rows.fit]``. None
-        for what is opened by its address and is no mirror, has no models along its first dimension, or has fewer rows
-        than its catalog says.
+        for what is opened by its address and is not a mirror, has no models along its first dimension, or has fewer
+        rows than its catalog says.
 
     Examples
     --------
@@ -222,7 +224,7 @@ class LazyArray(ArrayProtocols):
 
     @property
     def identity(self) -> str:
-        """What tells this object from a later one at the same address: address and etag."""
+        """What distinguishes this object from a later one at the same address: address and etag."""
         etag = self.body.etag if isinstance(self.body, InObject) else None
         return f"{self.url} {etag}" if etag else self.url
 
@@ -232,7 +234,7 @@ class LazyArray(ArrayProtocols):
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        """Read a selection as NumPy would give it; several index arrays are refused, see `oindex`.
+        """Read a selection as NumPy would return it; several index arrays are refused, see `oindex`.
 
         Raises
         ------
@@ -258,7 +260,7 @@ class LazyArray(ArrayProtocols):
 
     @property
     def oindex(self) -> "OrthogonalIndex":
-        """Index each axis by itself: ``a.oindex[rows, columns]`` reads their product."""
+        """Index each axis on its own: ``a.oindex[rows, columns]`` reads their product."""
         return OrthogonalIndex(self)
 
     def read(
@@ -268,7 +270,7 @@ class LazyArray(ArrayProtocols):
         progress: Callable[[int], object] | None = None,
         spool: Spool | None = None,
     ) -> npt.NDArray[Any]:
-        """Read a selection made by `dmdata.selection.select`; `progress` is told of bytes as they arrive.
+        """Read a selection made by `dmdata.layout.selection.select`; `progress` is called with bytes as they arrive.
 
         With a `spool` the answer is a view of its buffer, and ranges that it has are not fetched again.
         """
@@ -310,17 +312,19 @@ class LazyArray(ArrayProtocols):
             By default what the array was opened with.
         """
         selection = select(key, self.shape, orthogonal=True)
-        destination = destination_of(to or self._destination)
+        terms = self._terms(to)
         if (prefer or (self.body.prefer if isinstance(self.body, InObject) else "price")) == "speed":
-            return self._rest_of(fastest_plan(self.layout, selection, to=destination))
-        return self._rest_of(cheapest_plan(self.layout, selection, to=destination))
+            return self._rest_of(fastest_plan(self.layout, selection, terms))
+        return self._rest_of(cheapest_plan(self.layout, selection, terms))
 
     def _rest_of(self, plan: ReadPlan) -> ReadPlan:
         return self.body.rest_of(plan) if isinstance(self.body, InObject) else plan
 
-    @property
-    def _destination(self) -> Destination:
-        return self.body.transport.destination if isinstance(self.body, InObject) else Destination.INTERNET
+    def _terms(self, to: str | None, known: Settings | None = None) -> Terms:
+        if not isinstance(self.body, InObject):
+            return Terms.in_force(to or Destination.INTERNET, known=known)
+        terms = self.body.transport.terms
+        return replace(terms, destination=destination_of(to)) if to else terms
 
     def estimate(
         self,
@@ -347,10 +351,10 @@ class LazyArray(ArrayProtocols):
             Whether the month's free GB are left but for these; by default as set, else not counted on.
         """
         selection = select(key, self.shape, orthogonal=True)
-        destination = destination_of(to or self._destination)
-        usage = usage_of(used_gib, free_tier)
+        known = settings()
+        terms = replace(self._terms(to, known), usage=usage_of(used_gib, free_tier, known=known))
         table = self.body.transport.table if isinstance(self.body, InObject) else None
-        return estimate_read(self.layout, selection, to=destination, usage=usage, rest_of=self._rest_of, table=table)
+        return estimate_read(self.layout, selection, terms, rest_of=self._rest_of, table=table)
 
     def mirror(
         self,
@@ -375,26 +379,23 @@ class LazyArray(ArrayProtocols):
         scheduler : str, optional
             Address of a Dask scheduler whose workers copy the blocks, as ``tcp://host:8786``.
         progress : callable or False, optional
-            Called with a `dmdata.mirror.Progress` after each block of rows; else a bar is shown, or with False none.
+            Called with a `dmdata.Progress` after each block of rows. By default a bar is shown; with False none.
 
         Raises
         ------
-        SelectionError, BudgetError, IntegrityError, AccessError, SourceError
-            See `dmdata.mirror.mirror`; what is complete stays.
+        SelectionError, BudgetError
+            Before any data.
+        IntegrityError, AccessError, SourceError
+            See `dmdata.copying.mirror.run_copy`; what is complete stays.
         """
         key = (rows, columns)[: self.ndim] if self.ndim > 1 else (rows,)
         selection = select(key, self.shape, orthogonal=True)
-        return mirror(
-            self,
-            destination,
-            selection=selection,
-            memory_bytes=memory_bytes,
-            scheduler=scheduler,
-            progress=progress,
-        )
+        copy = plan_copy(self, Place.of(destination), selection=selection, memory_bytes=memory_bytes)
+        require_budget([copy])
+        return run_copy(copy, scheduler=scheduler, progress=progress, received=None)
 
     def slabs(self, n_bytes: int) -> "LazyArray":
-        """Show the stored bytes of the elements, in storage order, as slabs of so many.
+        """Show the stored bytes of the elements, in storage order, as slabs of `n_bytes`.
 
         Returns
         -------
@@ -405,9 +406,9 @@ class LazyArray(ArrayProtocols):
         return replace(self, dims=("slab", "byte"), layout=layout, rows=None)
 
     def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:
-        """Show the array to whoever only speaks Zarr, without copying anything.
+        """Show the array to code that only reads Zarr, without copying anything.
 
-        Reads of the answer, by zarr or whatever is built on it, are requests under the budget.
+        Reads of it, by zarr or anything built on zarr, are requests under the budget.
 
         Parameters
         ----------
@@ -435,7 +436,7 @@ class LazyArray(ArrayProtocols):
         return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
 
     def without_progress(self) -> "LazyArray":
-        """Give the same array, whose reads show no progress bar, however long they take."""
+        """Return the same array, whose reads show no progress bar, however long they take."""
         if not isinstance(self.body, InObject) or not self.body.shows_progress:
             return self
         return replace(self, body=replace(self.body, shows_progress=False))
@@ -451,7 +452,7 @@ class LazyArray(ArrayProtocols):
 
 @dataclass(frozen=True, slots=True)
 class OrthogonalIndex:
-    """``array.oindex``: each axis indexed by itself, as ``np.ix_`` would."""
+    """``array.oindex``: each axis indexed on its own, as ``np.ix_`` would."""
 
     array: LazyArray
 
@@ -459,23 +460,23 @@ class OrthogonalIndex:
         return self.array.read(select(key, self.array.shape, orthogonal=True))
 
 
-def cheapest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
+def cheapest_plan(layout: Layout, selection: Selection, terms: Terms) -> ReadPlan:
     """Plan a read for the fewest dollars: gaps are fetched where that costs less than another request.
 
     A short read is split for concurrency all the same, down to 4 MiB a range, for 0.1% of its price at most.
     """
-    gap = price_table().break_even_gap_bytes(to)
+    gap = terms.prices.break_even_gap_bytes(terms.destination)
     return _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=LEAST_RANGE_BYTES)
 
 
-def fastest_plan(layout: Layout, selection: Selection, *, to: Destination) -> ReadPlan:
+def fastest_plan(layout: Layout, selection: Selection, terms: Terms) -> ReadPlan:
     """Plan a read for the fewest seconds by the assumed link: gaps are fetched where a request would take longer."""
-    link = assumed_link()
+    link = terms.link
     gap = int(link.break_even_gap_bytes)
     merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
     if merged.n_requests == 1 and merged.n_bytes == merged.wanted_bytes:
         return merged  # as the cheapest is
-    plans = (merged, cheapest_plan(layout, selection, to=to))
+    plans = (merged, cheapest_plan(layout, selection, terms))
     return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
 
 
@@ -493,9 +494,8 @@ def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_r
 def estimate_read(
     layout: Layout,
     selection: Selection,
+    terms: Terms,
     *,
-    to: Destination,
-    usage: Usage = ANY_MONTH,
     rest_of: Callable[[ReadPlan], ReadPlan] = lambda plan: plan,
     table: PriceTable | None = None,
 ) -> Estimate:
@@ -505,18 +505,16 @@ def estimate_read(
     ----------
     layout : Layout
     selection : Selection
-    to : Destination
-    usage : Usage
-        What is known of the month; by default nothing, as a budget reckons.
+    terms : Terms
     rest_of : callable
         Leaves out of a plan what need not be read.
     table : PriceTable, optional
-        By default the list prices, with what the config file says otherwise.
+        By default the prices of the terms.
 
     Returns
     -------
     estimate : Estimate
     """
-    plans = (rest_of(cheapest_plan(layout, selection, to=to)), rest_of(fastest_plan(layout, selection, to=to)))
-    cheapest, fastest = (quote(plan.n_bytes, plan.n_requests, to, usage=usage, table=table) for plan in plans)
-    return Estimate(cheapest, fastest, to, (table or price_table()).date, table)
+    plans = (rest_of(cheapest_plan(layout, selection, terms)), rest_of(fastest_plan(layout, selection, terms)))
+    cheapest, fastest = (terms.quote(plan.n_bytes, plan.n_requests, table=table) for plan in plans)
+    return terms.estimate(cheapest, fastest, table=table)

@@ -1,4 +1,4 @@
-"""What a long piece of work is doing at the moment, told to whatever shows it.
+"""What a long piece of work is doing at the moment, reported to whatever shows it.
 
 Code that takes long calls `phase` and, as parts are done, `Share.add`; a command listens and shows both. Where nobody
 listens this costs next to nothing. A listener hears what happens in the thread that set it; work that is handed to
@@ -19,10 +19,10 @@ class Listener(Protocol):
     """Whatever shows what is being done."""
 
     def phase(self, text: str) -> None:
-        """Take note of what is done from now on, as "compiling"; empty where there is nothing special to say."""
+        """Note what is done from now on, as "compiling"; empty where there is nothing special to say."""
 
     def advance(self, amount: float) -> None:
-        """Take note that so much more is done, in units of what is counted; may be part of a unit."""
+        """Note that this much more is done, in units of what is counted; may be part of a unit."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("dmdata_phases_listener", default=None)
@@ -30,7 +30,7 @@ _listener: ContextVar[Listener | None] = ContextVar("dmdata_phases_listener", de
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell a listener what this thread does while the block runs."""
+    """Report to a listener what this thread does while the block runs."""
     before = _listener.set(listener)
     try:
         yield
@@ -39,7 +39,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def phase(text: str) -> None:
-    """Say what is done from now on, if anybody listens."""
+    """State what is done from now on, if anybody listens."""
     if (listener := _listener.get()) is not None:
         listener.phase(text)
 
@@ -50,7 +50,7 @@ def heard_by() -> Listener | None:
 
 
 class Share:
-    """Adds up small parts that are done and tells them to a listener a few times a second, from any thread.
+    """Adds up small parts that are done and reports them to a listener a few times a second, from any thread.
 
     Parameters
     ----------

@@ -8,7 +8,6 @@ quotes the file.
 import functools
 import math
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -16,17 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-import platformdirs
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dmdata.atomic import write_whole
 from dmdata.errors import SettingsError
+from dmdata.home import config_path
 
 
 def _no_yes(value: Any) -> Any:
     """Refuse YAML's yes and no where a number is meant: they would count as 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("it is a yes or no and should be a number")
+        raise ValueError("it is yes or no and should be a number")
     return value
 
 
@@ -47,7 +47,6 @@ Limit = Annotated[float, BeforeValidator(_no_yes), Field(gt=0)]
 Day = Annotated[str, AfterValidator(_is_day), BeforeValidator(_day)]
 
 _PREFIX = "DMDATA_"
-_FILE = "config.yaml"
 _TIERS_EXAMPLE = "[[10240, 0.09], [.inf, 0.085]]"
 
 
@@ -56,7 +55,7 @@ class _Record(BaseModel):
 
 
 class PriceOverrides(_Record):
-    """What differs from the list prices: see `dmdata.prices.PriceTable`. Give the day it was looked up as `date`."""
+    """What differs from the list prices, see `dmdata.money.prices.PriceTable`; `date` is the day it was looked up."""
 
     date: Day | None = Field(default=None, examples=["2027-01-31"])
     usd_per_get: Amount | None = Field(default=None, examples=["0.0000004"])
@@ -72,7 +71,7 @@ class PriceOverrides(_Record):
         limits, prices = zip(*(self.internet_tiers or ((math.inf, 0.0),)), strict=True)
         if list(limits) != sorted(set(limits)) or limits[-1] != math.inf:
             raise ValueError(f"internet_tiers must rise and end with .inf, like {_TIERS_EXAMPLE}")
-        # the first tier is taken for the dearest wherever an upper bound is named
+        # the first tier is taken for the most expensive wherever an upper bound is named
         if list(prices) != sorted(prices, reverse=True):
             raise ValueError("the prices of internet_tiers must not rise with use; GB that are free go into free_gib")
         low, high = self.cross_region_usd_per_gib or (0.0, 0.0)
@@ -82,7 +81,7 @@ class PriceOverrides(_Record):
 
 
 class LinkOverrides(_Record):
-    """How fast a connection to the store is, where it differs from what is assumed: see `dmdata.prices.Link`."""
+    """How fast a connection to the store is, where it differs from what is assumed: see `dmdata.money.prices.Link`."""
 
     seconds_to_first_byte: Annotated[Amount, Field(le=3600)] | None = Field(default=None, examples=["0.03"])
     bytes_per_second: Annotated[Amount, Field(ge=1, le=1e15)] | None = Field(default=None, examples=["50e6"])
@@ -113,7 +112,7 @@ class Settings(_Record):
     )
     cache_gib: Amount = Field(
         default=10.0,
-        description="bound on what paid reads keep so as not to be paid again, in GB; 0 keeps nothing",
+        description="limit of the cache of paid reads, in GB; 0 keeps nothing",
         examples=["50"],
     )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
@@ -132,7 +131,7 @@ class Settings(_Record):
     )
     endpoint_prices: PriceOverrides = Field(
         default=PriceOverrides(),
-        description="prices of S3 endpoints of your own, which are free without",
+        description="prices of S3 endpoints of your own, which are free unless set here",
         examples=["{usd_per_get: 0.0000004}"],
     )
     link: LinkOverrides = Field(
@@ -140,6 +139,11 @@ class Settings(_Record):
         description="how fast a connection to the store is",
         examples=["{bytes_per_second: 50e6}"],
     )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bound on what paid reads keep, in bytes."""
+        return int(self.cache_gib * 2**30)
 
 
 _WITH_PARTS = ("prices", "endpoint_prices", "link")
@@ -155,51 +159,16 @@ class Setting:
     origin: str
 
 
-def home() -> Path:
-    """Find the directory of the ledger, the config file and what is remembered between processes (``DMDATA_HOME``).
-
-    It is one place whatever the working directory: ``~`` is the user's home directory, and a relative path is taken
-    from there.
-    """
-    text = os.environ.get("DMDATA_HOME") or platformdirs.user_data_dir("dmdata")
-    return _absolute(text, os.environ.get("HOME"))
-
-
-@functools.lru_cache(maxsize=8)
-def _absolute(text: str, user_home: str | None) -> Path:
-    del user_home  # which `~` stands for
-    try:
-        path = Path(text).expanduser()
-        return Path(os.path.normpath(path if path.is_absolute() else Path.home() / path))
-    except RuntimeError as error:
-        raise SettingsError(
-            f"DMDATA_HOME={text} cannot be found ({error}); give an absolute path", origin="DMDATA_HOME"
-        ) from error
-
-
-def config_path() -> Path:
-    """Find the config file; it need not exist."""
-    return home() / _FILE
-
-
 def settings() -> Settings:
     """Collect the settings in force.
 
     Raises
     ------
     SettingsError
-        If a variable or the config file holds something else than a setting.
+        If a variable or the config file holds something other than a setting.
     """
-    # asked for at every read: the file is looked at each time, since others may have changed it, and checked once
-    path = f"{home()}{os.sep}{_FILE}"
-    try:
-        facts = os.stat(path)
-        text = _text_of(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
-    except (FileNotFoundError, NotADirectoryError):
-        text = ""
-    except OSError:
-        text = _config_text()
-    return _combined(text, tuple(_variables().items()), path)
+    # the file is read each time, since others may have changed it; its text is checked once
+    return _combined(_config_text(), tuple(_variables().items()), str(config_path()))
 
 
 def settings_in_force() -> list[Setting]:
@@ -229,7 +198,7 @@ def settings_in_force() -> list[Setting]:
 
 
 def set_in_file(name: str, text: str | None) -> None:
-    """Write one setting to the config file, beside and then into place; None takes it out. Comments are not kept.
+    """Write one setting to the config file, whole or not at all; None takes it out. Comments are not kept.
 
     Parameters
     ----------
@@ -257,20 +226,15 @@ def set_in_file(name: str, text: str | None) -> None:
         if not isinstance(place, dict) or not _is_known(name):
             raise _no_such(name)
         place[last] = _yaml(text, f"the value of {name}")
-        # the rest may have faults of its own, which are mended one after the other
+        # the rest may have faults of its own, which are fixed one after the other
         _validated({name.split(".")[0]: document[name.split(".")[0]]}, str(path))
     _replace_file(path, yaml.safe_dump({key: value for key, value in document.items() if value != {}}, sort_keys=False))
 
 
 def _replace_file(path: Path, text: str) -> None:
-    beside = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error}); set DMDATA_HOME to a directory that can") from error
 
@@ -288,19 +252,13 @@ def _variables() -> dict[str, str]:
     return {name: text for name, variable in _SIMPLE.items() if (text := os.environ.get(variable))}
 
 
-@functools.lru_cache(maxsize=8)
-def _text_of(path: str, *state: int) -> str:
-    del path, state  # what tells one state of the file from another
-    return _config_text()
-
-
 def _config_text() -> str:
     try:
         return config_path().read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{config_path()} cannot be read ({error}); mend or remove it") from error
+        raise SettingsError(f"{config_path()} cannot be read ({error}); fix or remove it") from error
 
 
 def _document(text: str, origin: str) -> dict[str, Any]:
@@ -308,7 +266,7 @@ def _document(text: str, origin: str) -> dict[str, Any]:
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
-        raise SettingsError(f"{origin} is no list of settings; write it like 'max_cost: 5.00'", origin=origin)
+        raise SettingsError(f"{origin} is not a list of settings; write it like 'max_cost: 5.00'", origin=origin)
     return document
 
 
@@ -317,9 +275,9 @@ def _yaml(text: str, origin: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" from line {mark.line + 1} on" if mark else ""
+        where = f" at line {mark.line + 1}" if mark else ""
         raise SettingsError(
-            f"{origin} is no YAML that can be read{where}; mend it: a setting a line, like 'max_cost: 5.00'",
+            f"{origin} is not valid YAML{where}; fix it: one setting a line, like 'max_cost: 5.00'",
             origin=origin,
         ) from None  # YAML's own words quote the file
 

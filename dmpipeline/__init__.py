@@ -1,114 +1,236 @@
 """Regenerate the artifacts of the datamodels release, verify them, and fit datamodels against them.
 
-Importing the package is light: its names are looked up, and torch and numba loaded, when they are first used.
+Importing the package is light: a name is looked up, and torch and numba are loaded, when it is first used.
 """
 
-import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dmdata.late_names import FormerPaths, late_names
 from dmpipeline.errors import explain_missing_extra
 
 if TYPE_CHECKING:
-    from dmpipeline.alternatives import Comparison, compare, debiased, difference_of_means, ridge
-    from dmpipeline.attribution import gradient_scores
-    from dmpipeline.curves import LearningCurve, draw_curves, learning_curves
-    from dmpipeline.datamodels import Datamodels
-    from dmpipeline.datasets import load_dataset
-    from dmpipeline.evaluate import Evaluation, evaluate
-    from dmpipeline.examples import Dataset
-    from dmpipeline.export import export_run, publish_run
-    from dmpipeline.extension import extend
-    from dmpipeline.fitting import fit, fit_moments
-    from dmpipeline.folders import save_dataset
-    from dmpipeline.moments import Moments
-    from dmpipeline.readings import find_space
+    from dmpipeline.applications.attributions import AttributionScores, score
+    from dmpipeline.applications.counterfactuals import (
+        Case,
+        Counterfactual,
+        Counterfactuals,
+        counterfactual,
+        counterfactuals,
+    )
+    from dmpipeline.applications.explanations import explain
+    from dmpipeline.applications.leakage import Leakage, duplicates, leakage, suspects
+    from dmpipeline.applications.mapping.clusters import Clusters, clusters
+    from dmpipeline.applications.mapping.directions import what_removal_does
+    from dmpipeline.applications.mapping.embeddings import Embedding, embed
+    from dmpipeline.applications.mapping.files import save_parquet, save_zarr
+    from dmpipeline.applications.mapping.maps import draw_map
+    from dmpipeline.applications.neighbours import similar
+    from dmpipeline.applications.pictures import draw_counterfactuals, draw_support
+    from dmpipeline.applications.support import DataSupport, data_support
+    from dmpipeline.checks.findings import Verification
+    from dmpipeline.checks.verification import Finding, replay, verify_run
+    from dmpipeline.data.datasets import load_dataset
+    from dmpipeline.data.examples import Dataset
+    from dmpipeline.data.folders import save_dataset
+    from dmpipeline.errors import (
+        ClusterError,
+        ConvergenceError,
+        DataWarning,
+        DmpipelineError,
+        IncompleteRunError,
+        LearningWarning,
+        RunError,
+        RunExistsError,
+        SpecChangedError,
+        SpecError,
+        TrainingError,
+        UserCodeError,
+        VerificationError,
+    )
+    from dmpipeline.exporting.export import export_run, publish_run
+    from dmpipeline.fitting.attribution import gradient_scores
+    from dmpipeline.fitting.datamodels import Datamodels
+    from dmpipeline.fitting.fitting import fit, fit_moments
+    from dmpipeline.fitting.influences import Influences
+    from dmpipeline.fitting.readings import find_space
+    from dmpipeline.fitting.settings import FitSettings
+    from dmpipeline.moments.moments import Moments
+    from dmpipeline.report.curve_picture import draw_curves
+    from dmpipeline.runs.extension import extend
+    from dmpipeline.runs.store import Run
+    from dmpipeline.scoring.alternatives import Comparison, compare, debiased, difference_of_means, ridge
+    from dmpipeline.scoring.curves import LearningCurve
+    from dmpipeline.scoring.evaluation import Evaluation, evaluate
+    from dmpipeline.scoring.learning import learning_curves
     from dmpipeline.spec import RunSpec
-    from dmpipeline.store import Run
-    from dmpipeline.verify import Finding, replay, verify_run
+    from dmpipeline.workflow.verify_step import verify
 
 __all__ = [
+    "AttributionScores",
+    "Case",
+    "ClusterError",
+    "Clusters",
     "Comparison",
+    "ConvergenceError",
+    "Counterfactual",
+    "Counterfactuals",
+    "DataSupport",
+    "DataWarning",
     "Datamodels",
     "Dataset",
+    "DmpipelineError",
+    "Embedding",
     "Evaluation",
     "Finding",
+    "FitSettings",
+    "IncompleteRunError",
+    "Influences",
+    "Leakage",
     "LearningCurve",
+    "LearningWarning",
     "Moments",
     "Run",
+    "RunError",
+    "RunExistsError",
     "RunSpec",
+    "SpecChangedError",
+    "SpecError",
+    "TrainingError",
+    "UserCodeError",
+    "Verification",
+    "VerificationError",
+    "clusters",
     "compare",
+    "counterfactual",
+    "counterfactuals",
+    "data_support",
     "debiased",
     "difference_of_means",
+    "draw_counterfactuals",
     "draw_curves",
+    "draw_map",
+    "draw_support",
+    "duplicates",
+    "embed",
     "evaluate",
+    "explain",
     "export_run",
     "extend",
     "find_space",
     "fit",
     "fit_moments",
     "gradient_scores",
+    "leakage",
     "learning_curves",
     "load_dataset",
     "publish_run",
     "replay",
     "ridge",
     "save_dataset",
+    "save_parquet",
+    "save_zarr",
+    "score",
+    "similar",
+    "suspects",
+    "verify",
     "verify_run",
+    "what_removal_does",
 ]
 
-_ROOM_OF = {
-    "Comparison": "alternatives",
-    "Datamodels": "datamodels",
-    "Dataset": "examples",
-    "Evaluation": "evaluate",
-    "Finding": "verify",
-    "LearningCurve": "curves",
-    "Moments": "moments",
-    "Run": "store",
-    "RunSpec": "spec",
-    "compare": "alternatives",
-    "debiased": "alternatives",
-    "difference_of_means": "alternatives",
-    "draw_curves": "curves",
-    "evaluate": "evaluate",
-    "export_run": "export",
-    "extend": "extension",
-    "find_space": "readings",
-    "fit": "fitting",
-    "fit_moments": "fitting",
-    "gradient_scores": "attribution",
-    "learning_curves": "curves",
-    "load_dataset": "datasets",
-    "publish_run": "export",
-    "replay": "verify",
-    "ridge": "alternatives",
-    "save_dataset": "folders",
-    "verify_run": "verify",
+_MODULE_OF = {
+    "AttributionScores": "dmpipeline.applications.attributions",
+    "Case": "dmpipeline.applications.counterfactuals",
+    "ClusterError": "dmpipeline.errors",
+    "Clusters": "dmpipeline.applications.mapping.clusters",
+    "Comparison": "dmpipeline.scoring.alternatives",
+    "ConvergenceError": "dmpipeline.errors",
+    "Counterfactual": "dmpipeline.applications.counterfactuals",
+    "Counterfactuals": "dmpipeline.applications.counterfactuals",
+    "DataSupport": "dmpipeline.applications.support",
+    "DataWarning": "dmpipeline.errors",
+    "Datamodels": "dmpipeline.fitting.datamodels",
+    "Dataset": "dmpipeline.data.examples",
+    "DmpipelineError": "dmpipeline.errors",
+    "Embedding": "dmpipeline.applications.mapping.embeddings",
+    "Evaluation": "dmpipeline.scoring.evaluation",
+    "Finding": "dmpipeline.checks.verification",
+    "FitSettings": "dmpipeline.fitting.settings",
+    "IncompleteRunError": "dmpipeline.errors",
+    "Influences": "dmpipeline.fitting.influences",
+    "Leakage": "dmpipeline.applications.leakage",
+    "LearningCurve": "dmpipeline.scoring.curves",
+    "LearningWarning": "dmpipeline.errors",
+    "Moments": "dmpipeline.moments.moments",
+    "Run": "dmpipeline.runs.store",
+    "RunError": "dmpipeline.errors",
+    "RunExistsError": "dmpipeline.errors",
+    "RunSpec": "dmpipeline.spec",
+    "SpecChangedError": "dmpipeline.errors",
+    "SpecError": "dmpipeline.errors",
+    "TrainingError": "dmpipeline.errors",
+    "UserCodeError": "dmpipeline.errors",
+    "Verification": "dmpipeline.checks.findings",
+    "VerificationError": "dmpipeline.errors",
+    "clusters": "dmpipeline.applications.mapping.clusters",
+    "compare": "dmpipeline.scoring.alternatives",
+    "counterfactual": "dmpipeline.applications.counterfactuals",
+    "counterfactuals": "dmpipeline.applications.counterfactuals",
+    "data_support": "dmpipeline.applications.support",
+    "debiased": "dmpipeline.scoring.alternatives",
+    "difference_of_means": "dmpipeline.scoring.alternatives",
+    "draw_counterfactuals": "dmpipeline.applications.pictures",
+    "draw_curves": "dmpipeline.report.curve_picture",
+    "draw_map": "dmpipeline.applications.mapping.maps",
+    "draw_support": "dmpipeline.applications.pictures",
+    "duplicates": "dmpipeline.applications.leakage",
+    "embed": "dmpipeline.applications.mapping.embeddings",
+    "evaluate": "dmpipeline.scoring.evaluation",
+    "explain": "dmpipeline.applications.explanations",
+    "export_run": "dmpipeline.exporting.export",
+    "extend": "dmpipeline.runs.extension",
+    "find_space": "dmpipeline.fitting.readings",
+    "fit": "dmpipeline.fitting.fitting",
+    "fit_moments": "dmpipeline.fitting.fitting",
+    "gradient_scores": "dmpipeline.fitting.attribution",
+    "leakage": "dmpipeline.applications.leakage",
+    "learning_curves": "dmpipeline.scoring.learning",
+    "load_dataset": "dmpipeline.data.datasets",
+    "publish_run": "dmpipeline.exporting.export",
+    "replay": "dmpipeline.checks.verification",
+    "ridge": "dmpipeline.scoring.alternatives",
+    "save_dataset": "dmpipeline.data.folders",
+    "save_parquet": "dmpipeline.applications.mapping.files",
+    "save_zarr": "dmpipeline.applications.mapping.files",
+    "score": "dmpipeline.applications.attributions",
+    "similar": "dmpipeline.applications.neighbours",
+    "suspects": "dmpipeline.applications.leakage",
+    "verify": "dmpipeline.workflow.verify_step",
+    "verify_run": "dmpipeline.checks.verification",
+    "what_removal_does": "dmpipeline.applications.mapping.directions",
 }
 
+sys.meta_path.append(
+    FormerPaths(
+        {
+            "dmpipeline.attribution": "dmpipeline.fitting.attribution",
+            "dmpipeline.readings": "dmpipeline.fitting.readings",
+            "dmpipeline.store": "dmpipeline.runs.store",
+        }
+    )
+)
 
-class _Face(ModuleType):
-    """Keeps `dmpipeline.evaluate` the function, where importing the room of that name would put the module."""
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _ROOM_OF and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face
+_value_of = late_names(__name__, _MODULE_OF, while_importing=explain_missing_extra)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with explain_missing_extra():
-        value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import
+
+        return version("dmdata")
+    return _value_of(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, "errors"})
+    return sorted({*__all__, "__version__", "errors"})

@@ -14,19 +14,19 @@
     ├── VerificationError             what is stored is not what was specified
     └── ConvergenceError              a fit did not reach its certificate
 
-What is done all the same, but is perhaps not what is meant, is warned of by `DataWarning`, and by
-`LearningWarning` while a run is trained.
+`DataWarning`, and `LearningWarning` while a run is trained, warn of what is done although it may not be what is meant.
 
-Like dmdata's, they carry facts as attributes and pickle. What the system or an installation refuses becomes one of
-them by `explain_os_errors` and `explain_missing_extra`, around the work of each room.
+Like dmdata's, they have typed facts and can be pickled. `explain_os_errors` and `explain_missing_extra` turn what the
+system or an installation refuses into one of them.
 """
 
 import errno
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dmdata.errors import FactualError
 
@@ -36,8 +36,48 @@ class DmpipelineError(FactualError):
 
 
 class SpecError(DmpipelineError, ValueError):
-    """A description or an argument that cannot be used; the message names field, value and remedy."""
+    """A description or an argument that cannot be used; the message names field, value and remedy.
 
+    Attributes
+    ----------
+    field : str or None
+        Of the description, as "recipe.name"; or the argument's name.
+    value : object
+        That it has.
+    path : str, path or None
+        The file.
+    dataset : str or None
+    shape : tuple of int or None
+        That an array has.
+    dtype : str or None
+    row, column, example, target, subset : int or None
+        Where in an array, or of which.
+    rows, targets, counts : sequence of int or None
+    n_models, n_fit, n_validation, folds, n_masks, n_outputs, n_retrainings : int or None
+        That do not fit together.
+    """
+
+    field: str | None = None
+    value: Any = None
+    path: str | os.PathLike[str] | None = None
+    dataset: str | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    row: int | None = None
+    column: int | None = None
+    example: int | None = None
+    target: int | None = None
+    subset: int | None = None
+    rows: Sequence[int] | None = None
+    targets: Sequence[int] | None = None
+    counts: Sequence[int] | None = None
+    n_models: int | None = None
+    n_fit: int | None = None
+    n_validation: int | None = None
+    folds: int | None = None
+    n_masks: int | None = None
+    n_outputs: int | None = None
+    n_retrainings: int | None = None
     exit_code = 2
 
 
@@ -48,11 +88,33 @@ class UserCodeError(SpecError):
 
 
 class RunError(DmpipelineError):
-    """A run directory in the wrong state; `path` names it."""
+    """A run directory in the wrong state, or a machine that cannot work on it.
+
+    Attributes
+    ----------
+    path : str, path or None
+        Of the run, or of a file in it.
+    reason : str or None
+        What a reader of one of its files said.
+    host : str or None
+        Of the worker.
+    versions : mapping or None
+        Of packages that the worker has and should not, by name.
+    module : str or None
+        That is not installed.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    reason: str | None = None
+    host: str | None = None
+    versions: Mapping[str, Any] | None = None
+    module: str | None = None
 
 
 class IncompleteRunError(RunError):
     """Rows are missing; `n_missing` counts them."""
+
+    n_missing: int | None = None
 
 
 class RunExistsError(RunError):
@@ -60,30 +122,50 @@ class RunExistsError(RunError):
 
 
 class SpecChangedError(RunError):
-    """A run.yaml says something else than its rows were made by; `differences` has (then, now) by field."""
+    """A run.yaml describes another run than its rows were made by; `differences` has (then, now) by field."""
+
+    differences: Mapping[str, tuple[Any, Any]] | None = None
 
 
 class TrainingError(DmpipelineError):
-    """A model could not be trained, or its outputs are not finite; `rows` lists the model rows.
+    """A model could not be trained, or its outputs are not finite.
 
-    Where code of the user's own failed, `frames` shows where, in lines of text.
+    Where the user's own code failed, `frames` shows where, in lines of text.
+
+    Attributes
+    ----------
+    rows : sequence of int or None
+        Of the models.
+    value : object
+        The import path of the code that failed.
+    classes : list of int or None
+        That the outputs lack.
     """
+
+    rows: Sequence[int] | None = None
+    value: Any = None
+    classes: Sequence[int] | None = None
 
 
 class ClusterError(DmpipelineError):
-    """A cluster was lost, or has no workers; what is stored stays. `scheduler` names it."""
+    """A cluster was lost, or has no workers; what is stored stays. `scheduler` is its address."""
 
+    scheduler: str | None = None
     exit_code = 5
 
 
 class VerificationError(DmpipelineError):
     """Stored data differ from what was specified; `findings` lists how."""
 
+    findings: Sequence[Any] | None = None
     exit_code = 3
 
 
 class ConvergenceError(DmpipelineError):
-    """A fit stopped short of its certificate; `targets` lists the columns."""
+    """A fit stopped short of its certificate; `targets` lists the columns, `gap` is the largest duality gap."""
+
+    targets: Sequence[int] | None = None
+    gap: float | None = None
 
 
 class DataWarning(UserWarning):
@@ -91,7 +173,7 @@ class DataWarning(UserWarning):
 
 
 class LearningWarning(UserWarning):
-    """Trained models have not learned, or their outputs tell nothing; issued while a run is trained."""
+    """Trained models have not learned, or their outputs carry no information; issued while a run is trained."""
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
@@ -114,15 +196,15 @@ def explain_os_errors(path: str | Path, what: str = "written") -> Iterator[None]
     Raises
     ------
     RunError
-        For an OSError, but neither for dmdata's own, which explain themselves, nor for a broken pipe, by which a
-        command learns that nobody reads it any more.
+        For an OSError, but neither for dmdata's own, which explain themselves, nor for a broken pipe, which means
+        that nobody reads a command's output any more.
     """
     try:
         yield
     except OSError as error:
         if isinstance(error, FactualError | BrokenPipeError):
             raise
-        remedy = _REMEDIES.get(error.errno or 0, "choose another path, or mend this one")
+        remedy = _REMEDIES.get(error.errno or 0, "choose another path, or fix this one")
         raise RunError(f"{path} cannot be {what} ({error.strerror or error}); {remedy}", path=Path(path)) from error
 
 
@@ -143,7 +225,7 @@ def explain_missing_extra() -> Iterator[None]:
 _PIPELINE_EXTRA = {"PIL", "jinja2", "matplotlib", "numba", "sklearn", "torch"}
 
 _NO_SPACE = "make room and do the same again"
-_NO_RIGHTS = "choose a place that may be written to, or mend its permissions"
+_NO_RIGHTS = "choose a place that may be written to, or fix its permissions"
 _NO_PLACE = "a file is where a folder should be, or a folder where a file should be; choose another path"
 _REMEDIES = {
     errno.ENOSPC: _NO_SPACE,

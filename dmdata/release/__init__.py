@@ -1,0 +1,1 @@
+"""From names to arrays, prices and copies: open, estimate, get, mirror, verify, and catalogs of any bucket."""

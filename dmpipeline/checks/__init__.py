@@ -1,0 +1,1 @@
+"""Whether what a run stores is what its spec says."""

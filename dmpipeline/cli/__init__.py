@@ -1,0 +1,10 @@
+"""The ``dmpipeline`` command."""
+
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; the modules it needs are imported as it starts."""
+    from dmpipeline.cli.command import main
+
+    main(arguments)

@@ -1,0 +1,1 @@
+"""Datasets: CIFAR-10 and FMoW in their own files, digits, and whatever arrays a user brings."""

@@ -1,0 +1,1 @@
+"""Randomness by counter: (seed, index) to masks, initialisation, order and augmentation."""

@@ -1,0 +1,68 @@
+"""Which views of pictures at test time a reference averaged: found out by training some of our rows with each."""
+
+import math
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from dmpipeline.checks.findings import Finding
+from dmpipeline.models.recipes import LogisticRegression, Perceptron, Recipe
+from dmpipeline.runs.preparation import Prepared
+from dmpipeline.runs.store import Run
+from dmpipeline.runs.targets import TargetsName, fitted_array
+from dmpipeline.runs.training import RowTrainer
+from dmpipeline.training.way import Way
+
+
+def compare_views(
+    run: Run, targets: TargetsName, ours: npt.NDArray[Any], theirs: npt.NDArray[Any], *, n_rows: int, first_row: int = 0
+) -> Finding | None:
+    """Train the first rows again with each `tta` of the recipe, and see which shift brings ours to the reference.
+
+    A row trained with other views is the same model, so that a few rows show what views do to each target.
+
+    Parameters
+    ----------
+    run : Run
+    targets : {"test", "train"}
+    ours, theirs : array of float, shape (n_models, n_targets) and (m_models, n_targets)
+        Ours are of the run's rows from `first_row` on; all finite.
+    n_rows : int
+        Rows to train with each.
+    first_row : int
+
+    Returns
+    -------
+    finding : Finding or None
+        It fails where other views fit clearly better than those of the recipe; None where the recipe takes no pictures.
+    """
+    prepared = Prepared.of(run)
+    recipe = prepared.recipe
+    if not isinstance(recipe, Recipe) or isinstance(recipe, Perceptron | LogisticRegression):
+        return None  # the user's own code, and networks that see numbers in a row
+    if prepared.dataset.image_shape is None:
+        return None
+    options = [option for option in get_args(Recipe.model_fields["tta"].annotation) if option != recipe.tta]
+    array, rows = fitted_array(run, targets), list(range(first_row, first_row + min(n_rows, len(ours))))
+    deviation = ours.std(axis=0, dtype=np.float64)
+    unit = np.where(deviation > 0, deviation, 1)
+    apart = (theirs.mean(axis=0, dtype=np.float64) - ours.mean(axis=0, dtype=np.float64)) / unit
+    noise = 1 / len(ours) + 1 / len(theirs)
+    left = {recipe.tta: float((apart**2).mean()) - noise}
+    for option in options:
+        other = Prepared(run, prepared.dataset, recipe.model_copy(update={"tta": option}))
+        # the run's own way may not know other views; one by one, every network is trained
+        outputs = RowTrainer(run, other.trainer(way=Way("loop", 1))).rows(rows)[array].astype(np.float64)
+        change = (outputs - ours[: len(rows)]) / unit
+        # what few rows leave unknown of the change is noise as well
+        more = change.var(axis=0, ddof=1).mean() / len(rows) if len(rows) > 1 else 0.0
+        left[option] = float(((apart - change.mean(axis=0)) ** 2).mean()) - noise - float(more)
+    shifts = {option: math.sqrt(max(0.0, square)) for option, square in left.items()}
+    best = min(left, key=lambda option: left[option])
+    fits = best == recipe.tta or left[recipe.tta] - left[best] < noise
+    listed = ", ".join(f"{option} {shift:.3f}" for option, shift in sorted(shifts.items(), key=lambda pair: pair[1]))
+    told = f"views at test time that fit the reference best: {best}; root mean square shift left with each: {listed}"
+    if not fits:
+        told += f"; ours are of tta: {recipe.tta}, create a run with --set tta={best}"
+    return Finding("tta", passed=fits, detail=told, level="statistics", effect=shifts[recipe.tta], n_rows=len(theirs))

@@ -1,0 +1,145 @@
+"""`explain`, `counterfactual` and `support`: what people and scripts see, and the price of asking a release."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from planted_run import planted_run, planted_weight
+from small_release import Pt, pt, publish
+
+import dmdata
+from dmpipeline import Datamodels
+from dmpipeline.cli.command import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return planted_run(tmp_path_factory.mktemp("planted"))
+
+
+def call(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def data(capsys, *arguments):
+    code, out, err = call(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_explain_lists_helpers_and_harmers_with_labels_features_and_stability(run, capsys):
+    truth = planted_weight()[:, 4]
+    found = data(capsys, "explain", run.path, 4, "--top", 3)
+    assert found["target"] == 4
+    assert [row["index"] for row in found["helpers"]] == np.argsort(-truth)[:3].tolist()
+    assert [row["index"] for row in found["harmers"]] == np.argsort(truth)[:3].tolist()
+    assert {row["same_sign"] for row in found["helpers"]} == {1.0}
+    code, out, err = call(capsys, "explain", run.path, 4, "--top", 3)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[1].split()[0] == str(found["helpers"][0]["index"])
+    assert "100%" in lines[1]
+    assert "0 " in lines[1].rpartition("to")[2]  # the first columns of the example's table
+    assert "--remove-top 3" in err
+
+
+def test_explain_prints_csv_that_reads_back(run, capsys):
+    code, out, _ = call(capsys, "explain", run.path, 4, "--top", 3, "--csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    want = data(capsys, "explain", run.path, 4, "--top", 3)
+    assert [int(row["index"]) for row in rows] == [row["index"] for row in want["helpers"] + want["harmers"]]
+
+
+def test_explain_tells_which_targets_lean_on_an_example(run, capsys):
+    found = data(capsys, "explain", run.path, "--train-example", 5, "--top", 12)
+    truth = planted_weight()[5]
+    assert {t for t in range(12) if truth[t] > 0.3} <= {row["index"] for row in found["helpers"]}
+    assert found["train_example"] == 5
+
+
+def test_counterfactual_predicts_and_measures(run, capsys):
+    truth = planted_weight()[:, 4]
+    first = np.argsort(-truth)[:2].tolist()
+    found = data(capsys, "counterfactual", run.path, 4, "--remove-top", 2, "--retrain", 10)
+    assert found["target"] == 4
+    assert found["removed"] == first
+    assert found["predicted_change"] == pytest.approx(-truth[first].sum(), abs=0.15)
+    assert found["measured_low"] < found["measured_change"] < found["measured_high"]
+    assert found["measured_change"] == pytest.approx(-truth[first].sum(), abs=0.4)
+    assert found["basis"] == "certified"
+    by_hand = data(capsys, "counterfactual", run.path, 4, "--remove", ",".join(map(str, first)))
+    assert by_hand["predicted_change"] == pytest.approx(found["predicted_change"])
+    assert (by_hand["measured_change"], by_hand["basis"]) == (None, "estimated")
+    code, out, err = call(capsys, "counterfactual", run.path, 4, "--remove", "1:4")
+    assert (code, "estimated" in out, "--retrain" in err) == (0, True, True)
+
+
+def test_support_prints_sizes_and_which_are_certified(run, capsys):
+    found = data(capsys, "support", run.path, 0, 1, "--certify", 10)
+    assert [(row["target"], row["size"], row["certified"]) for row in found["targets"]] == [
+        (0, 2, True),
+        (1, None, None),
+    ]
+    assert len(data(capsys, "support", run.path)["targets"]) == 12
+    code, out, err = call(capsys, "support", run.path, 0, 1)
+    assert code == 0
+    assert "none found" in out
+    assert "nothing is certified" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("explain", "RUN"), 2, "TARGET or --train-example"),
+        (("explain", "RUN", 3, "--train-example", 3), 2, "TARGET or --train-example"),
+        (("explain", "RUN", 300), 2, "no test example 300; choose 0 to 11"),
+        (("counterfactual", "RUN", 3), 2, "say what to change"),
+        (("counterfactual", "RUN", 3, "--remove-top", 1, "--remove", "2"), 2, "not both"),
+        (("counterfactual", "RUN", 3, "--remove-top", 50), 2, "choose a smaller --remove-top"),
+        (("counterfactual", "RUN", 3, "--remove", "x"), 2, "neither a number nor a range"),
+        (("support", "RUN", 99), 2, "no test example 99"),
+        (("explain", "RUN/..", 3), 1, "is not one run, but holds 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_what_to_do(run, capsys, arguments, code, words):
+    named = [str(argument).replace("RUN", str(run.path)) for argument in arguments]
+    found, out, err = call(capsys, *named)
+    assert (found, out) == (code, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_release_is_asked_once_its_price_is_agreed_to(run, s3, capsys, tmp_path):
+    dm = Datamodels.load(run.datamodels_path)
+    members = {"weight": dm.weight, "bias": dm.bias, "lam": dm.lam}
+    release = {"planted/50pct/test_datamodels": Pt(pt(members), members)}
+    catalog = publish(s3, release, tmp_path)
+    asked = ("planted/50pct", 4, "--catalog", catalog)
+    code, _, err = call(capsys, "explain", *asked)
+    assert code == 6
+    assert "add -y to agree" in err
+    assert call(capsys, "explain", *asked, "--dry-run")[0] == 0
+    assert call(capsys, "explain", *asked, "-y", "--max-cost", "0.0000000001")[0] == 8
+    assert s3.n_object_bytes == 0
+    assert dmdata.spend().n_requests == 0
+    found = data(capsys, "explain", *asked, "-y")
+    assert [row["index"] for row in found["helpers"]] == [
+        row["index"] for row in data(capsys, "explain", run.path, 4)["helpers"]
+    ]
+    assert {row["same_sign"] for row in found["helpers"]} == {None}
+    assert 0 < s3.n_object_bytes <= dmdata.spend().n_bytes
+    change = data(capsys, "counterfactual", *asked, "--remove-top", 2, "-y")
+    assert change["predicted_change"] == pytest.approx(-np.sort(dm.weight[:, 4])[::-1][:2].sum(), rel=1e-5)
+    served = s3.n_object_bytes
+    assert call(capsys, "counterfactual", *asked, "--remove-top", 2, "-y", "--retrain", 5)[0] == 2
+    assert call(capsys, "counterfactual", *asked, "--remove-top", 2, "-y", "--with", run.path)[0] == 2
+    assert s3.n_object_bytes == served
+    sizes = data(capsys, "support", "planted/50pct", 0, "--catalog", catalog, "-y")
+    assert [row["size"] for row in sizes["targets"]] == [2]
