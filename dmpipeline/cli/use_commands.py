@@ -224,8 +224,10 @@ def counterfactual(
 
         answer = answers[0]
         facts = plain(answer) | {"basis": answer.basis, "alpha": answers.alpha, "level": level}
-        facts |= {"bent_by": list(answers.bent_by)}
+        facts |= {"bent_by": list(answers.bent_by), "advice": answers.advice}
         talk.print_data(facts, _answer(answer, level))
+        if answers.advice is not None:
+            talk.remark(f"{answers.advice}: --with RUN")
         if not retrain and evidence.run is not None:
             talk.remark("estimated; check it by retraining: add --retrain 20 to the command")
 

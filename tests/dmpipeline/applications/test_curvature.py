@@ -64,6 +64,14 @@ def test_examples_without_a_weight_change_nothing(planted):
     assert answer.predicted_change == pytest.approx(0, abs=1e-9)
 
 
+def test_datamodels_nearer_the_full_set_say_which_foresee_better(bent):
+    half, more = bent
+    cases = [Case(0, (1, 2))]
+    assert "75% subsets foresee removals worse than those of 50%" in dmpipeline.counterfactuals(more, cases).advice
+    assert dmpipeline.counterfactuals(half, cases).advice is None
+    assert dmpipeline.counterfactuals(more, cases, others=[half]).advice is None
+
+
 def test_a_run_of_other_examples_is_refused(planted, tmp_path):
     labels = np.arange(30) % 3
     inputs = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
