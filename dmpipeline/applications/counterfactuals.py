@@ -119,8 +119,8 @@ class Counterfactuals(Table[Counterfactual]):
         if self.alpha is None or self.alpha < POOR_ALPHA or self.bent_by:
             return None
         return (
-            f"datamodels of {self.alpha:.0%} subsets foresee removals worse than those of 50%, and too small; ask a run "
-            "of 50%, or both"
+            f"datamodels of {self.alpha:.0%} subsets foresee removals worse than those of 50%, and too small; ask a "
+            "run of 50%, or both"
         )
 
     def changes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
