@@ -30,7 +30,15 @@ _SPACE = click.option(
     help="What a release's weights are multiplied by: a mask's 0 or 1, or standardised masks. [default: what its file "
     "says, else raw]",
 )
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device to retrain on.")
 CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV on standard output.")
+CHECK_BY_RETRAINING = "estimated; check it by retraining: add --retrain 20 to the command"
+"""The remark on what is predicted alone, where it could be measured."""
+
+
+def certified_by(n_retrainings: int) -> str:
+    """Say what a measured change rests on."""
+    return f"certified by {n_retrainings} retrainings of each set"
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,10 +238,7 @@ def weight_vectors(
     """
     if of not in get_args(EmbeddedName):
         raise SpecError(f"{of!r} cannot be embedded; choose targets or train", field="of", value=of)
-    picked = None if columns is None else evidence.checked(columns)
-    if picked is not None and len(set(picked)) < len(picked):
-        twice = next(target for target in picked if picked.count(target) > 1)
-        raise SpecError(f"target {twice} is asked for twice; name each once", field="columns", value=twice)
+    picked = None if columns is None else evidence.checked_once(columns)
     of_targets = np.arange(evidence.n_targets) if picked is None else np.array(picked, np.int64)
     of_train = np.arange(evidence.n_train)
     n_embedded = len(of_targets if of == "targets" else of_train)
