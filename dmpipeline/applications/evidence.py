@@ -61,6 +61,7 @@ class Evidence:
     _held: tuple[int, ...] | None = field(default=None, repr=False)
     _catalog: dmdata.CatalogLike = field(default=None, repr=False)
     _space: SpaceName | None = field(default=None, repr=False)
+    _to: str | None = field(default=None, repr=False)
 
     @property
     def is_at_hand(self) -> bool:
@@ -83,7 +84,7 @@ class Evidence:
         if self._held is not None and picked is not None and set(picked.tolist()) <= set(self._held):
             picked = np.array([self._held.index(target) for target in picked.tolist()], np.intp)
         elif not self.is_at_hand:
-            loaded = Datamodels.load(self.name, catalog=self._catalog, targets=picked, space=self._space)
+            loaded = Datamodels.load(self.name, catalog=self._catalog, targets=picked, space=self._space, to=self._to)
             return loaded.to_raw(mean=self._share()) if loaded.space == "standardised" else loaded
         assert self._known is not None  # noqa: S101 - told above
         return self._known if picked is None else _columns(self._known, picked)
@@ -93,7 +94,7 @@ class Evidence:
         if self._known is not None and self._held is None:
             known: npt.NDArray[np.float32] = self._known.weight[example]
             return known
-        weight = dmdata.open(f"{self.name}/weight", catalog=self._catalog)
+        weight = self._open(f"{self.name}/weight")
         row = np.asarray(weight[example], np.float32)
         if self._is_standardised():
             share = self._share()
@@ -115,10 +116,7 @@ class Evidence:
             return masks, outputs
         base = self.name.rpartition("/")[0]
         try:
-            arrays = [
-                dmdata.open(f"{base}/{name}", catalog=self._catalog)
-                for name in ("train_masks", f"{self.targets}_margins")
-            ]
+            arrays = [self._open(f"{base}/{name}") for name in ("train_masks", f"{self.targets}_margins")]
         except CatalogError as error:
             raise SpecError(
                 f"no models are known of {self.name}; name the datamodels of a run, or of a catalog that lists masks "
@@ -174,11 +172,14 @@ class Evidence:
             return None if sizes is None else sizes.mean / sizes.n_train
         return self._named_share()
 
+    def _open(self, name: str) -> dmdata.LazyArray:
+        return dmdata.open(name, catalog=self._catalog, to=self._to)
+
     def _is_standardised(self) -> bool:
         if self._space is not None:
             return self._space == "standardised"
         try:
-            dmdata.open(f"{self.name}/standardised", catalog=self._catalog)
+            self._open(f"{self.name}/standardised")
         except (FormatError, CatalogError):
             return False
         return True
@@ -208,6 +209,7 @@ def find_evidence(
     *,
     catalog: dmdata.CatalogLike = None,
     space: SpaceName | None = None,
+    to: str | None = None,
 ) -> Evidence:
     """Find what a question is answered from.
 
@@ -222,6 +224,8 @@ def find_evidence(
         See `dmdata.load_catalog`.
     space : {"raw", "standardised"}, optional
         Of a release's weights, see `Datamodels.load`.
+    to : {"internet", "same-region", "cross-region"}, optional
+        Where a release's bytes go, as for `dmdata.open`.
 
     Raises
     ------
@@ -253,9 +257,9 @@ def find_evidence(
         return Evidence(str(asked.path), targets, known.n_train, known.n_targets, run=asked, _known=known)
     name = weights_name(asked, targets)
     targets = "train" if name.rpartition("/")[2].startswith("train") else "test"
-    weight = dmdata.open(f"{name}/weight", catalog=catalog)
+    weight = dmdata.open(f"{name}/weight", catalog=catalog, to=to)
     n_train, n_targets = weight.shape
-    return Evidence(name, targets, n_train, n_targets, _catalog=catalog, _space=space)
+    return Evidence(name, targets, n_train, n_targets, _catalog=catalog, _space=space, _to=to)
 
 
 def is_run(asked: str | os.PathLike[str]) -> bool:

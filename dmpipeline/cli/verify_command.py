@@ -136,7 +136,7 @@ def _terms(to: str | None, catalog: str | None) -> Any:
 
 def _priced(opened: "Run", reference: "Reference", *, max_rows: int, refit: bool | None, seed: int) -> list[Priced]:
     """Price the most that may be read of a reference."""
-    from dmpipeline.workflow.verify_step import refit_prices
+    from dmpipeline.workflow.refit_check import refit_prices
 
     priced = reference.prices(max_rows)
     if refit or (refit is None and not reference.is_paid):

@@ -19,9 +19,9 @@ from dmpipeline.checks.verification import law_of, replay, verify_run
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.runs.store import Run
 from dmpipeline.runs.stored import RowProgress
-from dmpipeline.runs.targets import TargetsName, check_targets, datamodels_path, fitted_array
-from dmpipeline.workflow.reference import Part, Reference, ReferenceRows, find_reference
-from dmpipeline.workflow.refit_check import MOST_HELD_OUT, compare_datamodels, picked_targets
+from dmpipeline.runs.targets import TargetsName, check_targets, fitted_array
+from dmpipeline.workflow.reference import Part, Reference, ReferenceRows, find_reference, portions
+from dmpipeline.workflow.refit_check import compare_datamodels, refit_usd
 from dmpipeline.workflow.run_arrays import open_rows
 from dmpipeline.workflow.tta_check import compare_views
 
@@ -34,9 +34,6 @@ MARGIN = 0.1
 MAX_ROWS = 3000
 """Rows of a reference that are read at most, unless more are asked for."""
 
-_PORTIONS = (1, 3)
-# Rows are read up to 100, 300, 1,000, 3,000 and so on; what may be called different by chance is shared by the looks.
-_FIRST_LOOK = 100
 _MOST_NUMBERS = 1e7
 # Beyond this many outputs of both ensembles together, a sample of targets is compared, in under a gigabyte.
 _ORDER_ROWS = 1000
@@ -213,19 +210,6 @@ def compared(
     if not all(finding.passed for finding in everything):
         verdict = "differs"
     return Verification(everything, verdict, reference.name, comparison.n_rows, usd)
-
-
-def refit_usd(run: Run, reference: Reference, *, seed: int) -> float:
-    """Price comparing datamodels, in dollars; 0 where nobody pays."""
-    return sum(price.usd for _, price in refit_prices(run, reference, seed=seed)) if reference.is_paid else 0.0
-
-
-def refit_prices(run: Run, reference: Reference, *, seed: int) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
-    """Price comparing datamodels, array by array; empty where ours or the reference's are not fitted."""
-    if not datamodels_path(run, reference.targets).exists() or reference.outputs.schema is None:
-        return []
-    picked = picked_targets(reference.outputs.schema.shape[1], seed)
-    return reference.refit_prices(picked, MOST_HELD_OUT)
 
 
 @dataclass(slots=True)
@@ -443,12 +427,3 @@ class _Comparison:
         available = min(n_rows, len(self.reference.part.rows))
         usd = sum(price.usd for _, price in self.reference.prices(available))
         return f" ({readable_usd(usd)} at the prices of a paid release)"
-
-
-def portions(n_rows: int) -> list[int]:
-    """List after how many rows to look: 100, 300, 1,000, 3,000 and so on, and all."""
-    looks, scale = [], _FIRST_LOOK
-    while scale < n_rows:
-        looks += [scale * factor for factor in _PORTIONS if scale * factor < n_rows]
-        scale *= 10
-    return [*looks, n_rows]

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from planted_run import planted_run, planted_weight
 from small_release import Pt, pt, publish
 
@@ -195,3 +196,15 @@ def test_a_release_is_asked_once_its_price_is_agreed_to(run, s3, capsys, tmp_pat
     assert removals[0]["predicted_change"] == pytest.approx(-chosen.sum(0).mean(), rel=1e-4)
     sizes = data(capsys, "support", "planted/50pct", 0, "--catalog", catalog, "-y")
     assert [row["size"] for row in sizes["targets"]] == [2]
+
+
+def test_what_a_release_costs_is_what_was_announced_wherever_the_bytes_go(run, s3, capsys, tmp_path):
+    members = {name: tensor.numpy() for name, tensor in torch.load(run.datamodels_path).items()}
+    assert {"gap", "fitted_masks"} <= set(members)
+    release = {"planted/50pct/test_datamodels": Pt(run.datamodels_path.read_bytes(), members)}
+    asked = ("embed", "planted/50pct", "--catalog", publish(s3, release, tmp_path), "--to", "same-region")
+    priced = data(capsys, *asked, "--dry-run")
+    data(capsys, *asked, "-y")
+    spent = dmdata.spend()
+    assert spent.n_bytes <= priced["bytes"]
+    assert 0 < spent.usd <= priced["usd"] <= 2 * spent.usd

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import yaml
 import zarr
+from servers.loopback import BUCKET
 
+import dmdata
 from dmpipeline.checks.findings import LEVELS
 from dmpipeline.checks.verification import CHECKS
 from dmpipeline.cli.command import main
@@ -17,7 +19,8 @@ from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
 from dmpipeline.workflow.fit_step import fit_run
-from dmpipeline.workflow.verify_step import portions, verify
+from dmpipeline.workflow.reference import portions
+from dmpipeline.workflow.verify_step import verify
 
 N_MODELS = 320
 
@@ -300,6 +303,42 @@ def test_a_paid_reference_is_priced_and_asked_for_before_anything_is_read(ours, 
     assert data["usd"] > 0
     assert call(capsys, *asked)[0] == 6
     assert call(capsys, *asked, "-y", "--max-cost", "0.0000001")[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("to", "tensors"),
+    [
+        ("internet", ("weight", "bias", "lam")),
+        ("same-region", ("weight", "bias", "lam", "gap", "kkt", "validation_error", "fitted_masks")),
+    ],
+)
+def test_the_price_of_a_comparison_with_datamodels_is_what_is_paid_in_the_end(
+    ours, other, exported, s3, tmp_path, capsys, to, tensors
+):
+    fit_run(ours)
+    if len(tensors) > 3:
+        exported = tmp_path / "release"
+        export_run(other, exported, other.datamodels_path)
+    document = yaml.safe_load((exported / "catalog.yaml").read_text())
+    document["source"] |= {"url": f"s3://{BUCKET}", "requester_pays": True}
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump(document))
+    for path in exported.rglob("*.*"):
+        s3.put(path.relative_to(exported).as_posix(), path.read_bytes())
+    asked = ["verify", ours.path, "--against", "digits/50pct", "--catalog", tmp_path, "--refit", "--to", to]
+    # so small a margin that all rows are read
+    asked += ["--margin", "0.06", "--json"]
+    code, priced, _ = call(capsys, *asked, "--dry-run")
+    assert code == 0
+    arrays = ["train_masks", "test_margins"]
+    assert [part["name"].rpartition("/")[2] for part in priced["artifacts"]] == [*arrays, *tensors, *arrays]
+    code, data, said = call(capsys, *asked, "-y")
+    assert (code, data["n_rows"]) == (0, N_MODELS), said
+    spent = dmdata.spend()
+    assert spent.n_bytes == s3.n_object_bytes
+    assert spent.n_bytes <= priced["bytes"] <= 1.001 * spent.n_bytes
+    # a tensor inside a file may have a header of its own
+    assert spent.n_requests <= priced["requests"] <= spent.n_requests + len(tensors)
+    assert spent.usd <= priced["usd"] <= spent.usd * priced["requests"] / spent.n_requests
 
 
 @pytest.mark.parametrize(
