@@ -1,12 +1,14 @@
-"""Examples in a few words, for tables in a terminal."""
+"""Examples in a few words: their labels as the user calls them, and their inputs for tables in a terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dmpipeline.applications.evidence import Evidence
 from dmpipeline.data.examples import Dataset
+from dmpipeline.fitting.influences import Label
 from dmpipeline.runs.targets import TargetsName
 
 _COLUMNS = 5
@@ -22,6 +24,25 @@ def described(evidence: Evidence, part: TargetsName) -> Callable[[int], str]:
     dataset = evidence.dataset()
     inputs = dataset.train_inputs if part == "train" else dataset.test_inputs
     return lambda index: example_in_words(dataset, inputs[index])
+
+
+def label_names(evidence: Evidence) -> tuple[Callable[[int], Label], Callable[[int], Label]]:
+    """Return what calls training examples and targets by their labels; None where labels are not known."""
+    class_names = None if evidence.run is None else evidence.dataset().class_names
+
+    def naming(labels: npt.NDArray[Any] | None) -> Callable[[int], Label]:
+        return lambda i: None if labels is None else label_of(labels[i], class_names)
+
+    of_train, of_targets = evidence.labels()
+    return naming(of_train), naming(of_targets)
+
+
+def label_of(label: Any, class_names: Sequence[str] | None) -> Label:
+    """Return a label as the user calls it: a class's name or number, or a regression's number; None for several."""
+    if np.ndim(label):
+        return None
+    plainly: int | float = label.item()
+    return plainly if class_names is None else class_names[int(plainly)]
 
 
 def example_in_words(dataset: Dataset, example: Any) -> str:

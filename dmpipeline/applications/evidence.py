@@ -7,7 +7,7 @@ can be asked before.
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -58,13 +58,22 @@ class Evidence:
     n_targets: int
     run: Run | None = None
     _known: Datamodels | None = field(default=None, repr=False)
+    _held: tuple[int, ...] | None = field(default=None, repr=False)
     _catalog: dmdata.CatalogLike = field(default=None, repr=False)
     _space: SpaceName | None = field(default=None, repr=False)
+    _to: str | None = field(default=None, repr=False)
 
     @property
     def is_at_hand(self) -> bool:
         """Whether all weights are in memory; otherwise they are read as they are asked for, and may be paid."""
-        return self._known is not None
+        return self._known is not None and self._held is None
+
+    def held(self, targets: Sequence[int] | None = None) -> "Evidence":
+        """Return evidence with the weights of these targets, or of all, in memory: a release's are read now, once."""
+        if self._known is not None:
+            return self
+        held = None if targets is None else tuple(self.checked_once(targets))
+        return replace(self, _known=self.datamodels(held), _held=held)
 
     def datamodels(self, targets: Sequence[int] | None = None) -> Datamodels:
         """Return datamodels of these targets, in this order, or of all; their weights are of raw masks.
@@ -72,17 +81,20 @@ class Evidence:
         Those of a release are read now: the columns asked for are what is paid.
         """
         picked = None if targets is None else np.asarray(self.checked(targets), np.intp)
-        if self._known is None:
-            loaded = Datamodels.load(self.name, catalog=self._catalog, targets=picked, space=self._space)
+        if self._held is not None and picked is not None and set(picked.tolist()) <= set(self._held):
+            picked = np.array([self._held.index(target) for target in picked.tolist()], np.intp)
+        elif not self.is_at_hand:
+            loaded = Datamodels.load(self.name, catalog=self._catalog, targets=picked, space=self._space, to=self._to)
             return loaded.to_raw(mean=self._share()) if loaded.space == "standardised" else loaded
+        assert self._known is not None  # noqa: S101 - told above
         return self._known if picked is None else _columns(self._known, picked)
 
     def weights_of(self, example: int) -> npt.NDArray[np.float32]:
         """Return the weights of one training example for all targets, of raw masks, shape (n_targets,)."""
-        if self._known is not None:
+        if self._known is not None and self._held is None:
             known: npt.NDArray[np.float32] = self._known.weight[example]
             return known
-        weight = dmdata.open(f"{self.name}/weight", catalog=self._catalog)
+        weight = self._open(f"{self.name}/weight")
         row = np.asarray(weight[example], np.float32)
         if self._is_standardised():
             share = self._share()
@@ -104,10 +116,7 @@ class Evidence:
             return masks, outputs
         base = self.name.rpartition("/")[0]
         try:
-            arrays = [
-                dmdata.open(f"{base}/{name}", catalog=self._catalog)
-                for name in ("train_masks", f"{self.targets}_margins")
-            ]
+            arrays = [self._open(f"{base}/{name}") for name in ("train_masks", f"{self.targets}_margins")]
         except CatalogError as error:
             raise SpecError(
                 f"no models are known of {self.name}; name the datamodels of a run, or of a catalog that lists masks "
@@ -147,6 +156,14 @@ class Evidence:
         """Return targets as whole numbers; SpecError for one that is not there."""
         return checked_indices(targets, self.n_targets, f"{self.targets} example", field="target")
 
+    def checked_once(self, targets: Sequence[int]) -> list[int]:
+        """Return targets as whole numbers; SpecError for one that is not there, or is there twice."""
+        picked = self.checked(targets)
+        if len(set(picked)) < len(picked):
+            twice = next(target for target in picked if picked.count(target) > 1)
+            raise SpecError(f"target {twice} is asked for twice; name each once", field="columns", value=twice)
+        return picked
+
     @property
     def alpha(self) -> float | None:
         """Share of the examples in the subsets of the fitted models; None where it is not known."""
@@ -155,11 +172,14 @@ class Evidence:
             return None if sizes is None else sizes.mean / sizes.n_train
         return self._named_share()
 
+    def _open(self, name: str) -> dmdata.LazyArray:
+        return dmdata.open(name, catalog=self._catalog, to=self._to)
+
     def _is_standardised(self) -> bool:
         if self._space is not None:
             return self._space == "standardised"
         try:
-            dmdata.open(f"{self.name}/standardised", catalog=self._catalog)
+            self._open(f"{self.name}/standardised")
         except (FormatError, CatalogError):
             return False
         return True
@@ -189,6 +209,7 @@ def find_evidence(
     *,
     catalog: dmdata.CatalogLike = None,
     space: SpaceName | None = None,
+    to: str | None = None,
 ) -> Evidence:
     """Find what a question is answered from.
 
@@ -203,6 +224,8 @@ def find_evidence(
         See `dmdata.load_catalog`.
     space : {"raw", "standardised"}, optional
         Of a release's weights, see `Datamodels.load`.
+    to : {"internet", "same-region", "cross-region"}, optional
+        Where a release's bytes go, as for `dmdata.open`.
 
     Raises
     ------
@@ -234,9 +257,9 @@ def find_evidence(
         return Evidence(str(asked.path), targets, known.n_train, known.n_targets, run=asked, _known=known)
     name = weights_name(asked, targets)
     targets = "train" if name.rpartition("/")[2].startswith("train") else "test"
-    weight = dmdata.open(f"{name}/weight", catalog=catalog)
+    weight = dmdata.open(f"{name}/weight", catalog=catalog, to=to)
     n_train, n_targets = weight.shape
-    return Evidence(name, targets, n_train, n_targets, _catalog=catalog, _space=space)
+    return Evidence(name, targets, n_train, n_targets, _catalog=catalog, _space=space, _to=to)
 
 
 def is_run(asked: str | os.PathLike[str]) -> bool:

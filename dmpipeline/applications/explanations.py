@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmpipeline.applications.describing import label_names
 from dmpipeline.applications.evidence import Asked, Evidence, checked_indices, find_evidence
-from dmpipeline.data.examples import Dataset
 from dmpipeline.errors import SpecError
-from dmpipeline.fitting.influences import Influence, Influences, Label, largest
+from dmpipeline.fitting.influences import Influence, Influences, largest
 from dmpipeline.fitting.solvers import lasso
 from dmpipeline.moments.arrays import read_masks, read_outputs
 from dmpipeline.runs.targets import TargetsName
@@ -103,24 +103,6 @@ def explain(
     return Influences(
         rows, index=target, label=target_name(target), n_nonzero=int(np.count_nonzero(weight)), n_fits=n_fits
     )
-
-
-def label_names(evidence: Evidence) -> tuple[Callable[[int], Label], Callable[[int], Label]]:
-    """Return what calls training examples and targets by their labels; None where labels are not known."""
-    if evidence.run is None:
-        return (lambda _: None), (lambda _: None)
-    dataset = evidence.dataset()
-    own = dataset.train_labels if evidence.targets == "train" else dataset.test_labels
-    return (lambda i: label_of(dataset, dataset.train_labels[i])), (lambda i: label_of(dataset, own[i]))
-
-
-def label_of(dataset: Dataset, label: Any) -> Label:
-    """Return a label as the user calls it: a class's name or number, or a number; None for several of them."""
-    if np.ndim(label):
-        return None
-    if dataset.is_regression:
-        return float(label)
-    return dataset.name_of(label) if dataset.class_names is not None else int(label)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

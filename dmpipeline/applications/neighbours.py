@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 import dmdata
 from dmpipeline.applications.copies import FEWEST_EXAMPLES, InputSpace
+from dmpipeline.applications.describing import label_names
 from dmpipeline.applications.evidence import Evidence, find_evidence
-from dmpipeline.applications.explanations import label_names
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitted import load_datamodels

@@ -278,17 +278,7 @@ class _Bound:
             told += f": within the margin of {own:.3g}"
         else:
             told += f": more models would show whether it is within the margin of {own:.3g}"
-        return Finding(
-            self.check,
-            passed=not self.is_beyond(own),
-            detail=told,
-            level="statistics",
-            effect=self.estimate,
-            low=low,
-            high=high,
-            margin=own,
-            n_rows=n_theirs,
-        )
+        return _finding(self.check, not self.is_beyond(own), told, (self.estimate, low, high), own, n_theirs)
 
 
 @functools.cache
@@ -370,57 +360,41 @@ def _of_targets(check: str, effects: Floats, errors: Floats, critical: float, ma
     """Describe the largest difference of any target, and whether it lies beyond the margin."""
     t = sample.n_targets
     effects, half = effects[:t], critical * errors[:t]
-    beyond, detected = np.abs(effects) - half > margin, np.abs(effects) > half
     # the one that is furthest beyond; where none is, the one that is most surely there
     worst = int((np.abs(effects) - half).argmax())
-    effect, low, high = (float(x) for x in (effects[worst], effects[worst] - half[worst], effects[worst] + half[worst]))
+    interval = _interval(effects[worst], half[worst])
     name, words = _KINDS[check]
-    said = f"of target {sample.numbers[worst]} the {words.format(effect, low, high)}"
+    said = f"of target {sample.numbers[worst]} the {words.format(*interval)}"
+    return _found(check, name, np.abs(effects) - half, interval, said, margin, sample)
+
+
+def _of_shape(distance: Floats, critical: float, margin: float, sample: Sample) -> Finding:
+    worst = int(distance.argmax())
+    effect = float(distance[worst])
+    interval = (effect, max(0.0, effect - critical), min(1.0, effect + critical))
+    words = "Kolmogorov-Smirnov distance is {:.3g} ({:.3g} to {:.3g})".format(*interval)
+    said = f"of target {sample.numbers[worst]} the {words}"
+    return _found("shape", "distribution", distance - critical, interval, said, margin, sample)
+
+
+def _found(
+    check: str,
+    name: str,
+    surely: Floats,
+    interval: tuple[float, float, float],
+    said: str,
+    margin: float,
+    sample: Sample,
+) -> Finding:
+    """Say of how many targets a difference is sure, by the least size it has: beyond the margin, or within it."""
+    beyond, detected = surely > margin, surely > 0
     if beyond.any():
         told = f"the {name} of {_counted(beyond)}{_where(beyond, sample)} is surely beyond the margin of {margin:.3g}"
     else:
         told = f"no target's {name} is surely beyond the margin of {margin:.3g}"
         if detected.any():
             told += f"; a smaller difference is sure of {_counted(detected)}{_where(detected, sample)}"
-    return Finding(
-        check,
-        passed=not beyond.any(),
-        detail=f"{told}; {said}",
-        level="statistics",
-        effect=effect,
-        low=low,
-        high=high,
-        margin=margin,
-        n_rows=sample.n_theirs,
-    )
-
-
-def _of_shape(distance: Floats, critical: float, margin: float, sample: Sample) -> Finding:
-    beyond, detected = distance - critical > margin, distance > critical
-    worst = int(distance.argmax())
-    effect = float(distance[worst])
-    low, high = max(0.0, effect - critical), min(1.0, effect + critical)
-    said = (
-        f"of target {sample.numbers[worst]} the Kolmogorov-Smirnov distance is {effect:.3g} ({low:.3g} to {high:.3g})"
-    )
-    if beyond.any():
-        which = f"{_counted(beyond)}{_where(beyond, sample)}"
-        told = f"the distribution of {which} is surely beyond the margin of {margin:.3g}"
-    else:
-        told = f"no target's distribution is surely beyond the margin of {margin:.3g}"
-        if detected.any():
-            told += f"; a smaller difference is sure of {_counted(detected)}{_where(detected, sample)}"
-    return Finding(
-        "shape",
-        passed=not beyond.any(),
-        detail=f"{told}; {said}",
-        level="statistics",
-        effect=effect,
-        low=low,
-        high=high,
-        margin=margin,
-        n_rows=sample.n_theirs,
-    )
+    return _finding(check, not beyond.any(), f"{told}; {said}", interval, margin, sample.n_theirs)
 
 
 def _of_components(moments: ColumnMoments, critical: float, margin: float, sample: Sample) -> Finding:
@@ -432,30 +406,41 @@ def _of_components(moments: ColumnMoments, critical: float, margin: float, sampl
         return Finding(
             "components", passed=True, detail="outputs never vary", level="statistics", n_rows=sample.n_theirs
         )
-    beyond = np.abs(effects) - half > margin
+    is_beyond = bool((np.abs(effects) - half > margin).any())
     worst = int((np.abs(effects) - half).argmax())
     nth, is_spread = worst % (len(effects) // 2), worst >= len(effects) // 2
     name = "average over targets" if nth == 0 else f"principal component {nth}"
     words = _KINDS["spread" if is_spread else "location"][1]
-    low, high = float(effects[worst] - half[worst]), float(effects[worst] + half[worst])
-    said = f"of the {name} the {words.format(effects[worst], low, high)}"
+    interval = _interval(effects[worst], half[worst])
+    said = f"of the {name} the {words.format(*interval)}"
     n_components = len(effects) // 2 - 1
     told = (
         f"surely beyond the margin of {margin:.3g}: {said}"
-        if beyond.any()
+        if is_beyond
         else f"neither the average over targets nor any of {n_components} principal components is surely beyond the "
         f"margin of {margin:.3g}; {said}"
     )
+    return _finding("components", not is_beyond, told, interval, margin, sample.n_theirs)
+
+
+def _interval(effect: float, half: float) -> tuple[float, float, float]:
+    return float(effect), float(effect - half), float(effect + half)
+
+
+def _finding(
+    check: str, passed: bool, detail: str, interval: tuple[float, float, float], margin: float, n_theirs: int
+) -> Finding:
+    effect, low, high = interval
     return Finding(
-        "components",
-        passed=not beyond.any(),
-        detail=told,
+        check,
+        passed=bool(passed),
+        detail=detail,
         level="statistics",
-        effect=float(effects[worst]),
+        effect=effect,
         low=low,
         high=high,
         margin=margin,
-        n_rows=sample.n_theirs,
+        n_rows=n_theirs,
     )
 
 

@@ -81,7 +81,8 @@ class Verification(Table[Finding]):
         The worst first.
     verdict : {"agrees", "differs", "undecided"}
         Next to a reference: "differs" if a check failed, or a difference surely exceeds its margin; "agrees" if every
-        difference is surely within its margin; else "undecided". Of a run by itself: "agrees" if every check passed,
+        difference is surely within its margin, or the rows that were read are the same models, which the finding
+        "same_models" then says; else "undecided". Of a run by itself: "agrees" if every check passed,
         else "differs".
     reference : str or None
         What it was compared with.

@@ -56,6 +56,11 @@ def expected_repeats(spec: RunSpec, n_subsets: int, n_train: int) -> float:
     return total
 
 
+def expected_in_common(spec: RunSpec, n_ours: int, n_theirs: int, n_train: int) -> float:
+    """Bound how many subsets two ensembles that draw by a spec are expected to have in common: pairs that are equal."""
+    return n_ours * n_theirs * sum(math.exp(count + 2 * p) for count, p in _masks_by_probability(spec, n_train))
+
+
 @dataclass(slots=True)
 class Repeats:
     """What the rows of a run repeat; hand in its blocks one after the other, then ask for `faults` and `remarks`.
@@ -238,6 +243,11 @@ def _is_telling(outputs: npt.NDArray[Any]) -> bool:
         return False
     flat = np.ascontiguousarray(outputs).reshape(-1)
     return len(np.unique(flat[:: max(1, len(flat) // _LOOKED_AT)])) >= _LEAST_DISTINCT
+
+
+def telling_digest(outputs: npt.NDArray[Any]) -> bytes | None:
+    """Return what tells a model by its outputs; None where they have too few different values for that."""
+    return _short_digest(outputs) if _is_telling(outputs) else None
 
 
 def _short_digest(*arrays: npt.NDArray[Any]) -> bytes:

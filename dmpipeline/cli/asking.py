@@ -30,7 +30,15 @@ _SPACE = click.option(
     help="What a release's weights are multiplied by: a mask's 0 or 1, or standardised masks. [default: what its file "
     "says, else raw]",
 )
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device to retrain on.")
 CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV on standard output.")
+CHECK_BY_RETRAINING = "estimated; check it by retraining: add --retrain 20 to the command"
+"""The remark on what is predicted alone, where it could be measured."""
+
+
+def certified_by(n_retrainings: int) -> str:
+    """Say what a measured change rests on."""
+    return f"certified by {n_retrainings} retrainings of each set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,11 @@ class Question:
         if is_run(self.asked):
             yield find_evidence(self.asked, self.targets)
             return
+        import numpy as np
+
         from dmdata.cli.copy_commands import Priced, headers_paid_for, paid_for
         from dmdata.release import opening, pricing
+        from dmpipeline.fitting.datamodels import price_load
 
         terms, chosen = opening.in_force(self.to, self.catalog)
         name = weights_name(self.asked, self.targets)
@@ -74,12 +85,13 @@ class Question:
             if not stack.enter_context(headers_paid_for(talk, [f"{name}/weight"], terms, **self.spending)):
                 yield None
                 return
-            key: Any = (slice(None), list(columns)) if columns is not None else (row,) if row is not None else None
-            priced = []
-            for tensor in ("weight",) if row is not None else ("weight", "bias", "lam"):
-                found = opening.look_up(f"{name}/{tensor}", terms, catalog=chosen)
-                own = key if tensor == "weight" or columns is None else (list(columns),)
-                priced += Priced.all_of(pricing.price_artifacts(found, terms, key=own), terms)
+            if row is not None:
+                found = opening.look_up(f"{name}/weight", terms, catalog=chosen)
+                parts = pricing.price_artifacts(found, terms, key=(row,))
+            else:
+                picked = None if columns is None else np.asarray(columns, np.intp)
+                parts = price_load(name, catalog=chosen, targets=picked, to=self.to)
+            priced = Priced.all_of(parts, terms)
             base = name.rpartition("/")[0]
             # whose they are is read off the name, as find_evidence does
             own_targets = "train" if name.rpartition("/")[2].startswith("train") else "test"
@@ -91,7 +103,7 @@ class Question:
             if not stack.enter_context(paid_for(talk, priced, f"reading {name}", terms, **self.spending)):
                 yield None
                 return
-            yield find_evidence(self.asked, self.targets, catalog=chosen, space=self.space)
+            yield find_evidence(self.asked, self.targets, catalog=chosen, space=self.space, to=self.to)
 
 
 def options_asking(command: Callable[..., Any]) -> Callable[..., Any]:

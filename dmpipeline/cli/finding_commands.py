@@ -6,7 +6,16 @@ import click
 
 from dmdata.cli.console import Talk, talk_options
 from dmdata.cli.tables import headed_table
-from dmpipeline.cli.asking import CSV, RUN, Question, options_asking, print_answer
+from dmpipeline.cli.asking import (
+    CHECK_BY_RETRAINING,
+    CSV,
+    DEVICE,
+    RUN,
+    Question,
+    certified_by,
+    options_asking,
+    print_answer,
+)
 from dmpipeline.errors import quoted
 
 if TYPE_CHECKING:
@@ -14,6 +23,7 @@ if TYPE_CHECKING:
 
     from dmpipeline.applications.leakage import Leakage
     from dmpipeline.applications.mapping.clusters import Clusters
+    from dmpipeline.applications.mapping.directions import Removals
     from dmpipeline.applications.mapping.embeddings import Embedding
 
 _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is random.")
@@ -106,7 +116,23 @@ def _leakage_in_words(found: "Leakage") -> str:
 @click.option("--map", "picture", metavar="FILE", help="Draw the map, as .svg or .png.")
 @click.option("--parquet", metavar="FILE", help="Write map, neighbours, labels and pictures, as embedding-atlas reads.")
 @click.option("--zarr", metavar="FOLDER", help="Write scores, directions, map and neighbours as Zarr arrays.")
+@click.option(
+    "--remove",
+    "removed",
+    type=int,
+    multiple=True,
+    metavar="DIRECTION",
+    help="What changes without the training examples at either end of this one; may be given several times.",
+)
+@click.option("--k", type=int, help="Of --remove: training examples at an end. [default: 20]")
+@click.option(
+    "--retrain",
+    type=click.IntRange(min=0),
+    metavar="R",
+    help="Of --remove: check by training R models without each end, and R on the full set; they are kept in the run.",
+)
 @_SEED
+@DEVICE
 @options_asking
 @talk_options
 def embed(
@@ -118,12 +144,28 @@ def embed(
     picture: str | None,
     parquet: str | None,
     zarr: str | None,
+    removed: tuple[int, ...],
+    k: int | None,
+    retrain: int | None,
     seed: int,
+    device: str,
 ) -> None:
-    """Embed the examples of RUN by the weights of their datamodels: directions, neighbours and a map."""
+    """Embed the examples of RUN by the weights of their datamodels: directions, neighbours and a map.
+
+    With --remove, see what a direction means: for up to 10 targets at either end of it, what the datamodels predict of
+    their mean output without the training examples at one end, and what --retrain R measures, with an interval.
+    """
+    from dmpipeline.applications.evidence import checked_indices, run_at
+    from dmpipeline.applications.mapping.directions import check_removal, what_removal_does
     from dmpipeline.applications.mapping.embeddings import embed as embedded
     from dmpipeline.applications.pictures import picture_path
 
+    if not removed and (k is not None or retrain is not None):
+        raise click.UsageError("say which direction --k and --retrain are of: --remove DIRECTION.")
+    k, retrain = 20 if k is None else k, retrain or 0
+    directions = list(dict.fromkeys(checked_indices(removed, components, "direction", field="remove")))
+    if retrain:
+        run_at(question.asked, "what models are retrained with is")
     if picture is not None:
         picture_path(picture)
     if parquet is not None or zarr is not None:
@@ -134,9 +176,29 @@ def embed(
     with question.evidence(talk, columns) as evidence:
         if evidence is None:
             return
+        if directions:
+            check_removal(evidence.n_train, evidence.n_targets if columns is None else len(columns), k, retrain)
+            evidence = evidence.held(columns)  # weights of a release are paid once
         found = embedded(evidence, of=of, columns=columns, n_components=components, seed=seed)
+        facts, tables = found.as_dict(), [_directions(found)]
+        if directions:
+            n_targets = min(10, len(found.features if of == "train" else found.indices) // 2)
+            with talk.counting("retraining", "models") as progress:
+                removals = what_removal_does(
+                    found,
+                    directions,
+                    k=k,
+                    n_targets=n_targets,
+                    n_retrainings=retrain,
+                    device=device,
+                    progress=progress,
+                )
+            facts |= removals.as_dict()
+            tables.append(_removals(removals))
         written = _write(found, picture, parquet, zarr)
-        talk.print_data(found.as_dict() | {"written": written}, _directions(found))
+        talk.print_data(facts | {"written": written}, *tables)
+        if directions and not retrain and evidence.run is not None:
+            talk.remark(CHECK_BY_RETRAINING)
         for path in written:
             talk.remark(f"written: {path}")
         if not written:
@@ -168,6 +230,21 @@ def _directions(found: "Embedding") -> "Table":
             named = zip(indices[:6], labels or [None] * len(indices), strict=False)
             ends.append(", ".join(str(i) if label is None else f"{i} ({label})" for i, label in named))
         shown.add_row(str(row.direction), f"{row.explained_share:.1%}", *ends)
+    return shown
+
+
+def _removals(found: "Removals") -> "Table":
+    shown = headed_table(
+        "direction", "removed end", "of targets at", "predicted", "measured", "95% interval", "basis", right=slice(3, 5)
+    )
+    for row in found.rows:
+        measured, interval, basis = "-", "-", "estimated"
+        if row.measured_change is not None:
+            measured, interval = f"{row.measured_change:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}"
+            basis = certified_by(found.n_retrainings)
+        shown.add_row(
+            str(row.direction), row.removed_end, row.of_end, f"{row.predicted_change:+.3f}", measured, interval, basis
+        )
     return shown
 
 

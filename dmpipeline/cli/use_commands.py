@@ -7,7 +7,16 @@ import click
 
 from dmdata.cli.console import Talk, talk_options
 from dmdata.cli.tables import headed_table
-from dmpipeline.cli.asking import CSV, RUN, Question, options_asking, print_answer
+from dmpipeline.cli.asking import (
+    CHECK_BY_RETRAINING,
+    CSV,
+    DEVICE,
+    RUN,
+    Question,
+    certified_by,
+    options_asking,
+    print_answer,
+)
 from dmpipeline.errors import SpecError, quoted
 
 if TYPE_CHECKING:
@@ -17,7 +26,6 @@ if TYPE_CHECKING:
     from dmpipeline.applications.evidence import Evidence
     from dmpipeline.applications.support import DataSupport
 
-_DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device to retrain on.")
 _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is random.")
 _LEVEL = click.option(
     "--level", type=float, default=0.95, show_default=True, help="Coverage of the intervals of what is measured."
@@ -159,7 +167,7 @@ def _remark_on_influences(talk: Talk, table: Any, question: Question) -> None:
 )
 @_LEVEL
 @_SEED
-@_DEVICE
+@DEVICE
 @options_asking
 @talk_options
 def counterfactual(
@@ -229,7 +237,7 @@ def counterfactual(
         if answers.advice is not None:
             talk.remark(f"{answers.advice}: --with RUN")
         if not retrain and evidence.run is not None:
-            talk.remark("estimated; check it by retraining: add --retrain 20 to the command")
+            talk.remark(CHECK_BY_RETRAINING)
 
 
 def _answer(answer: "Counterfactual", level: float) -> "Table":
@@ -245,7 +253,7 @@ def _answer(answer: "Counterfactual", level: float) -> "Table":
             f"{answer.measured_after:.3f}",
             f"{answer.measured_change:+.3f}",
             f"{answer.measured_low:+.3f} to {answer.measured_high:+.3f}",
-            f"certified by {answer.n_retrainings} retrainings of each set"
+            certified_by(answer.n_retrainings)
             if answer.n_retrainings > 1
             else "one retraining of each set, which certifies nothing",
         )
@@ -273,7 +281,7 @@ def _answer(answer: "Counterfactual", level: float) -> "Table":
 @click.option("--picture", metavar="FILE", help="Draw how many targets flip within k examples, as .svg or .png.")
 @_LEVEL
 @_SEED
-@_DEVICE
+@DEVICE
 @CSV
 @options_asking
 @talk_options

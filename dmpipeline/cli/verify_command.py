@@ -136,7 +136,7 @@ def _terms(to: str | None, catalog: str | None) -> Any:
 
 def _priced(opened: "Run", reference: "Reference", *, max_rows: int, refit: bool | None, seed: int) -> list[Priced]:
     """Price the most that may be read of a reference."""
-    from dmpipeline.workflow.verify_step import refit_prices
+    from dmpipeline.workflow.refit_check import refit_prices
 
     priced = reference.prices(max_rows)
     if refit or (refit is None and not reference.is_paid):
@@ -147,7 +147,10 @@ def _priced(opened: "Run", reference: "Reference", *, max_rows: int, refit: bool
 def _print(talk: Talk, verification: "Verification", told: list[str]) -> None:
     talk.print_data(verification.as_dict() | {"warnings": told}, verification.table())
     if verification.reference is not None:
-        talk.remark(f"verdict: the run {_VERDICTS[verification.verdict]} {verification.reference}")
+        words = f"verdict: the run {_VERDICTS[verification.verdict]} {verification.reference}"
+        if verification.verdict == "agrees" and any(finding.check == "same_models" for finding in verification):
+            words += f": the {verification.n_rows:,} rows that were read are models of its own"
+        talk.remark(words)
 
 
 _VERDICTS = {"agrees": "agrees with", "differs": "differs from", "undecided": "may or may not agree with"}

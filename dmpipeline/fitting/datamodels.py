@@ -6,6 +6,7 @@ standardised masks, and say so once that is known. A saved file is complete or n
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 import dmdata
 from dmdata.errors import CatalogError, FormatError
+from dmdata.layout.archives import TAIL_BYTES
+from dmdata.layout.formats import PT_HEAD_BYTES
+from dmdata.release import opening, pricing
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.influences import Influences, largest
 from dmpipeline.moments.arrays import RowSliceable, as_rows, read_masks
@@ -232,6 +236,7 @@ class Datamodels:
         catalog: dmdata.CatalogLike = None,
         targets: slice | NDArray[np.integer[Any]] | None = None,
         space: SpaceName | None = None,
+        to: str | None = None,
     ) -> Self:
         """Read datamodels in the release's form; nothing in the file is unpickled or run.
 
@@ -246,6 +251,8 @@ class Datamodels:
         space : {"raw", "standardised"}, optional
             What the weights are multiplied by. If not given, what the file says; the release's says nothing, and is
             taken for raw: `dmpipeline.find_space` detects it.
+        to : {"internet", "same-region", "cross-region"}, optional
+            Where the bytes go, as for `dmdata.open`; `price_load` prices them.
 
         Raises
         ------
@@ -254,14 +261,14 @@ class Datamodels:
         CatalogError, BudgetError, AccessError, ObjectMissingError, SourceError
             If there is no such file or it cannot be read; see `dmdata.open`.
         """
-        tensors = [dmdata.open(f"{os.fspath(name)}/{tensor}", catalog=catalog) for tensor in _TENSORS]
+        opened = partial(_open_tensor, os.fspath(name), catalog=catalog, to=to)
+        tensors = [opened(tensor) for tensor in _TENSORS]
         _check_tensors(*tensors)
         picked = slice(None) if targets is None else targets
         weight = np.asarray(tensors[0].oindex[:, picked], np.float32, order="C")
         bias, lam = (np.asarray(tensor.oindex[picked], np.float32) for tensor in tensors[1:])
         gap, kkt, validation_error, standardised = (
-            _read_optional(f"{os.fspath(name)}/{tensor}", tensors[1].shape, picked, catalog)
-            for tensor in ("gap", "kkt", "validation_error", "standardised")
+            _read_of_targets(opened(tensor, is_optional=True), tensors[1].shape, picked) for tensor in _OF_TARGETS
         )
         loaded = cls(
             weight=weight,
@@ -269,12 +276,56 @@ class Datamodels:
             lam=lam,
             certificate=None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt),
             validation_error=validation_error,
-            fitted_masks=_read_fitted_masks(f"{os.fspath(name)}/fitted_masks", catalog),
+            fitted_masks=_read_fitted_masks(opened(_OF_MODELS, is_optional=True)),
         )
         return loaded.read_as(space or ("raw" if standardised is None else "standardised"))
 
 
 _TENSORS = ("weight", "bias", "lam")
+_OF_TARGETS = ("gap", "kkt", "validation_error", "standardised")  # there or not, a number a target each
+_OF_MODELS = "fitted_masks"
+
+
+def price_load(
+    name: str | os.PathLike[str],
+    *,
+    catalog: dmdata.CatalogLike = None,
+    targets: slice | NDArray[np.integer[Any]] | None = None,
+    to: str | None = None,
+) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
+    """Price what `Datamodels.load` reads, tensor by tensor, by what a catalog claims; an address's header is read.
+
+    Takes what `Datamodels.load` takes, and raises what it does.
+    """
+    terms, chosen = opening.in_force(to, catalog)
+    picked = slice(None) if targets is None else targets
+    keys: dict[str, Any] = {"weight": (slice(None), picked)} | dict.fromkeys((*_TENSORS[1:], *_OF_TARGETS), (picked,))
+    priced: list[tuple[dmdata.Artifact, dmdata.Estimate]] = []
+    for tensor, key in (keys | {_OF_MODELS: None}).items():
+        try:
+            found = opening.look_up(f"{os.fspath(name)}/{tensor}", terms, catalog=chosen)
+        except (FormatError, CatalogError):
+            if tensor in _TENSORS:
+                raise
+            continue
+        priced += pricing.price_artifacts(found, terms, key=slice(None) if key is None else key)
+    first, price = priced[0]
+    if first.at is None:  # an object's header is read once, for all its tensors
+        header = pricing.same_both_ways(PT_HEAD_BYTES + TAIL_BYTES, 1, terms, table=pricing.named_prices(first, terms))
+        priced[0] = (first, pricing.total_of([price, header], terms))
+    return priced
+
+
+def _open_tensor(
+    name: str, tensor: str, *, catalog: dmdata.CatalogLike, to: str | None, is_optional: bool = False
+) -> Any:
+    """Open a tensor; None for an optional one that a file, whose other tensors were opened, does not hold."""
+    try:
+        return dmdata.open(f"{name}/{tensor}", catalog=catalog, to=to)
+    except (FormatError, CatalogError):
+        if not is_optional:
+            raise
+        return None
 
 
 def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata.LazyArray) -> None:
@@ -289,20 +340,16 @@ def _check_tensors(weight: dmdata.LazyArray, bias: dmdata.LazyArray, lam: dmdata
             raise FormatError(f"{tensor.name} has dtype {tensor.dtype}; expected floating point", url=tensor.url)
 
 
-def _read_optional(
-    name: str, shape: tuple[int, ...], picked: slice | NDArray[np.integer[Any]], catalog: dmdata.CatalogLike
+def _read_of_targets(
+    tensor: dmdata.LazyArray | None, shape: tuple[int, ...], picked: slice | NDArray[np.integer[Any]]
 ) -> NDArray[np.float64] | None:
-    """Read a tensor of one number a target, or None where a file whose other tensors were read has no such."""
-    try:
-        tensor = dmdata.open(name, catalog=catalog)
-    except (FormatError, CatalogError):
+    """Read a tensor of one number a target; None where there is none."""
+    if tensor is None or tensor.shape != shape or tensor.dtype.kind != "f":
         return None
-    return np.asarray(tensor.oindex[picked], np.float64) if tensor.shape == shape and tensor.dtype.kind == "f" else None
+    return np.asarray(tensor.oindex[picked], np.float64)
 
 
-def _read_fitted_masks(name: str, catalog: dmdata.CatalogLike) -> NDArray[np.uint64] | None:
-    try:
-        tensor = dmdata.open(name, catalog=catalog)
-    except (FormatError, CatalogError):
+def _read_fitted_masks(tensor: dmdata.LazyArray | None) -> NDArray[np.uint64] | None:
+    if tensor is None or tensor.ndim != 1 or tensor.dtype != np.int64:
         return None
-    return np.asarray(tensor[:]).view(np.uint64) if tensor.ndim == 1 and tensor.dtype == np.int64 else None
+    return np.asarray(tensor[:]).view(np.uint64)

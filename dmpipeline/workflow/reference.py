@@ -1,5 +1,6 @@
 """What a run is compared with, another run or arrays that a catalog lists; priced before anything is read."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,17 +11,33 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.array import estimate_read
 from dmdata.errors import CatalogError
+from dmdata.layout.selection import select
 from dmdata.release.catalogs import in_force
 from dmdata.release.opening import is_paid
-from dmdata.release.pricing import price_artifacts
+from dmdata.release.pricing import claimed_layout, named_prices, price_reads
 from dmpipeline.errors import SpecError
+from dmpipeline.fitting.datamodels import Datamodels, price_load
 from dmpipeline.runs.store import Run
 from dmpipeline.runs.targets import TargetsName, fitted_array
 from dmpipeline.workflow.run_arrays import artifact_name
 
 LEAST_FIT_ROWS = 20
 """Where there are fewer models to fit on than this, held-out ones are compared."""
+
+_PORTIONS = (1, 3)
+# Rows are read up to 100, 300, 1,000, 3,000 and so on; what may be called different by chance is shared by the looks.
+_FIRST_LOOK = 100
+
+
+def portions(n_rows: int) -> list[int]:
+    """List after how many rows to look: 100, 300, 1,000, 3,000 and so on, and all."""
+    looks, scale = [], _FIRST_LOOK
+    while scale < n_rows:
+        looks += [scale * factor for factor in _PORTIONS if scale * factor < n_rows]
+        scale *= 10
+    return [*looks, n_rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +95,35 @@ class Reference:
         return (self.outputs,) if self.masks is None else (self.masks, self.outputs)
 
     def prices(self, n_rows: int) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
-        """Price the first `n_rows` rows that are compared, by what the catalog claims."""
-        rows = self.part.rows[:n_rows]
+        """Price the first `n_rows` rows that are compared, in portions, by what the catalog claims."""
         terms, _ = in_force(self._to, self._catalog)
-        return price_artifacts(self.arrays, terms, key=slice(rows.start, rows.stop))
+        rows = self.part.rows[:n_rows]
+        looks = [0, *portions(len(rows))]
+        parts = [rows[start:stop] for start, stop in itertools.pairwise(looks)]
+        priced = []
+        for artifact in self.arrays:
+            layout = claimed_layout(artifact)
+            reads = [(select(slice(part.start, part.stop), layout.shape, orthogonal=True), 1) for part in parts]
+            priced.append((artifact, price_reads(artifact, layout, reads, terms)))
+        return priced
 
     def refit_prices(
-        self, targets: npt.NDArray[np.intp], n_held_out: int
+        self, targets: npt.NDArray[np.intp], held_out: range
     ) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
-        """Price what comparing datamodels reads: those of some targets, and held-out models."""
+        """Price what comparing datamodels reads: those of some targets, and rows of held-out models."""
         if not self.has_weights:
             return []
         terms, _ = in_force(self._to, self._catalog)
-        weight = self._catalog.find(f"{self.datamodels_name()}/weight")
-        rows = self.held_out.rows[:n_held_out]
-        return price_artifacts([weight], terms, key=(slice(None), targets)) + price_artifacts(
-            self.arrays, terms, key=slice(rows.start, rows.stop)
-        )
+        priced = price_load(self.datamodels_name(), catalog=self._catalog, targets=targets, to=self._to)
+        for artifact in self.arrays if held_out else ():  # whose headers were read for the rows before
+            layout, table = claimed_layout(artifact), named_prices(artifact, terms)
+            rows = select(slice(held_out.start, held_out.stop), layout.shape, orthogonal=True)
+            priced.append((artifact, estimate_read(layout, rows, terms, table=table)))
+        return priced
+
+    def datamodels(self, targets: npt.NDArray[np.intp]) -> Datamodels:
+        """Read its datamodels of some targets, as they are written."""
+        return Datamodels.load(self.datamodels_name(), catalog=self._catalog, targets=targets, to=self._to)
 
     @property
     def is_paid(self) -> bool:
@@ -110,11 +139,6 @@ class Reference:
     def datamodels_name(self) -> str:
         """Name its datamodels."""
         return f"{self.prefix}/{self.targets}_datamodels"
-
-    @property
-    def catalog(self) -> dmdata.Catalog:
-        """What lists its arrays."""
-        return self._catalog
 
     def rows(self) -> "ReferenceRows":
         """Open what is compared; headers are read now."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+import dmdata
 from dmpipeline.checks.findings import Finding
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
@@ -44,6 +45,19 @@ def picked_targets(n_targets: int, seed: int) -> npt.NDArray[np.intp]:
     return np.sort(np.random.default_rng(seed).choice(n_targets, MOST_TARGETS, replace=False))
 
 
+def refit_prices(run: Run, reference: Reference, *, seed: int) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
+    """Price what `compare_datamodels` reads of a reference, array by array; empty where ours are not fitted."""
+    if not datamodels_path(run, reference.targets).exists() or reference.outputs.schema is None:
+        return []
+    picked = picked_targets(reference.outputs.schema.shape[1], seed)
+    return reference.refit_prices(picked, _their_rows(run, reference))
+
+
+def refit_usd(run: Run, reference: Reference, *, seed: int) -> float:
+    """Price comparing datamodels, in dollars; 0 where nobody pays."""
+    return sum(price.usd for _, price in refit_prices(run, reference, seed=seed)) if reference.is_paid else 0.0
+
+
 def compare_datamodels(run: Run, reference: Reference, *, seed: int) -> Iterator[Finding]:
     """Compare the datamodels of a run with those of a reference that lists some.
 
@@ -61,7 +75,7 @@ def compare_datamodels(run: Run, reference: Reference, *, seed: int) -> Iterator
     known = load_datamodels(run, targets)
     picked = picked_targets(known.n_targets, seed)
     # as written: what they are of is found out below
-    written = Datamodels.load(reference.datamodels_name(), catalog=reference.catalog, targets=picked)
+    written = reference.datamodels(picked)
     if (written.n_train, written.n_targets) != (known.n_train, len(picked)):
         told = f"datamodels of the reference have {written.n_train:,} training examples, ours {known.n_train:,}"
         yield Finding("weights", passed=False, detail=told, level="refit")
@@ -83,14 +97,13 @@ def compare_datamodels(run: Run, reference: Reference, *, seed: int) -> Iterator
 def _held_out(run: Run, reference: Reference, picked: npt.NDArray[np.intp]) -> tuple[HeldOut, HeldOut] | None:
     """Read the held-out models of both; None where either has too few subsets to score with."""
     spec, part = run.spec, reference.held_out
-    subsets = (spec.held_out.n_subsets, len(part.rows) // part.n_retrainings)
-    if min(subsets) < max(LEAST_SUBSETS, LEAST_MODELS) or reference.masks is None:
+    theirs = _their_rows(run, reference)
+    if not theirs:
         return None
     n_rows = min(_most(spec.held_out.n_retrainings), spec.rows.held_out.stop - spec.rows.held_out.start)
     rows = slice(spec.rows.held_out.start, spec.rows.held_out.start + n_rows)
     masks = open_rows(run, "train_masks", rows)[0:n_rows]
     outputs = open_rows(run, fitted_array(run, reference.targets), rows)[0:n_rows]
-    theirs = part.rows[: min(_most(part.n_retrainings), len(part.rows))]
     mask_rows, output_rows = (
         reference.open(artifact.name.removeprefix(f"{reference.prefix}/"))[theirs.start : theirs.stop]
         for artifact in reference.arrays
@@ -99,6 +112,15 @@ def _held_out(run: Run, reference: Reference, picked: npt.NDArray[np.intp]) -> t
         (np.asarray(masks, np.bool_), outputs[:, picked].astype(np.float64), spec.held_out.n_retrainings),
         (np.asarray(mask_rows, np.bool_), output_rows[:, picked].astype(np.float64), part.n_retrainings),
     )
+
+
+def _their_rows(run: Run, reference: Reference) -> range:
+    """Choose the reference's held-out rows to score on; none where either side has too few subsets for it."""
+    part = reference.held_out
+    subsets = (run.spec.held_out.n_subsets, len(part.rows) // part.n_retrainings)
+    if min(subsets) < max(LEAST_SUBSETS, LEAST_MODELS) or reference.masks is None:
+        return range(0)
+    return part.rows[: _most(part.n_retrainings)]
 
 
 def _most(n_retrainings: int) -> int:

@@ -15,13 +15,15 @@ from dmpipeline.checks.findings import Finding, VerdictName, Verification, worst
 from dmpipeline.checks.mask_law import MaskLaw
 from dmpipeline.checks.orders import Order, order_of_targets, order_of_training
 from dmpipeline.checks.repeats import rows_repeated
+from dmpipeline.checks.shared import shared_rows
 from dmpipeline.checks.verification import law_of, replay, verify_run
 from dmpipeline.errors import RunError, SpecError
+from dmpipeline.moments.identity import keys_of_masks
 from dmpipeline.runs.store import Run
 from dmpipeline.runs.stored import RowProgress
-from dmpipeline.runs.targets import TargetsName, check_targets, datamodels_path, fitted_array
-from dmpipeline.workflow.reference import Part, Reference, ReferenceRows, find_reference
-from dmpipeline.workflow.refit_check import MOST_HELD_OUT, compare_datamodels, picked_targets
+from dmpipeline.runs.targets import TargetsName, check_targets, fitted_array
+from dmpipeline.workflow.reference import Part, Reference, ReferenceRows, find_reference, portions
+from dmpipeline.workflow.refit_check import compare_datamodels, refit_usd
 from dmpipeline.workflow.run_arrays import open_rows
 from dmpipeline.workflow.tta_check import compare_views
 
@@ -34,12 +36,10 @@ MARGIN = 0.1
 MAX_ROWS = 3000
 """Rows of a reference that are read at most, unless more are asked for."""
 
-_PORTIONS = (1, 3)
-# Rows are read up to 100, 300, 1,000, 3,000 and so on; what may be called different by chance is shared by the looks.
-_FIRST_LOOK = 100
 _MOST_NUMBERS = 1e7
 # Beyond this many outputs of both ensembles together, a sample of targets is compared, in under a gigabyte.
 _ORDER_ROWS = 1000
+_FEW_ROWS = 256  # of ours, whose masks are read at a time to know their subsets
 _UNREADABLE = ("arrays", "complete", "digests")
 
 
@@ -215,19 +215,6 @@ def compared(
     return Verification(everything, verdict, reference.name, comparison.n_rows, usd)
 
 
-def refit_usd(run: Run, reference: Reference, *, seed: int) -> float:
-    """Price comparing datamodels, in dollars; 0 where nobody pays."""
-    return sum(price.usd for _, price in refit_prices(run, reference, seed=seed)) if reference.is_paid else 0.0
-
-
-def refit_prices(run: Run, reference: Reference, *, seed: int) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
-    """Price comparing datamodels, array by array; empty where ours or the reference's are not fitted."""
-    if not datamodels_path(run, reference.targets).exists() or reference.outputs.schema is None:
-        return []
-    picked = picked_targets(reference.outputs.schema.shape[1], seed)
-    return reference.refit_prices(picked, MOST_HELD_OUT)
-
-
 @dataclass(slots=True)
 class _Comparison:
     """A run's models next to the rows of a reference, which are read portion by portion until the verdict is clear."""
@@ -244,8 +231,9 @@ class _Comparison:
     _masks: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     _outputs: list[npt.NDArray[Any]] = field(default_factory=list)
     _sizes: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    _subsets: dict[bytes, int] = field(default_factory=dict)
+    _subsets: dict[int, int] = field(default_factory=dict)
     _groups: list[int] = field(default_factory=list)
+    _our_subsets: list[int] = field(default_factory=list)
 
     def findings(self, max_rows: int, progress: RowProgress | None, *, n_tta: int) -> list[Finding]:
         """Read and compare; sets the verdict, and what was read and paid."""
@@ -260,6 +248,10 @@ class _Comparison:
             spec.held_out.n_retrainings,
         )
         ours = self._ours(part, max_rows)
+        if rows.masks is not None:
+            for start in range(0, len(ours), _FEW_ROWS):
+                own = self._our_masks(part, start, min(start + _FEW_ROWS, len(ours)))
+                self._our_subsets += keys_of_masks(own.view(np.int8)).tolist()
         most = min(max_rows, rows.n_available)
         looks = portions(most)
         law = law_of(spec, rows.masks.shape[1]) if rows.masks is not None else None
@@ -300,9 +292,9 @@ class _Comparison:
         n_rows = min(len(part.rows), max(max_rows, MAX_ROWS))
         return open_rows(self.run, array, slice(part.rows.start, part.rows.start + n_rows))[0:n_rows]
 
-    def _our_masks(self, part: Part, n_rows: int) -> npt.NDArray[np.bool_]:
-        rows = slice(part.rows.start, part.rows.start + n_rows)
-        return np.asarray(open_rows(self.run, "train_masks", rows)[0:n_rows], np.bool_)
+    def _our_masks(self, part: Part, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        rows = slice(part.rows.start + start, part.rows.start + stop)
+        return np.asarray(open_rows(self.run, "train_masks", rows)[0 : stop - start], np.bool_)
 
     def _keep(self, masks: npt.NDArray[np.bool_] | None, outputs: npt.NDArray[Any], law: MaskLaw | None) -> None:
         self._outputs.append(outputs.astype(np.float32) if outputs.dtype.kind in "iub" else outputs)
@@ -311,9 +303,9 @@ class _Comparison:
         if sum(map(len, self._masks)) < _ORDER_ROWS:
             self._masks.append(masks)
         firsts = []
-        for place, mask in enumerate(masks):
+        for place, key in enumerate(keys_of_masks(masks.view(np.int8)).tolist()):
             number = len(self._subsets)
-            subset = self._subsets.setdefault(np.packbits(mask).tobytes(), number)
+            subset = self._subsets.setdefault(key, number)
             self._groups.append(subset)
             if subset == number:
                 firsts.append(place)
@@ -326,13 +318,27 @@ class _Comparison:
         theirs = np.concatenate(self._outputs)
         found = [*self._of_masks(law), *self._of_rows(ours, theirs)]
         good = [np.isfinite(side).all(axis=1) for side in (ours, theirs)]
+        known = list(self._subsets)
+        their_subsets = [known[number] for number in self._groups] if self._groups else None
+        n_train = self.run.array("train_masks").shape[1]
+        shared = shared_rows(ours, theirs, self._our_subsets or None, their_subsets, self.run.spec, n_train)
+        if told := shared.in_words():
+            check = "same_models" if shared.is_same.all() else "shared_models"
+            found.append(Finding(check, passed=True, detail=told, level="statistics", n_rows=self.n_rows))
+        if shared.is_same.all():
+            self.verdict = "agrees" if all(finding.passed for finding in found) else "differs"
+            return found
+        good = [flags & own for flags, own in zip(good, (shared.ours, shared.theirs), strict=True)]
         # rows of one mask are retrainings of one subset, whatever a catalog says of them
         of_theirs = np.asarray(self._groups) if self._groups else self.reference.part.groups(len(theirs))
         groups = [part.groups(len(ours)), of_theirs]
         sides = [side[flags] for side, flags in zip((ours, theirs), good, strict=True)]
         groups = [numbers[flags] for numbers, flags in zip(groups, good, strict=True)]
         if min(len(np.unique(numbers)) for numbers in groups) < LEAST_MODELS:
-            told = f"{len(sides[0]):,} of our models and {len(sides[1]):,} of the reference are too few to compare"
+            both = ", without those of both," if told else ""
+            told = (
+                f"{len(sides[0]):,} of our models and {len(sides[1]):,} of the reference{both} are too few to compare"
+            )
             self.verdict = "undecided" if all(finding.passed for finding in found) else "differs"
             return [*found, Finding("evidence", passed=True, detail=told, level="statistics", n_rows=self.n_rows)]
         picked = self._sample(sum(map(len, sides)), ours.shape[1])
@@ -398,7 +404,7 @@ class _Comparison:
             good = np.isfinite(theirs).all(axis=1)
             ours = ours[:_ORDER_ROWS]
             sound = np.isfinite(ours).all(axis=1)
-            own = self._our_masks(part, len(ours))
+            own = self._our_masks(part, 0, len(ours))
             order = order_of_training(own[sound], ours[sound], masks[good], theirs[good], noun=nouns[1])
             orders.append(("train_order", order))
         for check, order in orders:
@@ -423,14 +429,15 @@ class _Comparison:
             return Finding("evidence", passed=True, detail=told, level="statistics", n_rows=self.n_rows)
         per_row = (1 / agreement.n_ours + 1 / agreement.n_theirs) / agreement.factor
         left = per_row - 1 / agreement.n_ours
-        retrainings = self.reference.part.n_retrainings
+        # of a subset's retrainings, and of rows that both have, not all count
+        rows_each = self.n_rows / agreement.n_theirs
         if left > 0.1 * per_row:
-            n_rows = round(1 / left) * retrainings
+            n_rows = round(rows_each / left)
             told = f"{said}: about {n_rows:,} rows of the reference would decide{self._dollars(n_rows)}"
             if n_rows > len(self.reference.part.rows):
                 told += f", but it has {len(self.reference.part.rows):,}"
         else:
-            n_rows = round(2 / per_row) * retrainings
+            n_rows = round(2 / per_row * rows_each)
             told = (
                 f"{said}: about {n_rows:,} rows of the reference{self._dollars(n_rows)} and {round(2 / per_row):,} "
                 f"models of ours, of which there are {agreement.n_ours:,}, would decide"
@@ -443,12 +450,3 @@ class _Comparison:
         available = min(n_rows, len(self.reference.part.rows))
         usd = sum(price.usd for _, price in self.reference.prices(available))
         return f" ({readable_usd(usd)} at the prices of a paid release)"
-
-
-def portions(n_rows: int) -> list[int]:
-    """List after how many rows to look: 100, 300, 1,000, 3,000 and so on, and all."""
-    looks, scale = [], _FIRST_LOOK
-    while scale < n_rows:
-        looks += [scale * factor for factor in _PORTIONS if scale * factor < n_rows]
-        scale *= 10
-    return [*looks, n_rows]

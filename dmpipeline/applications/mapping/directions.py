@@ -119,12 +119,9 @@ def what_removal_does(
     evidence = embedding.evidence
     asked = np.atleast_1d(np.asarray(directions)).tolist()
     numbers = checked_indices(asked, len(embedding), "direction", field="directions")
-    if n_retrainings < 0 or n_retrainings == 1:
-        raise SpecError(
-            f"{n_retrainings} retrainings have no interval; choose 0, to predict alone, or from 2",
-            field="n_retrainings",
-            value=n_retrainings,
-        )
+    check_removal(
+        evidence.n_train, len(embedding.indices if embedding.of == "targets" else embedding.features), k, n_retrainings
+    )
     run = evidence.require_run("to retrain is") if n_retrainings else None
     on_embedded, on_features = (embedding.scores.T, embedding.indices), (embedding.loadings, embedding.features)
     is_of_targets = embedding.of == "targets"
@@ -154,6 +151,19 @@ def what_removal_does(
     return Removals(tuple(rows), k, n_retrainings)
 
 
+def check_removal(n_train: int, n_targets: int, k: int, n_retrainings: int) -> None:
+    """Refuse, with SpecError, what `what_removal_does` cannot do with so many training examples and targets in all."""
+    if n_targets < 2:
+        raise SpecError(f"{n_targets} target has no two ends; choose two or more", field="columns", value=n_targets)
+    if n_retrainings < 0 or n_retrainings == 1:
+        raise SpecError(
+            f"{n_retrainings} retrainings have no interval; choose 0, to predict alone, or from 2",
+            field="n_retrainings",
+            value=n_retrainings,
+        )
+    _check_size(k, n_train, "k")
+
+
 _End = tuple[int, EndName]
 
 
@@ -168,10 +178,14 @@ def _ends(
         If half of the examples are fewer than `size`, the value of the argument called `name`.
     """
     along, indices = side
-    if not 1 <= size <= len(indices) // 2:
-        raise SpecError(f"{name} is {size}; choose 1 to {len(indices) // 2:,}, half of them", field=name, value=size)
+    _check_size(size, len(indices), name)
     ends = itertools.product(numbers, get_args(EndName))
     return {(number, end): indices[end_of(along[number], end, size)].tolist() for number, end in ends}
+
+
+def _check_size(size: int, n: int, name: str) -> None:
+    if not 1 <= size <= n // 2:
+        raise SpecError(f"{name} is {size}; choose 1 to {n // 2:,}, half of them", field=name, value=size)
 
 
 def _difference(these: npt.NDArray[Any], those: npt.NDArray[Any]) -> tuple[float, float, float]:

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmpipeline.applications.describing import label_of
 from dmpipeline.applications.evidence import Evidence, find_evidence
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels, SpaceName
+from dmpipeline.fitting.influences import Label
 from dmpipeline.runs.store import Run
 from dmpipeline.runs.targets import TargetsName
 from dmpipeline.tables import Table, plain
@@ -115,7 +117,7 @@ class Embedding(Table[Direction]):
         """Whether the embedded examples are of the dataset's training or test part."""
         return "train" if self.of == "train" else self.evidence.targets
 
-    def label(self, row: int) -> str | int | float | None:
+    def label(self, row: int) -> Label:
         """Return the label of an embedded example: the class's name, its number, or the number of a regression."""
         return None if self.labels is None else label_of(self.labels[row], self.class_names)
 
@@ -238,10 +240,7 @@ def weight_vectors(
     """
     if of not in get_args(EmbeddedName):
         raise SpecError(f"{of!r} cannot be embedded; choose targets or train", field="of", value=of)
-    picked = None if columns is None else evidence.checked(columns)
-    if picked is not None and len(set(picked)) < len(picked):
-        twice = next(target for target in picked if picked.count(target) > 1)
-        raise SpecError(f"target {twice} is asked for twice; name each once", field="columns", value=twice)
+    picked = None if columns is None else evidence.checked_once(columns)
     of_targets = np.arange(evidence.n_targets) if picked is None else np.array(picked, np.int64)
     of_train = np.arange(evidence.n_train)
     n_embedded = len(of_targets if of == "targets" else of_train)
@@ -298,12 +297,6 @@ def labels_of(evidence: Evidence, of: EmbeddedName) -> tuple[npt.NDArray[Any] | 
     if labels is None or labels.ndim != 1:
         return None, None
     return labels, evidence.dataset().class_names
-
-
-def label_of(value: Any, class_names: Sequence[str] | None) -> str | int | float:
-    """Return a label as its user calls it: the class's name, its number, or the number of a regression."""
-    plainly: int | float = value.item()
-    return plainly if class_names is None else class_names[int(plainly)]
 
 
 def end_of(along: npt.NDArray[Any], end: EndName, size: int) -> npt.NDArray[np.intp]:

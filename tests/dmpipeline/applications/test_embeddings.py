@@ -12,8 +12,9 @@ import zarr
 from embedding_runs import N_TEST, N_TRAIN, blob_of, blobs_run, trained
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
-from small_release import Pt, pt, write_locally
+from small_release import Pt, pt, publish, write_locally
 
+from dmpipeline.applications.evidence import find_evidence
 from dmpipeline.applications.mapping.directions import what_removal_does
 from dmpipeline.applications.mapping.embeddings import cosine_neighbours, embed
 from dmpipeline.applications.mapping.files import save_parquet, save_zarr
@@ -186,6 +187,23 @@ def test_a_release_is_embedded_by_the_columns_asked_for_alone_and_without_labels
     group = zarr.open_group(save_zarr(found, tmp_path / "map.zarr"), mode="r")
     assert "labels" not in group
     assert what_removal_does(found, k=3, n_targets=2)[0].predicted_change < 0
+
+
+def test_weights_of_a_release_that_are_held_are_read_once(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMDATA_CACHE_GIB", "0")
+    weight = weights(30, 12)
+    tensors = {"weight": weight, "bias": np.zeros(12, np.float32), "lam": np.zeros(12, np.float32)}
+    catalog = publish(s3, {"toy/50pct/test_datamodels": Pt(pt(tensors), tensors)}, tmp_path)
+    evidence = find_evidence("toy/50pct", catalog=catalog).held([11, 2, 3, 7, 5, 0])
+    served = s3.n_object_bytes
+    found = embed(evidence, columns=[11, 2, 3, 7, 5, 0])
+    row = what_removal_does(found, k=3, n_targets=2)[0]
+    assert s3.n_object_bytes == served
+    assert row.predicted_change == pytest.approx(-weight[list(row.removed)][:, list(row.of_targets)].sum(0).mean())
+    np.testing.assert_array_equal(evidence.datamodels([2, 4]).weight, weight[:, [2, 4]])
+    np.testing.assert_array_equal(evidence.datamodels().weight, weight)
+    np.testing.assert_array_equal(evidence.weights_of(8), weight[8])
+    assert not evidence.is_at_hand
 
 
 def test_zarr_keeps_everything_whole_and_replaces_nothing(embedding, tmp_path):

@@ -1,4 +1,4 @@
-"""`explain`, `counterfactual` and `support`: what people and scripts see, and the price of asking a release."""
+"""`explain`, `counterfactual`, `support`, `embed --remove`: what people and scripts see; what a release costs."""
 
 import csv
 import io
@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from planted_run import planted_run, planted_weight
 from small_release import Pt, pt, publish
 
 import dmdata
-from dmpipeline import Datamodels
+from dmpipeline import Datamodels, embed, what_removal_does
 from dmpipeline.cli.command import main
 
 
@@ -94,6 +95,51 @@ def test_support_prints_sizes_and_which_are_certified(run, capsys):
     assert "nothing is certified" in err
 
 
+def test_embed_tells_what_removing_the_ends_of_directions_does_as_the_function_does(run, capsys):
+    asked = ("embed", run.path, "--components", 3, "--remove", 2, "--remove", 0, "--k", 5)
+    found = data(capsys, *asked, "--retrain", 4)
+    want = what_removal_does(embed(run, n_components=3), [2, 0], k=5, n_targets=6, n_retrainings=4)
+    assert found["removals"] == want.as_dict()["removals"]
+    assert (found["k"], found["n_retrainings"]) == (5, 4)
+    assert len(found["directions"]) == 3
+    assert all(row["low"] < row["measured_change"] < row["high"] for row in found["removals"])
+    alone = data(capsys, *asked)["removals"]
+    assert [row["predicted_change"] for row in alone] == [row["predicted_change"] for row in found["removals"]]
+    assert {row["measured_change"] for row in alone} == {None}
+    assert "removals" not in data(capsys, "embed", run.path, "--components", 3)
+    code, out, err = call(capsys, *asked)
+    assert (code, "certified" in out, out.count("estimated"), "--retrain" in err) == (0, False, 8, True)
+    code, out, err = call(capsys, *asked, "--retrain", 4)
+    first = want[0]
+    line = next(line for line in out.splitlines() if "certified by 4 retrainings of each set" in line)
+    assert line.split()[:5] == [
+        "2",
+        "positive",
+        "positive",
+        f"{first.predicted_change:+.3f}",
+        f"{first.measured_change:+.3f}",
+    ]
+    assert f"{first.low:+.3f} to {first.high:+.3f}" in line
+    assert (code, "--retrain" in err) == (0, False)
+
+
+def test_what_embed_cannot_remove_is_refused_before_a_map_is_drawn(run, capsys, tmp_path):
+    picture = tmp_path / "map.svg"
+    for options, words in (
+        (("--remove", 10), "there is no direction 10; choose 0 to 9"),
+        (("--remove", 0, "--k", 31), "k is 31; choose 1 to 30"),
+        (("--remove", 0, "--retrain", 1), "1 retrainings have no interval"),
+        (("--remove", 0, "--only", "3"), "1 target has no two ends"),
+        (("--remove", 0, "--only", "3,3"), "target 3 is asked for twice"),
+        (("--retrain", 5), "--remove DIRECTION"),
+        (("--k", 5), "--remove DIRECTION"),
+    ):
+        code, out, err = call(capsys, "embed", run.path, "--map", picture, *options)
+        assert (code, out) == (2, ""), options
+        assert words in err
+    assert not picture.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -141,5 +187,24 @@ def test_a_release_is_asked_once_its_price_is_agreed_to(run, s3, capsys, tmp_pat
     assert call(capsys, "counterfactual", *asked, "--remove-top", 2, "-y", "--retrain", 5)[0] == 2
     assert call(capsys, "counterfactual", *asked, "--remove-top", 2, "-y", "--with", run.path)[0] == 2
     assert s3.n_object_bytes == served
+    embedding = ("embed", "planted/50pct", "--catalog", catalog, "--only", "0:10", "--components", 2, "--remove", 1)
+    assert call(capsys, *embedding, "-y", "--retrain", 5)[0] == 2
+    assert call(capsys, *embedding, "-y", "--k", 31)[0] == 2
+    assert s3.n_object_bytes == served
+    removals = data(capsys, *embedding, "-y")["removals"]
+    chosen = dm.weight[removals[0]["removed"]][:, removals[0]["of_targets"]]
+    assert removals[0]["predicted_change"] == pytest.approx(-chosen.sum(0).mean(), rel=1e-4)
     sizes = data(capsys, "support", "planted/50pct", 0, "--catalog", catalog, "-y")
     assert [row["size"] for row in sizes["targets"]] == [2]
+
+
+def test_what_a_release_costs_is_what_was_announced_wherever_the_bytes_go(run, s3, capsys, tmp_path):
+    members = {name: tensor.numpy() for name, tensor in torch.load(run.datamodels_path).items()}
+    assert {"gap", "fitted_masks"} <= set(members)
+    release = {"planted/50pct/test_datamodels": Pt(run.datamodels_path.read_bytes(), members)}
+    asked = ("embed", "planted/50pct", "--catalog", publish(s3, release, tmp_path), "--to", "same-region")
+    priced = data(capsys, *asked, "--dry-run")
+    data(capsys, *asked, "-y")
+    spent = dmdata.spend()
+    assert spent.n_bytes <= priced["bytes"]
+    assert 0 < spent.usd <= priced["usd"] <= 2 * spent.usd

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import yaml
 import zarr
+from planted_run import N_TRAIN, planted_run
+from servers.loopback import BUCKET
 
+import dmdata
 from dmpipeline.checks.findings import LEVELS
 from dmpipeline.checks.verification import CHECKS
 from dmpipeline.cli.command import main
@@ -17,7 +20,8 @@ from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
 from dmpipeline.workflow.fit_step import fit_run
-from dmpipeline.workflow.verify_step import portions, verify
+from dmpipeline.workflow.reference import portions
+from dmpipeline.workflow.verify_step import verify
 
 N_MODELS = 320
 
@@ -119,8 +123,49 @@ def test_reading_goes_on_in_portions_and_stops_at_the_first_that_decides(ours, o
     assert (verification.verdict, verification.n_rows) == ("agrees", 100)
 
 
+def test_a_reference_of_the_same_models_is_said_to_be_that_and_statistics_are_left_out(tmp_path, capsys):
+    run = planted_run(tmp_path / "planted")
+    export_run(run, tmp_path / "export")
+    for reference in (run.path, tmp_path / "export"):
+        verification = verify(run, reference)
+        assert (verification.verdict, verification.n_rows) == ("agrees", 100)
+        told = detail(verification, "same_models")
+        assert "all 100 rows of the reference that were read are models that ours holds too" in told
+        assert not {"location", "rms_shift", "test_order", "evidence"} & {finding.check for finding in verification}
+    few = verify(run, tmp_path / "export", max_rows=30)
+    assert few.verdict == "agrees"
+    code, data, said = call(capsys, "verify", run.path, "--against", tmp_path / "export", "--json")
+    assert (code, data["verdict"], data["passed"]) == (0, "agrees", True)
+    assert f"planted/50pct of {tmp_path / 'export'}: the 100 rows that were read are models of its own" in said
+
+
+def test_what_both_have_is_compared_on_one_side_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = rng.random((600, N_TRAIN)) < 0.5
+    np.save(tmp_path / "ours.npy", masks)
+    np.save(tmp_path / "half.npy", np.where(np.arange(600)[:, None] % 2, masks, rng.random(masks.shape) < 0.5))
+    run, again, half = (
+        planted_run(tmp_path, name=name, seed=seed, masks=str(tmp_path / file), held_out={"n_subsets": 0})
+        for name, seed, file in (("run", 0, "ours.npy"), ("again", 1, "ours.npy"), ("half", 0, "half.npy"))
+    )
+    verification = verify(run, half, max_rows=300)
+    assert not failed(verification)
+    assert "150 of 300 rows of the reference are models that ours holds too" in detail(verification, "shared_models")
+    assert verification.verdict == "undecided"
+    few = verify(run, half, max_rows=30)
+    assert few.verdict == "undecided"
+    assert "and 15 of the reference, without those of both, are too few to compare" in detail(few, "evidence")
+    # trainings of their own on the same subsets: the noise of the subsets is not taken for that of two draws
+    verification = verify(run, again)
+    assert not failed(verification)
+    assert "600 of 600 are other trainings on subsets that ours has too" in detail(verification, "shared_models")
+    assert verification.verdict == "undecided"
+
+
 def test_a_run_agrees_with_itself(ours):
-    assert verify(ours, ours.path).verdict == "agrees"
+    verification = verify(ours, ours.path)
+    assert verification.verdict == "agrees"
+    assert "same_models" in {finding.check for finding in verification}
 
 
 def test_an_order_of_test_examples_that_is_off_by_one_differs_and_is_said(ours, planted):
@@ -300,6 +345,42 @@ def test_a_paid_reference_is_priced_and_asked_for_before_anything_is_read(ours, 
     assert data["usd"] > 0
     assert call(capsys, *asked)[0] == 6
     assert call(capsys, *asked, "-y", "--max-cost", "0.0000001")[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("to", "tensors"),
+    [
+        ("internet", ("weight", "bias", "lam")),
+        ("same-region", ("weight", "bias", "lam", "gap", "kkt", "validation_error", "fitted_masks")),
+    ],
+)
+def test_the_price_of_a_comparison_with_datamodels_is_what_is_paid_in_the_end(
+    ours, other, exported, s3, tmp_path, capsys, to, tensors
+):
+    fit_run(ours)
+    if len(tensors) > 3:
+        exported = tmp_path / "release"
+        export_run(other, exported, other.datamodels_path)
+    document = yaml.safe_load((exported / "catalog.yaml").read_text())
+    document["source"] |= {"url": f"s3://{BUCKET}", "requester_pays": True}
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump(document))
+    for path in exported.rglob("*.*"):
+        s3.put(path.relative_to(exported).as_posix(), path.read_bytes())
+    asked = ["verify", ours.path, "--against", "digits/50pct", "--catalog", tmp_path, "--refit", "--to", to]
+    # so small a margin that all rows are read
+    asked += ["--margin", "0.06", "--json"]
+    code, priced, _ = call(capsys, *asked, "--dry-run")
+    assert code == 0
+    arrays = ["train_masks", "test_margins"]
+    assert [part["name"].rpartition("/")[2] for part in priced["artifacts"]] == [*arrays, *tensors, *arrays]
+    code, data, said = call(capsys, *asked, "-y")
+    assert (code, data["n_rows"]) == (0, N_MODELS), said
+    spent = dmdata.spend()
+    assert spent.n_bytes == s3.n_object_bytes
+    assert spent.n_bytes <= priced["bytes"] <= 1.001 * spent.n_bytes
+    # a tensor inside a file may have a header of its own
+    assert spent.n_requests <= priced["requests"] <= spent.n_requests + len(tensors)
+    assert spent.usd <= priced["usd"] <= spent.usd * priced["requests"] / spent.n_requests
 
 
 @pytest.mark.parametrize(
