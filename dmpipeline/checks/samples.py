@@ -22,7 +22,7 @@ N_COMPONENTS = 10
 
 _MOST_WORK = 3e11
 # Multiplications that permutations may take, about half a minute on two cores; beyond it bounds are Bonferroni's.
-_BLOCK_TARGETS = 256
+_BLOCK_TARGETS = 32
 _EXACT_TARGETS = 1500  # up to which principal components are those of the matrix of all targets
 
 
@@ -113,23 +113,30 @@ class Columns:
         scale = np.where(varies, deviation, np.maximum(1e-9 * np.maximum(1, np.abs(center)), deviation))
         firsts = (sample.firsts - center) / scale
         means = firsts if sample.means is sample.firsts else (sample.means - center) / scale
-        directions = _components(firsts[:, varies], seed)
+        directions = _components(_kept(firsts, varies), seed)
         # a shift of a score is then never more than the root mean square shift of the targets
         unit = math.sqrt(max(1, int(varies.sum())))
 
         def widened(part: Floats) -> npt.NDArray[np.float32]:
             if not varies.any():
                 return part.astype(np.float32)
-            of_models = part[:, varies].mean(axis=1, keepdims=True)
-            return np.concatenate([part, of_models, part[:, varies] @ directions.T / unit], axis=1).astype(np.float32)
+            kept = _kept(part, varies)
+            of_models = kept.mean(axis=1, keepdims=True)
+            return np.concatenate([part, of_models, kept @ directions.T / unit], axis=1).astype(np.float32)
 
         wide = widened(firsts)
-        within = np.concatenate([wide[:n] - wide[:n].mean(0), wide[n:] - wide[n:].mean(0)]).astype(np.float64)
-        squares = within**2
+        squares = np.concatenate([wide[:n] - wide[:n].mean(0), wide[n:] - wide[n:].mean(0)]).astype(np.float64)
+        squares *= squares
         variance = squares.mean(0)
-        fourth = (squares**2).mean(0)
+        squares *= squares
+        fourth = squares.mean(0)
         kurtosis = np.divide(fourth, variance**2, out=np.full(len(variance), 3.0), where=variance > 0)
         return cls(wide if means is firsts else widened(means), wide, np.maximum(kurtosis, 1.2), varies, n)
+
+
+def _kept(part: Floats, varies: npt.NDArray[np.bool_]) -> Floats:
+    """Pick the targets that vary, without a copy where all do."""
+    return part if varies.all() else part[:, varies]
 
 
 def _components(standardised: Floats, seed: int) -> Floats:
