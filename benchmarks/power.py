@@ -65,7 +65,7 @@ N_PICTURES = (200, 100)
 """Pictures to train and to test on: digits from 0 to 4, coloured."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Models:
     """Masks (n_models, n_train) and margins (n_models, n_targets), as they are stored."""
 
@@ -77,7 +77,7 @@ class Models:
         return Models(self.masks[rows], self.outputs[rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """A pool to draw from, its run, and what faults are made of."""
 
