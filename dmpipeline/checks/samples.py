@@ -172,7 +172,8 @@ def eigenvalues(matrix: Floats) -> Floats:
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     with threadpool_limits(1, user_api="blas"):
-        return np.linalg.eigvalsh(matrix)
+        values = np.linalg.eigvalsh(matrix)
+    return np.asarray(values, np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,8 @@ from dmpipeline.runs.targets import TargetsName, fitted_array
 from dmpipeline.runs.training import RowTrainer
 from dmpipeline.training.way import Way
 
+_LEVEL = 0.05
+
 
 def compare_views(
     run: Run, targets: TargetsName, ours: npt.NDArray[Any], theirs: npt.NDArray[Any], *, n_rows: int, first_row: int = 0
@@ -71,21 +73,28 @@ def best_views(
     Returns
     -------
     finding : Finding
-        It fails where other views fit clearly better than `own`.
+        It fails where other views fit clearly better than `own`, which they would by chance in 5% of comparisons at
+        most: targets share their noise, so that means of both sides may well lie apart in the direction of a change.
     """
+    from scipy.stats import norm  # slow to import
+
     deviation = ours.std(axis=0, dtype=np.float64)
     unit = np.where(deviation > 0, deviation, 1)
     apart = (theirs.mean(axis=0, dtype=np.float64) - ours.mean(axis=0, dtype=np.float64)) / unit
     noise = 1 / len(ours) + 1 / len(theirs)
-    left = {own: float((apart**2).mean()) - noise}
+    left, is_sure = {own: float((apart**2).mean()) - noise}, {own: False}
     for option, outputs in again.items():
         change = (outputs.astype(np.float64) - ours[: len(outputs)]) / unit
+        # how far apart means are along the change, and by how much that scatters if nothing but models differs
+        along = change.mean(axis=0) / len(unit)
+        scatter = float((ours @ (along / unit)).std()) * math.sqrt(noise)
+        is_sure[option] = float(apart @ along) > norm.isf(_LEVEL / len(again)) * scatter
         # what few rows leave unknown of the change is noise as well
         more = change.var(axis=0, ddof=1).mean() / len(outputs) if len(outputs) > 1 else 0.0
         left[option] = float(((apart - change.mean(axis=0)) ** 2).mean()) - noise - float(more)
     shifts = {option: math.sqrt(max(0.0, square)) for option, square in left.items()}
     best = min(left, key=lambda option: left[option])
-    fits = best == own or left[own] - left[best] < noise
+    fits = not is_sure[best] or left[own] - left[best] < noise
     listed = ", ".join(f"{option} {shift:.3f}" for option, shift in sorted(shifts.items(), key=lambda pair: pair[1]))
     told = f"views at test time that fit the reference best: {best}; root mean square shift left with each: {listed}"
     if not fits:

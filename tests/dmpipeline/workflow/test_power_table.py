@@ -100,3 +100,12 @@ def test_views_are_told_by_the_shift_that_rows_trained_again_show():
     assert not finding.passed
     assert "fit the reference best: none" in finding.detail
     assert best_views("mirror", ours, theirs - change, again).passed
+
+
+def test_views_are_blamed_by_chance_in_at_most_a_twentieth_of_comparisons_though_targets_share_their_noise():
+    rng, blamed = np.random.default_rng(0), 0
+    for _ in range(200):
+        ours, theirs = (rng.normal(size=(n, 1)) + 0.3 * rng.normal(size=(n, 40)) for n in (400, 300))
+        again = {views: ours[:8] + 0.1 * rng.normal(size=(8, 1)) for views in ("none", "channel_flip")}
+        blamed += not best_views("mirror", ours, theirs, again).passed
+    assert blamed <= 15
