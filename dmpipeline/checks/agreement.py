@@ -32,7 +32,7 @@ from dmpipeline.checks.samples import (
     Sample,
     Shape,
     critical_value,
-    eigen,
+    eigenvalues,
     ks_critical,
     permuted,
 )
@@ -300,40 +300,52 @@ def _aggregates(
     share = level * _SHARES["aggregates"] / len(_AGGREGATES)
     values = np.asarray(columns.firsts[:, :t], np.float64)
     values = np.concatenate([values[:n] - values[:n].mean(0), values[n:] - values[n:].mean(0)])
+    alike = _correlations(values)
     bounds = [
         _Bound.of(check, float((difference**2).mean()), _noise_weights(of, error), share_high=share, share_low=level)
         for check, difference, error, of in (
-            ("rms_shift", moments.shift[:t], moments.shift_error[:t], values),
-            ("rms_spread", moments.log_ratio[:t], moments.log_ratio_error[:t], values**2),
+            ("rms_shift", moments.shift[:t], moments.shift_error[:t], alike),
+            ("rms_spread", moments.log_ratio[:t], moments.log_ratio_error[:t], _correlations(values**2)),
         )
     ]
     # a difference of empirical distribution functions is a Brownian bridge, whose squares have weights 1 / (pi k)^2
     error = np.full(t, math.sqrt(1 / n + 1 / sample.n_theirs))
     bridge = 1 / (math.pi * np.arange(1, _BRIDGE_TERMS + 1)) ** 2
     bridge[-1] += 1 / 6 - bridge.sum()
-    weights = np.outer(_noise_weights(values, error), bridge).ravel()
+    weights = np.outer(_noise_weights(alike, error), bridge).ravel()
     weights = np.sort(weights)[::-1]
     bounds.append(_Bound.of("rms_shape", shape.square, weights, share_high=share, share_low=level))
     return tuple(bounds)
 
 
-def _noise_weights(values: Floats, error: Floats) -> Floats:
+def _sampled(n_targets: int) -> npt.NDArray[np.intp]:
+    """Choose the targets whose correlations stand for those of all."""
+    return np.linspace(0, n_targets - 1, min(n_targets, _SAMPLE_TARGETS)).astype(np.intp)
+
+
+def _correlations(values: Floats) -> Floats:
+    """Correlate sampled targets of values, shape (n_models, n_targets); a target that never varies with none."""
+    picked = _sampled(values.shape[1])
+    values = values if len(picked) == values.shape[1] else values[:, picked]
+    centered = values - values.mean(axis=0)
+    covariance = centered.T @ centered / len(centered)
+    deviation = np.sqrt(np.diagonal(covariance))
+    unit = np.where(deviation > 0, deviation, 1)
+    return np.asarray(covariance / np.outer(unit, unit))
+
+
+def _noise_weights(correlations: Floats, error: Floats) -> Floats:
     """Decompose the noise of a mean square over targets, by how values correlate; the weights add up to the whole.
 
     Parameters
     ----------
-    values : array of float64, shape (n_models, n_targets)
+    correlations : array of float64, shape (n_sampled, n_sampled)
+        Of the sampled targets.
     error : array of float64, shape (n_targets,)
         Standard error of each target's difference.
     """
-    n_targets = values.shape[1]
-    if n_targets > _SAMPLE_TARGETS:
-        picked = np.linspace(0, n_targets - 1, _SAMPLE_TARGETS).astype(np.intp)
-        values, error = values[:, picked], error[picked]
-    deviation = values.std(axis=0)
-    standard = (values - values.mean(axis=0)) * (error / np.where(deviation > 0, deviation, 1))
-    covariance = standard.T @ standard / len(standard)
-    weights = np.maximum(eigen(covariance)[0][::-1], 0) / values.shape[1]
+    error = error[_sampled(len(error))]
+    weights = np.maximum(eigenvalues(correlations * np.outer(error, error))[::-1], 0) / len(error)
     total = float((error**2).mean())
     return np.asarray(weights + max(0.0, total - float(weights.sum())) / len(weights))
 

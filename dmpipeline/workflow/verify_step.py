@@ -249,9 +249,7 @@ class _Comparison:
         )
         ours = self._ours(part, max_rows)
         if rows.masks is not None:
-            for start in range(0, len(ours), _FEW_ROWS):
-                own = self._our_masks(part, start, min(start + _FEW_ROWS, len(ours)))
-                self._our_subsets += keys_of_masks(own.view(np.int8)).tolist()
+            self._know_our_subsets(part, len(ours))
         most = min(max_rows, rows.n_available)
         looks = portions(most)
         law = law_of(spec, rows.masks.shape[1]) if rows.masks is not None else None
@@ -295,6 +293,11 @@ class _Comparison:
     def _our_masks(self, part: Part, start: int, stop: int) -> npt.NDArray[np.bool_]:
         rows = slice(part.rows.start + start, part.rows.start + stop)
         return np.asarray(open_rows(self.run, "train_masks", rows)[0 : stop - start], np.bool_)
+
+    def _know_our_subsets(self, part: Part, n_rows: int) -> None:
+        for start in range(0, n_rows, _FEW_ROWS):
+            own = self._our_masks(part, start, min(start + _FEW_ROWS, n_rows))
+            self._our_subsets += keys_of_masks(own.view(np.int8)).tolist()
 
     def _keep(self, masks: npt.NDArray[np.bool_] | None, outputs: npt.NDArray[Any], law: MaskLaw | None) -> None:
         self._outputs.append(outputs.astype(np.float32) if outputs.dtype.kind in "iub" else outputs)

@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 from dmpipeline.checks.agreement import compare_outputs, rms_shape_margin, shape_margin
+from dmpipeline.checks.samples import _least
 from dmpipeline.errors import SpecError
 
 N_TARGETS = 40
@@ -119,6 +120,15 @@ def test_distances_are_those_of_scipy_where_values_repeat_too():
     agreement = compare_outputs(ours, theirs)
     expected = [ks_2samp(ours[:, i], theirs[:, i]).statistic for i in range(N_TARGETS)]
     np.testing.assert_allclose(agreement.distance, expected, atol=1e-6)
+
+
+def test_a_permutation_takes_as_many_models_though_the_numbers_that_order_them_repeat():
+    numbers = np.random.default_rng(0).integers(0, 12, (50, 30)).astype(np.float32)
+    labels = _least(numbers, 13)
+    assert set(np.unique(labels)) == {0, 1}
+    assert (labels.sum(axis=1) == 13).all()
+    taken, left = np.where(labels == 1, numbers, -1).max(axis=1), np.where(labels == 0, numbers, 99).min(axis=1)
+    assert (taken <= left).all()
 
 
 def test_shifts_and_errors_are_those_of_welch():
