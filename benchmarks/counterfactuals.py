@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
 from small_mnist import save_mnist
 
 from dmpipeline import Datamodels, Run, RunSpec, debiased, workflow
@@ -56,6 +59,7 @@ def main() -> None:
         estimates[f"bend of {names}"] = bent(first, [runs[alpha] for alpha in others], cases)
     both = np.stack([plain[:, 0], estimates[f"bend of {names}"]], axis=1)
     estimates[f"{next(iter(runs))}% and bend, a scale each"] = crossed(both, truth, cases["target"])
+    estimates[f"mean of {next(iter(runs))}% and bend"] = both.mean(axis=1)
     if asked.keep:
         named = {f"estimate {name}": estimate for name, estimate in estimates.items()}
         np.savez(asked.keep, **cases, **named, after=after, before=before)
@@ -157,18 +161,23 @@ def ceiling(after: np.ndarray, before: np.ndarray, target: np.ndarray) -> float:
 
 def table(estimates, truth, cases, after, before):
     """Print correlations, pooled and within each kind and size, and what really happens of what is foreseen."""
-    groups = {"all": np.ones(len(truth), bool)}
-    for kind, size in itertools.product(range(len(KINDS)), np.unique(cases["size"])):
-        groups[f"{KINDS[kind]} {size}"] = (cases["kind"] == kind) & (cases["size"] == size)
+    sizes = np.unique(cases["size"]).tolist()
+    groups = {f"up to {size}": cases["size"] <= size for size in sizes[::-1]}
+    for kind, size in itertools.product(range(len(KINDS)), sizes):
+        some = (cases["kind"] == kind) & (cases["size"] == size)
+        if some.any():  # there may be fewer helpful examples
+            groups[f"{KINDS[kind]} {size}"] = some
+    widest = [max(len(word) for word in name.split()) for name in ("ceiling", *estimates)]
     for title, cell in (("Pearson correlation", correlation), ("measured of predicted change", ratio)):
-        print(f"\n{title}")
-        print(f"{'':28}" + "".join(f"{name:>13}" for name in groups))
-        if cell is correlation:
-            limits = [ceiling(after[some], before, cases["target"][some]) for some in groups.values()]
-            print(f"{'ceiling':28}" + "".join(f"{limit:13.3f}" for limit in limits))
-        for name, predicted in estimates.items():
-            print(f"{name:28}" + "".join(f"{cell(predicted[some], truth[some]):13.3f}" for some in groups.values()))
-    print(f"\n{len(truth):,} sets of {len(np.unique(cases['target']))} targets, {after.shape[1]} retrainings each")
+        shown = Table(
+            Column("sets", no_wrap=True), Column("ceiling", no_wrap=True), *estimates, title=title, box=box.SIMPLE
+        )
+        for name, some in groups.items():
+            limit = ceiling(after[some], before, cases["target"][some])
+            cells = [f"{cell(predicted[some], truth[some]):.3f}" for predicted in estimates.values()]
+            shown.add_row(name, f"{limit:.3f}" if cell is correlation else "", *cells)
+        Console(width=14 + sum(widest) + 2 * len(widest) + 20).print(shown)
+    print(f"{len(truth):,} sets of {len(np.unique(cases['target']))} targets, {after.shape[1]} retrainings each")
 
 
 def correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
