@@ -56,6 +56,8 @@ Array = np.ndarray[Any, Any]
 OTHER_LR = 1.5
 """By how much the step size of the second pool is larger."""
 OTHER_ALPHA = 0.2
+N_OTHER_ALPHA = 200
+"""Models of it: a hundredth of the most rows."""
 N_FITTED = 2000
 """Models that datamodels are fitted to, whose weights are then written as those of another space."""
 N_AGAIN = 8
@@ -228,7 +230,7 @@ def digits_bench(cache: Path, n_models: int) -> Bench:
     recipe = {"lr": find_recipe(RunSpec().recipe).lr * OTHER_LR}
     others = {
         "lr": margins_of(trained(cache / f"lr-{n_models}", n_models=max(1, n_models // 2), recipe=recipe, **margins)),
-        "alpha": margins_of(trained(cache / f"alpha-{n_models}", n_models=200, alpha=OTHER_ALPHA, **margins)),
+        "alpha": margins_of(trained(cache / f"alpha-{n_models}", n_models=N_OTHER_ALPHA, alpha=OTHER_ALPHA, **margins)),
     }
     return Bench(run, find_reference(run, run), margins_of(run), others)
 
@@ -245,13 +247,15 @@ def coloured_digits(path: Path) -> None:
     pictures = shapes[..., None] * colours[:, None, None, :] + rng.normal(0, 0.1, (len(labels), 8, 8, 3))
     pictures = (np.clip(pictures, 0, 1) * 255).astype(np.uint8)
     train, test = pictures[: N_PICTURES[0]], pictures[N_PICTURES[0] :]
+    unfinished = path.with_suffix(".part.npz")
     np.savez(
-        path,
+        unfinished,
         train_inputs=train,
         train_labels=labels[: N_PICTURES[0]],
         test_inputs=np.concatenate([test, test[:, :, ::-1], test[..., ::-1]]),
         test_labels=np.tile(labels[N_PICTURES[0] :], 3),
     )
+    unfinished.replace(path)
 
 
 @functools.cache
@@ -513,16 +517,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     named = [fault.strip() for fault in given.faults.split(",")] if given.faults else []
     faults = named or (["clean", "clean pictures"] if given.looks else everything)
-    counts = sorted(int(count.replace("_", "")) for count in given.rows.split(","))
+    try:
+        counts = sorted(int(count.replace("_", "")) for count in given.rows.split(","))
+    except ValueError:
+        parser.error(f"--rows {given.rows}: write counts with commas, as 100,300")
     if unknown := [fault for fault in faults if fault not in everything]:
         parser.error(f"--faults {', '.join(unknown)}: no such fault; choose of {', '.join(everything)}")
     least = max(counts[-1] + LEAST_MODELS, 2 * counts[-1] if "another step size" in faults else 0)
     least = max(least, N_FITTED + min(counts[-1], MOST_HELD_OUT) if OF_WEIGHTS in faults else 0)
-    if given.models < least or counts[0] < LEAST_MODELS or min(given.draws, given.jobs, given.ours) < 1:
+    if given.models < least or min(counts[0], given.ours) < LEAST_MODELS or min(given.draws, given.jobs) < 1:
         parser.error(
-            f"--models {given.models}, --rows {given.rows}, --draws {given.draws}, --jobs {given.jobs}: these need "
-            f"{least:,} models, {LEAST_MODELS} rows, a draw and a process, or more"
+            f"--models {given.models}, --rows {given.rows}, --ours {given.ours}, --draws {given.draws}, --jobs "
+            f"{given.jobs}: these need {least:,} models, {LEAST_MODELS} rows and of ours, a draw and a process, or more"
         )
+    if counts[-1] > 100 * N_OTHER_ALPHA:
+        parser.error(f"--rows {given.rows}: {100 * N_OTHER_ALPHA:,} at most")
     if given.looks and OF_WEIGHTS in faults:
         parser.error(f"--looks: {OF_WEIGHTS} are compared once; leave them out")
     cache = given.cache.resolve()

@@ -20,5 +20,7 @@ def save_mnist(folder: Path) -> str:
     train, test = order[:-500], order[-500:]
     parts = {"train_inputs": inputs[train], "train_labels": labels[train]}
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **parts, test_inputs=inputs[test], test_labels=labels[test])
+    unfinished = path.with_suffix(".part.npz")
+    np.savez(unfinished, **parts, test_inputs=inputs[test], test_labels=labels[test])
+    unfinished.replace(path)
     return str(path)

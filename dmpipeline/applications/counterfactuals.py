@@ -20,7 +20,7 @@ from dmpipeline.applications.curvature import bent_changes
 from dmpipeline.applications.evidence import Asked, Evidence, checked_indices, find_evidence
 from dmpipeline.applications.retraining import Retrained, TrainingSet, retrain
 from dmpipeline.errors import SpecError
-from dmpipeline.runs.targets import TargetsName, fitted_array
+from dmpipeline.runs.targets import TargetsName
 from dmpipeline.tables import Table
 
 Order = Literal["helpful", "harmful", "mixed", "random"]
@@ -119,8 +119,8 @@ class Counterfactuals(Table[Counterfactual]):
         if self.alpha is None or self.alpha < POOR_ALPHA or self.bent_by:
             return None
         return (
-            f"datamodels of {self.alpha:.0%} subsets foresee removals worse than those of 50%, and too small; ask a "
-            "run of 50%, or both"
+            f"datamodels of {self.alpha:.0%} subsets foresee removals less well than those of 50% do, and as too "
+            "small; ask datamodels of 50%"
         )
 
     def changes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -226,13 +226,7 @@ def counterfactuals(
     alpha, bent_by = evidence.alpha, tuple(each.name for each in asked_too)
     if n_retrainings == 0:
         return Counterfactuals(tuple(rows), alpha, level, bent_by)
-    run = evidence.require_run("what models are retrained with is")
-    if fitted_array(run, evidence.targets).partition("_")[2] != fitted_array(run).partition("_")[2]:
-        raise SpecError(
-            f"{evidence.name} has datamodels of {fitted_array(run, evidence.targets)}, but {fitted_array(run)} is what "
-            "retraining measures; leave retraining out, or ask of test examples",
-            field="n_retrainings",
-        )
+    run = evidence.require_measurable()
     sets = [TrainingSet.of(evidence.n_train, without=case.add) for case in cases]
     sets += [TrainingSet.of(evidence.n_train, without=case.remove) for case in cases]
     retrained = retrain(run, sets, n_retrainings, device=device, progress=progress)

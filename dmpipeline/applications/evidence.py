@@ -82,7 +82,8 @@ class Evidence:
         """
         picked = None if targets is None else np.asarray(self.checked(targets), np.intp)
         if self._held is not None and picked is not None and set(picked.tolist()) <= set(self._held):
-            picked = np.array([self._held.index(target) for target in picked.tolist()], np.intp)
+            places = {target: place for place, target in enumerate(self._held)}
+            picked = None if tuple(picked) == self._held else np.array([places[i] for i in picked.tolist()], np.intp)
         elif not self.is_at_hand:
             loaded = Datamodels.load(self.name, catalog=self._catalog, targets=picked, space=self._space, to=self._to)
             return loaded.to_raw(mean=self._share()) if loaded.space == "standardised" else loaded
@@ -144,6 +145,23 @@ class Evidence:
         if self.run is None:
             raise _no_run(self.name, what)
         return self.run
+
+    def require_measurable(self) -> Run:
+        """Return the run that models are retrained with.
+
+        Raises
+        ------
+        SpecError
+            If there is none on disk, or retraining would measure another output than the datamodels predict.
+        """
+        run = self.require_run("what models are retrained with is")
+        if fitted_array(run, self.targets).partition("_")[2] != fitted_array(run).partition("_")[2]:
+            raise SpecError(
+                f"{self.name} has datamodels of {fitted_array(run, self.targets)}, but {fitted_array(run)} is what "
+                "retraining measures; leave retraining out, or ask of test examples",
+                field="n_retrainings",
+            )
+        return run
 
     def labels(self) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any] | None]:
         """Return the labels of training examples and of targets, as the dataset numbers them; None if not known."""

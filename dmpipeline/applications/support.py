@@ -218,7 +218,7 @@ def data_support(
             field="mislabel",
         )
     if certify:
-        evidence.require_run("what models are retrained with is")
+        evidence.require_measurable()
     work = _Work(evidence, dataset, certify, level, device, progress)
     datamodels = evidence.datamodels(picked)
     weights = np.ascontiguousarray(datamodels.weight.T, np.float64)

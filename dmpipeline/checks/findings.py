@@ -89,7 +89,7 @@ class Verification(Table[Finding]):
     n_rows : int
         Rows of the reference that were read; of a run by itself, its own.
     usd : float or None
-        Dollars that reading the reference cost; None without one.
+        Dollars that reading the reference cost, at most; None without one.
     """
 
     verdict: VerdictName

@@ -57,7 +57,7 @@ def expected_repeats(spec: RunSpec, n_subsets: int, n_train: int) -> float:
 
 
 def expected_in_common(spec: RunSpec, n_ours: int, n_theirs: int, n_train: int) -> float:
-    """Bound how many subsets two ensembles that draw by a spec are expected to have in common: pairs that are equal."""
+    """Bound how many subsets two ensembles that draw by a spec are expected to share, by the number of equal pairs."""
     return n_ours * n_theirs * sum(math.exp(count + 2 * p) for count, p in _masks_by_probability(spec, n_train))
 
 

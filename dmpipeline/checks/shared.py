@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmpipeline.checks.repeats import UNLIKELY, expected_in_common, telling_digest
-from dmpipeline.checks.verification import TOLERANCE, row_difference
+from dmpipeline.checks.verification import TOLERANCE
 from dmpipeline.draws.chance import is_beyond_chance
 from dmpipeline.spec import MASK_LAWS, RunSpec
 
@@ -86,7 +86,7 @@ def shared_rows(
     if not our_keys or not their_keys:
         wide = np.result_type(ours, theirs)
         our_keys, their_keys = (
-            [telling_digest(row) for row in side.astype(wide, copy=False)] for side in (ours, theirs)
+            [telling_digest(row.astype(wide, copy=False)) for row in side] for side in (ours, theirs)
         )
     elif spec.masks in MASK_LAWS:
         counts = len(set(our_keys)), len(set(their_keys))
@@ -99,14 +99,23 @@ def shared_rows(
     in_common = set(places) & set(their_keys) - {None}
     if not is_beyond_chance(len(in_common), expected, rarely=UNLIKELY):
         return Shared(is_same, is_again, *apart)
+    sound = np.isfinite(ours).all(axis=1)
+    near = TOLERANCE * (ours if sound.all() else ours[sound]).std(axis=0, dtype=np.float64)
     turns: dict[Hashable, int] = {}
     for j, key in enumerate(their_keys):
         if key not in in_common:
             continue
-        is_same[j] = any(row_difference(ours[i], theirs[j]) <= TOLERANCE for i in places[key])
+        is_same[j] = any(_is_one(ours[i], theirs[j], near) for i in places[key])
         is_again[j] = not is_same[j]
         if is_same[j] or turns.setdefault(key, len(turns)) % 2:
             apart[1][j] = False
         else:
             apart[0][places[key]] = False
     return Shared(is_same, is_again, *apart)
+
+
+def _is_one(own: npt.NDArray[Any], other: npt.NDArray[Any], near: npt.NDArray[np.float64]) -> bool:
+    """Tell whether every target differs by rounding alone: by less than `near`, a share of its spread over models."""
+    rounding = max((float(np.finfo(side.dtype).eps) for side in (own, other) if side.dtype.kind == "f"), default=0.0)
+    wide = own.astype(np.float64)
+    return bool((np.abs(wide - other) <= near + rounding * np.abs(wide)).all())

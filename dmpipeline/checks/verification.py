@@ -206,11 +206,10 @@ def replay_prepared(prepared: Prepared, row: int, *, device: str = "cpu", way: W
     same = all(np.array_equal(stored[name], again[name]) for name in spec.arrays)
     if not np.array_equal(stored["train_masks"], again["train_masks"]):
         return Replay(row, same, dict.fromkeys(spec.arrays[1:], float("inf")))
-    return Replay(row, same, {name: row_difference(stored[name], again[name]) for name in spec.arrays[1:]})
+    return Replay(row, same, {name: _difference(stored[name], again[name]) for name in spec.arrays[1:]})
 
 
-def row_difference(stored: npt.NDArray[Any], again: npt.NDArray[Any]) -> float:
-    """Return by how much a row's outputs differ from others, see `Replay.differences`."""
+def _difference(stored: npt.NDArray[Any], again: npt.NDArray[Any]) -> float:
     if stored.dtype.kind == "i":
         return float((stored != again).mean())
     wide = stored.astype(np.float64)

@@ -85,12 +85,8 @@ class Question:
             if not stack.enter_context(headers_paid_for(talk, [f"{name}/weight"], terms, **self.spending)):
                 yield None
                 return
-            if row is not None:
-                found = opening.look_up(f"{name}/weight", terms, catalog=chosen)
-                parts = pricing.price_artifacts(found, terms, key=(row,))
-            else:
-                picked = None if columns is None else np.asarray(columns, np.intp)
-                parts = price_load(name, catalog=chosen, targets=picked, to=self.to)
+            picked = None if columns is None else np.asarray(columns, np.intp)
+            parts = price_load(name, catalog=chosen, targets=picked, example=row, to=self.to)
             priced = Priced.all_of(parts, terms)
             base = name.rpartition("/")[0]
             # whose they are is read off the name, as find_evidence does

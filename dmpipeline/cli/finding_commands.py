@@ -177,7 +177,13 @@ def embed(
         if evidence is None:
             return
         if directions:
-            check_removal(evidence.n_train, evidence.n_targets if columns is None else len(columns), k, retrain)
+            n_columns = evidence.n_targets if columns is None else len(columns)
+            check_removal(evidence.n_train, n_columns, k, retrain)
+            n_embedded, n_features = (evidence.n_train, n_columns)[:: 1 if of == "train" else -1]
+            n_directions = min(components, n_embedded - 1, n_features)
+            checked_indices(directions, n_directions, "direction", field="remove")
+            if retrain:
+                evidence.require_measurable()
             evidence = evidence.held(columns)  # weights of a release are paid once
         found = embedded(evidence, of=of, columns=columns, n_components=components, seed=seed)
         facts, tables = found.as_dict(), [_directions(found)]

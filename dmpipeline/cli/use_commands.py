@@ -235,7 +235,7 @@ def counterfactual(
         facts |= {"bent_by": list(answers.bent_by), "advice": answers.advice}
         talk.print_data(facts, _answer(answer, level))
         if answers.advice is not None:
-            talk.remark(f"{answers.advice}: --with RUN")
+            talk.remark(answers.advice + ("" if evidence.run is None else ", or add such a run: --with RUN"))
         if not retrain and evidence.run is not None:
             talk.remark(CHECK_BY_RETRAINING)
 

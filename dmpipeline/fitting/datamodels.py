@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dmdata
-from dmdata.errors import CatalogError, FormatError
+from dmdata.errors import CatalogError, FormatError, SelectionError
 from dmdata.layout.archives import TAIL_BYTES
 from dmdata.layout.formats import PT_HEAD_BYTES
 from dmdata.release import opening, pricing
@@ -291,24 +291,28 @@ def price_load(
     *,
     catalog: dmdata.CatalogLike = None,
     targets: slice | NDArray[np.integer[Any]] | None = None,
+    example: int | None = None,
     to: str | None = None,
 ) -> list[tuple[dmdata.Artifact, dmdata.Estimate]]:
     """Price what `Datamodels.load` reads, tensor by tensor, by what a catalog claims; an address's header is read.
 
-    Takes what `Datamodels.load` takes, and raises what it does.
+    Takes and raises what `Datamodels.load` does. With `example` it prices the weights of that training example for all
+    targets instead.
     """
     terms, chosen = opening.in_force(to, catalog)
     picked = slice(None) if targets is None else targets
     keys: dict[str, Any] = {"weight": (slice(None), picked)} | dict.fromkeys((*_TENSORS[1:], *_OF_TARGETS), (picked,))
+    keys[_OF_MODELS] = slice(None)
+    if example is not None:
+        keys = {"weight": (example,)}
     priced: list[tuple[dmdata.Artifact, dmdata.Estimate]] = []
-    for tensor, key in (keys | {_OF_MODELS: None}).items():
+    for tensor, key in keys.items():
         try:
             found = opening.look_up(f"{os.fspath(name)}/{tensor}", terms, catalog=chosen)
-        except (FormatError, CatalogError):
+            priced += pricing.price_artifacts(found, terms, key=key)
+        except (FormatError, CatalogError, SelectionError):  # one of another shape is not read
             if tensor in _TENSORS:
                 raise
-            continue
-        priced += pricing.price_artifacts(found, terms, key=slice(None) if key is None else key)
     first, price = priced[0]
     if first.at is None:  # an object's header is read once, for all its tensors
         header = pricing.same_both_ways(PT_HEAD_BYTES + TAIL_BYTES, 1, terms, table=pricing.named_prices(first, terms))

@@ -19,7 +19,14 @@ _LEVEL = 0.05
 
 
 def compare_views(
-    run: Run, targets: TargetsName, ours: npt.NDArray[Any], theirs: npt.NDArray[Any], *, n_rows: int, first_row: int = 0
+    run: Run,
+    targets: TargetsName,
+    ours: npt.NDArray[Any],
+    theirs: npt.NDArray[Any],
+    *,
+    n_rows: int,
+    first_row: int = 0,
+    n_subsets: tuple[int, int] | None = None,
 ) -> Finding | None:
     """Train the first rows again with each `tta` of the recipe, and see which shift brings ours to the reference.
 
@@ -34,6 +41,8 @@ def compare_views(
     n_rows : int
         Rows to train with each.
     first_row : int
+    n_subsets : tuple of int, optional
+        Of ours and of the reference's models, where some were trained on one subset: these are not independent.
 
     Returns
     -------
@@ -53,11 +62,16 @@ def compare_views(
         other = Prepared(run, prepared.dataset, recipe.model_copy(update={"tta": option}))
         # the run's own way may not know other views; one by one, every network is trained
         again[option] = RowTrainer(run, other.trainer(way=Way("loop", 1))).rows(rows)[array]
-    return best_views(recipe.tta, ours, theirs, again)
+    return best_views(recipe.tta, ours, theirs, again, n_subsets=n_subsets)
 
 
 def best_views(
-    own: str, ours: npt.NDArray[Any], theirs: npt.NDArray[Any], again: Mapping[str, npt.NDArray[Any]]
+    own: str,
+    ours: npt.NDArray[Any],
+    theirs: npt.NDArray[Any],
+    again: Mapping[str, npt.NDArray[Any]],
+    *,
+    n_subsets: tuple[int, int] | None = None,
 ) -> Finding:
     """Say which views bring ours to the reference.
 
@@ -69,6 +83,8 @@ def best_views(
         All finite.
     again : dict of str to array of float, shape (n_rows, n_targets)
         For each other views, what the first models of ours give with them.
+    n_subsets : tuple of int, optional
+        As for `compare_views`.
 
     Returns
     -------
@@ -81,7 +97,8 @@ def best_views(
     deviation = ours.std(axis=0, dtype=np.float64)
     unit = np.where(deviation > 0, deviation, 1)
     apart = (theirs.mean(axis=0, dtype=np.float64) - ours.mean(axis=0, dtype=np.float64)) / unit
-    noise = 1 / len(ours) + 1 / len(theirs)
+    # as if retrainings of one subset were one model: no less than their noise
+    noise = sum(1 / n for n in n_subsets or (len(ours), len(theirs)))
     left, is_sure = {own: float((apart**2).mean()) - noise}, {own: False}
     for option, outputs in again.items():
         change = (outputs.astype(np.float64) - ours[: len(outputs)]) / unit

@@ -338,7 +338,7 @@ class _Comparison:
         sides = [side[flags] for side, flags in zip((ours, theirs), good, strict=True)]
         groups = [numbers[flags] for numbers, flags in zip(groups, good, strict=True)]
         if min(len(np.unique(numbers)) for numbers in groups) < LEAST_MODELS:
-            both = ", without those of both," if told else ""
+            both = ", without those that both have," if told else ""
             told = (
                 f"{len(sides[0]):,} of our models and {len(sides[1]):,} of the reference{both} are too few to compare"
             )
@@ -415,11 +415,19 @@ class _Comparison:
 
     def _of_views(self, ours: npt.NDArray[Any], part: Part, n_rows: int) -> Iterator[Finding]:
         theirs = np.concatenate(self._outputs)
-        theirs = theirs[np.isfinite(theirs).all(axis=1)]
+        good = np.isfinite(theirs).all(axis=1)
+        groups = np.asarray(self._groups) if self._groups else self.reference.part.groups(len(theirs))
+        theirs, groups = theirs[good], groups[good]
         if len(theirs) < LEAST_MODELS or not np.isfinite(ours).all():
             return
         finding = compare_views(
-            self.run, self.reference.targets, ours, theirs, n_rows=n_rows, first_row=part.rows.start
+            self.run,
+            self.reference.targets,
+            ours,
+            theirs,
+            n_rows=n_rows,
+            first_row=part.rows.start,
+            n_subsets=(len(np.unique(part.groups(len(ours)))), len(np.unique(groups))),
         )
         if finding is not None:
             yield finding

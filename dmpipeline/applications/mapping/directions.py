@@ -122,7 +122,7 @@ def what_removal_does(
     check_removal(
         evidence.n_train, len(embedding.indices if embedding.of == "targets" else embedding.features), k, n_retrainings
     )
-    run = evidence.require_run("to retrain is") if n_retrainings else None
+    run = evidence.require_measurable() if n_retrainings else None
     on_embedded, on_features = (embedding.scores.T, embedding.indices), (embedding.loadings, embedding.features)
     is_of_targets = embedding.of == "targets"
     removed = _ends(on_features if is_of_targets else on_embedded, numbers, k, "k")

@@ -67,7 +67,7 @@ def test_examples_without_a_weight_change_nothing(planted):
 def test_datamodels_nearer_the_full_set_say_which_foresee_better(bent):
     half, more = bent
     cases = [Case(0, (1, 2))]
-    assert "75% subsets foresee removals worse than those of 50%" in dmpipeline.counterfactuals(more, cases).advice
+    assert "75% subsets foresee removals less well than those of 50%" in dmpipeline.counterfactuals(more, cases).advice
     assert dmpipeline.counterfactuals(half, cases).advice is None
     assert dmpipeline.counterfactuals(more, cases, others=[half]).advice is None
 

@@ -152,7 +152,7 @@ def test_what_cannot_be_asked_of_an_embedding_is_refused_with_what_can(run, embe
         what_removal_does(embedding, k=41)
     with pytest.raises(SpecError, match="1 retrainings have no interval; choose 0, to predict alone, or from 2"):
         what_removal_does(embedding, n_retrainings=1)
-    with pytest.raises(SpecError, match="to retrain is known of runs alone"):
+    with pytest.raises(SpecError, match="retrained with is known of runs alone"):
         what_removal_does(embed(datamodels_of(weights())), k=3, n_targets=3, n_retrainings=5)
     with pytest.raises(SpecError, match="target 2 is asked for twice"):
         embed(run, columns=[2, 3, 2])

@@ -24,6 +24,30 @@ def test_the_same_models_are_known_by_subset_and_outputs_in_any_order_and_to_rou
     assert "all 40 rows of the reference that were read are models that ours holds too" in shared.in_words()
 
 
+def swapped(theirs):
+    theirs[:, [3, 7]] = theirs[:, [7, 3]]
+
+
+def shifted(theirs):
+    theirs[:, 3] += 0.1
+
+
+@pytest.mark.parametrize("plant", [swapped, shifted])
+def test_models_are_not_the_same_if_any_target_differs(plant):
+    ours = np.random.default_rng(0).normal(size=(40, 1000)).astype(np.float32)
+    theirs = ours.copy()
+    plant(theirs)
+    shared = shared_rows(ours, theirs, list(range(40)), list(range(40)), SPEC, N_TRAIN)
+    assert shared.is_same.mean() < 0.1  # of a swap, rows in which both are alike by chance
+    np.testing.assert_array_equal(shared.is_again, ~shared.is_same)
+
+
+def test_targets_far_apart_do_not_make_other_trainings_the_same():
+    far = np.linspace(0, 1000, 30)  # as of a regression, where models differ little
+    ours, theirs = outputs(40) + far, outputs(40, 1) + far
+    assert shared_rows(ours, theirs, list(range(40)), list(range(40)), SPEC, N_TRAIN).is_again.all()
+
+
 def test_no_subset_is_left_on_both_sides_and_other_rows_are_left_alone():
     ours, theirs = outputs(40), outputs(40, 1)
     theirs[:5] = ours[:5]  # the same models; rows 5 to 20 are trained again, the others are of other subsets

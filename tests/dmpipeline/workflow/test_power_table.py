@@ -109,3 +109,14 @@ def test_views_are_blamed_by_chance_in_at_most_a_twentieth_of_comparisons_though
         again = {views: ours[:8] + 0.1 * rng.normal(size=(8, 1)) for views in ("none", "channel_flip")}
         blamed += not best_views("mirror", ours, theirs, again).passed
     assert blamed <= 15
+
+
+def test_retrainings_of_few_subsets_are_not_taken_for_as_many_models():
+    rng, blamed = np.random.default_rng(0), 0
+    for _ in range(200):
+        ours, theirs = (
+            np.repeat(rng.normal(size=(20, 1)), 10, axis=0) + 0.3 * rng.normal(size=(200, 40)) for _ in range(2)
+        )
+        again = {views: ours[:8] + 0.1 * rng.normal(size=(8, 1)) for views in ("none", "channel_flip")}
+        blamed += not best_views("mirror", ours, theirs, again, n_subsets=(20, 20)).passed
+    assert blamed <= 15

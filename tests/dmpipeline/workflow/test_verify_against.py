@@ -139,6 +139,20 @@ def test_a_reference_of_the_same_models_is_said_to_be_that_and_statistics_are_le
     assert f"planted/50pct of {tmp_path / 'export'}: the 100 rows that were read are models of its own" in said
 
 
+def test_copies_of_our_models_with_a_fault_are_not_passed_for_the_same(tmp_path):
+    run = planted_run(tmp_path / "planted", held_out={"n_subsets": 0})
+    folder = tmp_path / "copied"
+    export_run(run, folder)
+    (path,) = folder.rglob("test_margins_*.npy")
+    margins = np.load(path)
+    np.save(path, margins[:, [0, 1, 3, 2, *range(4, margins.shape[1])]])
+    verification = verify(run, folder)
+    assert verification.verdict == "differs"
+    assert "shared_models" in {finding.check for finding in verification}
+    np.save(path, margins + 3 * margins.std(axis=0) * (np.arange(margins.shape[1]) == 3))
+    assert verify(run, folder).verdict == "differs"
+
+
 def test_what_both_have_is_compared_on_one_side_alone(tmp_path):
     rng = np.random.default_rng(0)
     masks = rng.random((600, N_TRAIN)) < 0.5
@@ -154,7 +168,7 @@ def test_what_both_have_is_compared_on_one_side_alone(tmp_path):
     assert verification.verdict == "undecided"
     few = verify(run, half, max_rows=30)
     assert few.verdict == "undecided"
-    assert "and 15 of the reference, without those of both, are too few to compare" in detail(few, "evidence")
+    assert "and 15 of the reference, without those that both have, are too few to compare" in detail(few, "evidence")
     # trainings of their own on the same subsets: the noise of the subsets is not taken for that of two draws
     verification = verify(run, again)
     assert not failed(verification)
