@@ -75,7 +75,7 @@ def trained(folder: Path, dataset: str, alpha: int, n_models: int) -> Run:
         n_models=n_models,
         held_out={"n_subsets": 50, "n_retrainings": 10},
         outputs=["test_margins"],
-        recipe={"name": "perceptron"} if dataset == "digits" else {"name": "perceptron", "hidden": 32, "lr": 0.1},
+        recipe={"name": "perceptron"} if dataset == "digits" else {"name": "perceptron", "hidden": 32, "lr": 0.03},
         seed=11,
     )
     run = Run.create(folder / f"r{alpha}", spec)
