@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     def influence(n_models: int) -> torch.Tensor:
         task = AttributionTask(loss_func=loss, model=network, checkpoints=states[:n_models])
         attributor = IFAttributorCG(task, max_iter=10, regularization=0.1)
-        # it solves anew for each pair of a training batch and a test example, with products over all training batches
+        # it solves once more for each pair of a training batch and a test example, by products with all batches
         whole = DataLoader(sets["train"], batch_size=len(sets["train"]))
         attributor.cache(whole)
         return attributor.attribute(whole, test).detach()

@@ -468,9 +468,9 @@ def read_cells(path: Path) -> dict[tuple[Any, ...], Cell]:
 
 def write_cells(path: Path, cells: dict[tuple[Any, ...], Cell]) -> None:
     """Write all cells, whole or not at all."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"cells": [asdict(cell) for cell in cells.values()]}, indent=1) + "\n")
-    beside.replace(path)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps({"cells": [asdict(cell) for cell in cells.values()]}, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def compute(cell: Cell, cache: Path, draws: range, jobs: ProcessPoolExecutor, n_jobs: int) -> None:

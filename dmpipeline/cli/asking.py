@@ -31,6 +31,7 @@ _SPACE = click.option(
     "says, else raw]",
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device to retrain on.")
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is random.")
 CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the rows as CSV on standard output.")
 CHECK_BY_RETRAINING = "estimated; check it by retraining: add --retrain 20 to the command"
 """The remark on what is predicted alone, where it could be measured."""

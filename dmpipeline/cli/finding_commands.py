@@ -11,6 +11,7 @@ from dmpipeline.cli.asking import (
     CSV,
     DEVICE,
     RUN,
+    SEED,
     Question,
     certified_by,
     options_asking,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dmpipeline.applications.mapping.directions import Removals
     from dmpipeline.applications.mapping.embeddings import Embedding
 
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is random.")
 _OF = click.option(
     "--of",
     type=click.Choice(["targets", "train"]),
@@ -43,7 +43,7 @@ _COLUMNS = click.option(
 @RUN
 @click.argument("target", type=int)
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Of each kind, at most.")
-@_SEED
+@SEED
 @CSV
 @options_asking
 @talk_options
@@ -76,7 +76,7 @@ def similar(talk: Talk, question: Question, target: int, top: int, seed: int, as
 )
 @click.option("--duplicates", "within", flag_value="duplicates", help="List copies within the training set instead.")
 @click.option("--suspects", "within", flag_value="suspects", help="List training examples whose label looks wrong.")
-@_SEED
+@SEED
 @CSV
 @talk_options
 def leakage(
@@ -131,7 +131,7 @@ def _leakage_in_words(found: "Leakage") -> str:
     metavar="R",
     help="Of --remove: check by training R models without each end, and R on the full set; they are kept in the run.",
 )
-@_SEED
+@SEED
 @DEVICE
 @options_asking
 @talk_options
@@ -260,7 +260,7 @@ def _removals(found: "Removals") -> "Table":
 @_COLUMNS
 @click.option("--n-clusters", type=click.IntRange(min=2), help="How many. [default: by the largest eigengap]")
 @click.option("--stability/--no-stability", default=None, help="Compare with fits to halves of the models, or not.")
-@_SEED
+@SEED
 @CSV
 @options_asking
 @talk_options

@@ -12,6 +12,7 @@ from dmpipeline.cli.asking import (
     CSV,
     DEVICE,
     RUN,
+    SEED,
     Question,
     certified_by,
     options_asking,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dmpipeline.applications.evidence import Evidence
     from dmpipeline.applications.support import DataSupport
 
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of whatever is random.")
 _LEVEL = click.option(
     "--level", type=float, default=0.95, show_default=True, help="Coverage of the intervals of what is measured."
 )
@@ -43,7 +43,7 @@ _LEVEL = click.option(
     metavar="N",
     help="Fits to halves of the models that show how stable each weight is; 0 for none. [default: 20 of a run]",
 )
-@_SEED
+@SEED
 @CSV
 @options_asking
 @talk_options
@@ -166,7 +166,7 @@ def _remark_on_influences(talk: Talk, table: Any, question: Question) -> None:
     help="Check by training R models on the changed set, and R on the unchanged one; they are kept in the run.",
 )
 @_LEVEL
-@_SEED
+@SEED
 @DEVICE
 @options_asking
 @talk_options
@@ -280,7 +280,7 @@ def _answer(answer: "Counterfactual", level: float) -> "Table":
 )
 @click.option("--picture", metavar="FILE", help="Draw how many targets flip within k examples, as .svg or .png.")
 @_LEVEL
-@_SEED
+@SEED
 @DEVICE
 @CSV
 @options_asking

@@ -202,7 +202,7 @@ class Claims:
         return next(islice(free, more_than, None), None) is not None
 
     def is_hopeless(self) -> bool:
-        """Return whether so many blocks have failed that nothing more is trained."""
+        """Return whether too many blocks have failed for training to go on."""
         return self.carries_on and len(self.failed()) >= MOST_FAILED_BLOCKS
 
     def clear(self, done: Collection[int]) -> None:

@@ -152,7 +152,7 @@ def what_removal_does(
 
 
 def check_removal(n_train: int, n_targets: int, k: int, n_retrainings: int) -> None:
-    """Refuse, with SpecError, what `what_removal_does` cannot do with so many training examples and targets in all."""
+    """Raise SpecError for a `k` or a number of retrainings that `what_removal_does` cannot use on data of this size."""
     if n_targets < 2:
         raise SpecError(f"{n_targets} target has no two ends; choose two or more", field="columns", value=n_targets)
     if n_retrainings < 0 or n_retrainings == 1:
