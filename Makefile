@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers/.installed
 MEASURES := .venv-measures/.installed
+FORMATS := .venv-formats/.installed
 # what needs no server, browser or peer, and neither kills, breaks nor fuzzes for long
-QUICK := not slow and not live and not browser and not peers and not measures
+QUICK := not slow and not live and not browser and not peers and not measures and not formats
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # the many processes that tests start would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-rest test-all test-newest test-peers peers measures check lint types docs bench gpu gpu-wheels gpu-rehearsal clean
+.PHONY: install demo test test-rest test-all test-newest test-peers peers measures formats check lint types docs bench gpu gpu-wheels gpu-rehearsal explorer clean
 
 install: $(STAMP)
 
@@ -37,9 +38,9 @@ test-rest: install peers
 
 test-all: test test-rest
 
-# what public solvers and public measures of attributions say of the same arrays
-test-peers: install peers measures
-	$(PYTEST) -m "peers or measures"
+# what public solvers and measures of attributions say of the same arrays, and what other tools read of our catalogs
+test-peers: install peers measures formats
+	$(PYTEST) -m "peers or measures or formats"
 
 # dmdata alone, without torch, on the newest Python there is and the newest of every package; kills and fuzz left out
 test-newest:
@@ -101,5 +102,18 @@ $(MEASURES): pyproject.toml constraints.txt
 	.venv-measures/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)" --group measures
 	touch $(MEASURES)
 
+# the script of the page that dmpipeline report writes, from its source, and the tests of its parts; needs npm
+explorer:
+	cd dmpipeline/report/explorer && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build && npm test --silent
+
+# mlcroissant, intake and frictionless, which read exported catalogs, with dmdata for its xarray engine
+formats: $(FORMATS)
+
+$(FORMATS): pyproject.toml
+	$(PYTHON) -m venv .venv-formats
+	.venv-formats/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-formats/bin/pip install --quiet --editable '.[xarray]' --group formats
+	touch $(FORMATS)
+
 clean:
-	rm -rf $(VENV) .venv-peers .venv-measures .venv-newest demo site dist gpu-wheels
+	rm -rf $(VENV) .venv-peers .venv-measures .venv-formats .venv-newest demo site dist gpu-wheels

@@ -1,5 +1,6 @@
 """How good attributions are, and what they take: datamodels by number of models, plain and guided by gradient scores,
-those scores alone, and dattri's TRAK and influence functions where `.venv-measures` is.
+those scores alone, and dattri's TRAK and influence functions where `.venv-measures` is. Next to each TRAK are gradient
+scores of the same models, projected to the same width.
 
 All are judged by one run's held-out models: LDS with its interval over subsets. Next to it stand the ceiling, the
 models that were trained for it, and the seconds it took from nothing: of all processors, and by the clock. Those of
@@ -25,10 +26,10 @@ import numpy as np
 import torch
 from small_mnist import save_mnist
 from timing import MEASURES, Bench
-from torch import nn
 
 from dmpipeline import Run, RunSpec, evaluate, fit, gradient_scores
 from dmpipeline.draws.masks import subset_masks
+from dmpipeline.models.networks import UserNetwork
 from dmpipeline.runs.preparation import Prepared
 
 Array = np.ndarray[Any, Any]
@@ -101,12 +102,17 @@ class _Judge:
         what = f"LDS on {dataset}, {output}, {n_subsets} halves of {n_retrainings}"
         return cls(bench, what, run.array("train_masks")[rows], outputs, n_retrainings)
 
-    def add(self, name: str, estimate: Any, n_models: int, taken: Taken) -> None:
-        found = evaluate(estimate, self.masks, self.outputs, n_retrainings=self.n_retrainings)
+    def add(self, name: str, estimate: Any, n_models: int, taken: Taken) -> float:
+        """Add a row, and return the LDS."""
+        outputs = self.outputs
+        if isinstance(estimate, np.ndarray):  # perhaps of the first targets alone
+            outputs = outputs[:, : estimate.shape[1]]
+        found = evaluate(estimate, self.masks, outputs, n_retrainings=self.n_retrainings)
         ceiling = "not known, of one retraining" if np.isnan(found.lds_ceiling) else f"{found.lds_ceiling:.3f}"
         cost = f"{n_models:,} models, {taken.cpu:,.1f} s of processors, {taken.wall:,.1f} s"
         figures = [found.lds_low, found.lds, found.lds_high]
         self.bench.add(f"{self.what}: {name}", cost, f"the ceiling, {ceiling}", figures)
+        return found.lds
 
 
 def _dattri(judge: _Judge, run: Run, n_models: int, a_model: Taken, folder: Path) -> None:
@@ -116,10 +122,15 @@ def _dattri(judge: _Judge, run: Run, n_models: int, a_model: Taken, folder: Path
         return
     trainer = Prepared.of(run).trainer()
     rows, data, material = range(n_models), run.dataset(), trainer.material
-    states = trainer.states(subset_masks(run.spec, rows, data.n_train), run.spec.model_indices(rows))
+    with taking() as training:
+        states = trainer.states(subset_masks(run.spec, rows, data.n_train), run.spec.model_indices(rows))
+    network = material.network
+    if isinstance(network, UserNetwork):  # dattri's process knows nothing of ours
+        network = network.network
+        states = [{name.removeprefix("network."): value for name, value in state.items()} for state in states]
     problem = {
-        "network": material.network,
-        "states": states,
+        "network": network,
+        "states": list(states),
         "train_inputs": material.network_inputs(material.train_inputs),
         "test_inputs": material.network_inputs(material.test_inputs),
         "train_labels": torch.tensor(data.train_labels),
@@ -127,21 +138,35 @@ def _dattri(judge: _Judge, run: Run, n_models: int, a_model: Taken, folder: Path
     }
     torch.save(problem, folder / "problem.pt")
     command = [str(MEASURES / "bin" / "python"), "-I", str(Path(__file__).with_name("peer_attribution.py"))]
-    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    # threads that wait for each other count as processors' seconds: one each, ours as well
+    quiet = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True, env=quiet) as process:
         assert process.stdout is not None
         for line in process.stdout:
             said = json.loads(line)
-            taken = Taken(said["cpu_seconds"], said["wall_seconds"]) + a_model * said["n_models"]
-            judge.add(said["name"], np.load(folder / f"{said['name']}.npy"), said["n_models"], taken)
+            scoring, n = Taken(said["cpu_seconds"], said["wall_seconds"]), said["n_models"]
+            theirs = judge.add(said["name"], np.load(folder / f"{said['name']}.npy"), n, scoring + a_model * n)
+            if said["width"]:
+                _as_wide(judge, run, said, theirs, training * (n / n_models))
     if process.returncode:
         raise SystemExit("dattri ended with an error, see above; rm -r .venv-measures; make measures")
 
 
-def dattris_perceptron() -> nn.Module:
-    """The 784-128-64-10 perceptron of dattri's benchmark."""
-    layers = [nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)]
-    return nn.Sequential(nn.Flatten(), *layers)
+def _as_wide(judge: _Judge, run: Run, said: dict[str, Any], theirs: float, training: Taken) -> None:
+    """Add gradient scores of as many models projected to the same width, and how they compare with dattri's."""
+    width, n = said["width"], said["n_models"]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with taking() as taken:
+        scores = gradient_scores(run, n_models=n, projection=width)
+    torch.set_num_threads(n_threads)
+    name = f"gradient scores of {n} models, {width:,} wide"
+    ours = judge.add(name, scores, n, taken)
+    scoring = (taken.cpu - training.cpu) / n  # it trains the models itself
+    judge.bench.add(f"{judge.what}: {name}, LDS more", f"{ours:.3f}", said["name"], [ours - theirs], bar=">= 0")
+    ratio = said["cpu_seconds"] / n / scoring
+    what = f"{judge.what}: {name}, times faster a model, without training"
+    judge.bench.add(what, f"{scoring:.2f} s of processors", said["name"], [ratio], bar=">= 5")
 
 
 def _digits(_: Path, small: bool) -> RunSpec:
@@ -157,7 +182,7 @@ def _mnist(folder: Path, small: bool) -> RunSpec:
         outputs=["log_likelihoods"],
         recipe={
             "name": "module",
-            "network": "attribution:dattris_perceptron",
+            "network": "dattris_perceptron:perceptron",
             "lr": 0.01,
             "momentum": 0.9,
             "schedule": "constant",

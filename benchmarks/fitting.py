@@ -21,6 +21,7 @@ from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitting import fit_moments
 from dmpipeline.moments import binary
 from dmpipeline.moments.moments import BLOCK_ROWS, Moments
+from dmpipeline.scoring.learning import learning_curves
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +33,7 @@ def run(bench: Bench, *, small: bool) -> None:
     second_moments(bench, *((2000, 500, 50) if small else (20_000, 2000, 500)))
     second_moments(bench, *((2000, 500, 2) if small else (16_384, 10_000, 20)))
     number_of_models(bench, *((500, 200, 10) if small else (5000, 1000, 200)))
+    nine_points(bench, *((1000, 200, 10) if small else (20_000, 2000, 100)))
 
 
 def beside_peers(bench: Bench, n_models: int, n_train: int, n_targets: int) -> None:
@@ -109,12 +111,12 @@ def second_moments(bench: Bench, n_models: int, n_train: int, n_targets: int) ->
     peers = {"float32 products": float32}
     bench.compare(what, lambda: Moments.of(masks, outputs), peers, dict.fromkeys(peers, ">= 6"), memory_bytes=memory)
     pool = ThreadPoolExecutor(available_threads())
-    codes = binary.code_rows(masks)
+    codes = binary.code_rows(masks, pool)
     counts = np.zeros((n_train, n_train), np.int32)
 
     def counting() -> float:
         bits = binary.Bits(n_train, len(codes))
-        bits.append(codes)
+        bits.append(codes, pool)
         return timed(lambda: bits.add_counts(counts, pool))
 
     n_words = n_train * (n_train + 1) // 2 * -(-n_models // 64)
@@ -135,6 +137,24 @@ def number_of_models(bench: Bench, n_models: int, n_train: int, n_targets: int) 
     ]
     figures = [many / few for few, many in times[1:]]
     bench.add(f"fit x {n_train:,} x {n_targets} from moments, 14 times the models", "", "time with the fewer", figures)
+
+
+def nine_points(bench: Bench, n_models: int, n_train: int, n_targets: int) -> None:
+    """Time of a learning curve of nine points, from a sixteenth of the models on, over that of its longest fit."""
+    masks, outputs = planted(n_models * 11 // 10, n_train, n_targets, n_effects=min(40, n_train // 5), scale=0.3)
+    (own, held_out), (found, truth) = np.split(masks, [n_models]), np.split(outputs, [n_models])
+    counts = [int(count) for count in np.geomspace(n_models // 16, n_models, 9).round()]
+
+    def curve() -> None:
+        learning_curves(own, found, held_out, truth, estimates={"": fit_moments}, counts=counts, n_retrainings=1)
+
+    works = (curve, lambda: fit(own, found))
+    times: list[list[float]] = []
+    for nth in range(bench.repeats + 1):
+        rounds = [timed(work) for work in (works if nth % 2 else works[::-1])]
+        times.append(rounds if nth % 2 else rounds[::-1])
+    what = f"learning curve of nine points, {n_models:,} x {n_train:,} x {n_targets}, {len(truth):,} held out"
+    bench.add(what, "", "time of its longest fit", [of_curve / of_fit for of_curve, of_fit in times[1:]], bar="<= 1.5")
 
 
 def planted(n_models: int, n_train: int, n_targets: int, *, n_effects: int, scale: float) -> tuple[Array, Array]:

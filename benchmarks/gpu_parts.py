@@ -318,9 +318,9 @@ def int8(size: Size) -> Iterator[Row]:
         for _ in range(2):  # the first compiles
             wanted[:] = 0
             began = time.perf_counter()
-            codes = binary.code_rows(masks)
+            codes = binary.code_rows(masks, pool)
             bits = binary.Bits(n_train, len(codes))
-            bits.append(codes)
+            bits.append(codes, pool)
             counted = time.perf_counter()
             bits.add_counts(wanted, pool)
             ended = time.perf_counter()

@@ -20,7 +20,8 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from dmpipeline.applications.leakage import leakage, p_values, suspects
+from dmpipeline.applications.inspecting.suspects import suspects
+from dmpipeline.applications.leakage import leakage, p_values
 from dmpipeline.data.datasets import load_dataset
 from dmpipeline.fitting.fitted import load_datamodels
 from dmpipeline.runs.store import Run

@@ -2,9 +2,11 @@
 
 Started as `python peer_attribution.py FOLDER`, which holds problem.pt: a network, states of trained models, training
 and test inputs and labels. Each attributor's scores go to FOLDER/<name>.npy, positive where an example helps; a line of
-JSON a name says how many models it took, and its seconds: of all processors, and by the clock.
+JSON a name says how many models it took, how wide its projections are (0: there are none), and its seconds: of all
+processors, and by the clock.
 """
 
+import functools
 import json
 import sys
 import time
@@ -18,6 +20,9 @@ from dattri.task import AttributionTask
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH = 256
+LARGE = 50_000
+SOME_TARGETS = 100
+SOME_MODELS = 3
 
 
 def main(folder: Path) -> None:
@@ -63,17 +68,27 @@ def main(folder: Path) -> None:
         return attributor.attribute(whole, test).detach()
 
     n = len(states)
-    say(folder, f"dattri TRAK-{n}, as it comes", n, lambda: trak(n, 512, 0.0))
-    say(folder, f"dattri TRAK-{n}, 4,096 wide, regularised by 0.1", n, lambda: trak(n, 4096, 0.1))
-    say(folder, "dattri influence functions by conjugate gradients", 1, lambda: influence(1))
+    # of a large network, wide projections of all models and solutions for all targets take most of an hour
+    is_large = sum(value.numel() for value in states[0].values()) > LARGE
+    few = min(n, SOME_MODELS)
+    wider = ((512, n), (2048, few)) if is_large else ((2048, n), (4096, n))
+    say(folder, f"dattri TRAK-{n}, as it comes", n, 512, lambda: trak(n, 512, 0.0))
+    for width, of in wider:
+        name = f"dattri TRAK-{of}, {width:,} wide, regularised by 0.1"
+        say(folder, name, of, width, functools.partial(trak, of, width, 0.1))
+    which = slice(SOME_TARGETS) if is_large else slice(None)
+    test = DataLoader(TensorDataset(*(part[which] for part in sets["test"].tensors)), batch_size=BATCH)
+    name = "dattri influence functions by conjugate gradients"
+    say(folder, f"{name}, {SOME_TARGETS} targets" if is_large else name, 1, 0, lambda: influence(1))
 
 
-def say(folder: Path, name: str, n_models: int, work: Callable[[], torch.Tensor]) -> None:
+def say(folder: Path, name: str, n_models: int, width: int, work: Callable[[], torch.Tensor]) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     scores = work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     np.save(folder / f"{name}.npy", scores.float().numpy())
-    print(json.dumps({"name": name, "n_models": n_models, "cpu_seconds": cpu, "wall_seconds": wall}), flush=True)
+    facts = {"name": name, "n_models": n_models, "width": width, "cpu_seconds": cpu, "wall_seconds": wall}
+    print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

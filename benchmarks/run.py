@@ -4,7 +4,7 @@ A ratio above 1 says ours is faster. The bars are those of the full size; a smal
 Reading, column and mirroring need nginx (apt-get install nginx-light libnginx-mod-http-lua); s3fs takes part where
 `.venv-peers` is, and dattri where `.venv-measures` is.
 
-    python benchmarks/run.py                          # all but attribution, about fifteen minutes on two cores
+    python benchmarks/run.py                          # all that measure speed, about fifteen minutes on two cores
     python benchmarks/run.py reading mirroring        # some; see --help
     python benchmarks/run.py --size small --json x.json
     python benchmarks/run.py attribution --dataset mnist    # how good, and at what cost
@@ -19,7 +19,7 @@ from timing import Bench
 
 PARTS = ("reading", "small_reads", "column", "cache", "mirroring", "fitting", "training", "cluster", "startup")
 
-ALONE = ("attribution",)
+ALONE = ("attribution", "science")
 """Figures that are not ratios of speeds: measured where they are asked for by name."""
 
 

@@ -14,7 +14,8 @@ from server import BUCKET, nginx
 from timing import Bench
 
 import dmdata
-from dmdata.array import InObject, LazyArray
+from dmdata.array import LazyArray
+from dmdata.bodies import InObject
 
 KEY = "small.npy"
 N_THREADS = 16

@@ -8,6 +8,7 @@ Importing the package is light: a name is looked up, and what it needs is loaded
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from dmdata.late_names import late_names
@@ -15,10 +16,11 @@ from dmdata.objects import forks as _forks  # noqa: F401 - it sees all forks fro
 from dmdata.plugins.registration import register_with_fsspec
 
 if TYPE_CHECKING:
-    from dmdata.array import LazyArray
+    from dmdata.array import CatalogMismatchWarning, LazyArray
     from dmdata.catalog.entries import Artifact, Catalog
     from dmdata.catalog.roles import ModelRows
     from dmdata.copying.mirror import Progress
+    from dmdata.copying.registry import LocalMirrorWarning
     from dmdata.errors import (
         AccessError,
         BudgetError,
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
         SettingsError,
         SourceError,
     )
+    from dmdata.exchange.export import export_catalog
     from dmdata.money.ledger import Spending, budget, spend
     from dmdata.money.prices import Estimate
     from dmdata.release.copies import get, mirror
-    from dmdata.release.opening import CatalogLike, CatalogMismatchWarning, estimate, load_catalog, open  # noqa: A004
+    from dmdata.release.mirrors import forget_mirror, register_mirror
+    from dmdata.release.opening import CatalogLike, estimate, load_catalog, open  # noqa: A004
     from dmdata.release.verification import Comparison, verify
     from dmdata.views.interop import torch_dataset
 
@@ -52,6 +56,7 @@ __all__ = [
     "FormatError",
     "IntegrityError",
     "LazyArray",
+    "LocalMirrorWarning",
     "ModelRows",
     "ObjectMissingError",
     "Progress",
@@ -61,10 +66,13 @@ __all__ = [
     "Spending",
     "budget",
     "estimate",
+    "export_catalog",
+    "forget_mirror",
     "get",
     "load_catalog",
     "mirror",
     "open",
+    "register_mirror",
     "spend",
     "torch_dataset",
     "verify",
@@ -77,13 +85,14 @@ _MODULE_OF = {
     "Catalog": "dmdata.catalog.entries",
     "CatalogError": "dmdata.errors",
     "CatalogLike": "dmdata.release.opening",
-    "CatalogMismatchWarning": "dmdata.release.opening",
+    "CatalogMismatchWarning": "dmdata.array",
     "Comparison": "dmdata.release.verification",
     "DmdataError": "dmdata.errors",
     "Estimate": "dmdata.money.prices",
     "FormatError": "dmdata.errors",
     "IntegrityError": "dmdata.errors",
     "LazyArray": "dmdata.array",
+    "LocalMirrorWarning": "dmdata.copying.registry",
     "ModelRows": "dmdata.catalog.roles",
     "ObjectMissingError": "dmdata.errors",
     "Progress": "dmdata.copying.mirror",
@@ -93,16 +102,21 @@ _MODULE_OF = {
     "Spending": "dmdata.money.ledger",
     "budget": "dmdata.money.ledger",
     "estimate": "dmdata.release.opening",
+    "export_catalog": "dmdata.exchange.export",
+    "forget_mirror": "dmdata.release.mirrors",
     "get": "dmdata.release.copies",
     "load_catalog": "dmdata.release.opening",
     "mirror": "dmdata.release.copies",
     "open": "dmdata.release.opening",
+    "register_mirror": "dmdata.release.mirrors",
     "spend": "dmdata.money.ledger",
     "torch_dataset": "dmdata.views.interop",
     "verify": "dmdata.release.verification",
 }
 
 register_with_fsspec()
+# quiet unless the program that uses it sets logging up
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 _value_of = late_names(__name__, _MODULE_OF)

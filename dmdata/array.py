@@ -6,37 +6,41 @@ address, never with credentials, and its repr touches nothing.
 """
 
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
+from dmdata.bodies import (
+    AsNpy,
+    Found,
+    InObject,
+    InZarr,
+    Preference,
+    Unread,
+    cheapest_plan,
+    estimate_read,
+    fastest_plan,
+    no_header,
+)
 from dmdata.catalog.roles import ModelRows
 from dmdata.copying.mirror import DEFAULT_MEMORY_BYTES, Progress, plan_copy, require_budget, run_copy
 from dmdata.copying.place import Place
-from dmdata.errors import FormatError, IntegrityError
+from dmdata.copying.registry import entered
+from dmdata.errors import BudgetError, SelectionError
 from dmdata.layout.formats import Layout
-from dmdata.layout.plan import ReadPlan, plan_read, product_array
+from dmdata.layout.plan import ReadPlan
 from dmdata.layout.selection import Selection, select
-from dmdata.money.prices import (
-    Destination,
-    Estimate,
-    PriceTable,
-    Terms,
-    destination_of,
-    readable_bytes,
-    usage_of,
-)
-from dmdata.reading.fetch import LEAST_RANGE_BYTES, MAX_RANGE_BYTES, Transport
-from dmdata.reading.headers import forget_header
-from dmdata.reading.pace import CONNECTIONS
-from dmdata.reading.progress_bar import can_show, shown
+from dmdata.money.prices import Destination, Estimate, Terms, destination_of, readable_bytes, usage_of
 from dmdata.reading.reader import Spool
 from dmdata.settings import Settings, settings
+from dmdata.shown import as_html, sizes_in_words
 from dmdata.views.array_protocols import ArrayProtocols
 from dmdata.views.interop import to_dask, to_xarray
 from dmdata.views.zarr_store import ArrayValues, Form, View
@@ -45,117 +49,18 @@ if TYPE_CHECKING:
     import dask.array
     import xarray
 
-_LOCAL_GAP_BYTES = 64 << 10
 
-
-Preference: TypeAlias = Literal["price", "speed"]
-"""What a read merges small gaps for: the fewest dollars, or the fewest seconds by the assumed link."""
-
-
-@dataclass(frozen=True, slots=True)
-class InObject:
-    """Elements in one object, read by byte ranges; `etag` is that of the header's reading.
-
-    With `cache`, what was paid for once is kept and not paid again: see `dmdata.reading.ranges`.
-    """
-
-    transport: Transport
-    etag: str | None
-    prefer: Preference = "price"
-    shows_progress: bool = True
-    cache: bool = True
-
-    @property
-    def url(self) -> str:
-        """Where the object is, without user, password or query."""
-        return str(self.transport.address)
-
-    def plan(self, layout: Layout, selection: Selection) -> ReadPlan:
-        """Plan a read as it is carried out where nothing is kept of it; from a free source always the quick way."""
-        address = self.transport.address
-        if address.is_local:
-            return _plan(layout, selection, max_gap_bytes=_LOCAL_GAP_BYTES, least_range_bytes=LEAST_RANGE_BYTES)
-        if self.prefer == "speed" or not self.transport.is_paid:
-            return fastest_plan(layout, selection, self.transport.terms)
-        return cheapest_plan(layout, selection, self.transport.terms)
-
-    def rest_of(self, plan: ReadPlan) -> ReadPlan:
-        """Leave out of a plan what is kept from earlier reads."""
-        kept = self.transport.kept(self.etag) if self.cache else None
-        return kept.rest_of(plan) if kept else plan
-
-    def read(
-        self,
-        layout: Layout,
-        selection: Selection,
-        *,
-        progress: Callable[[int], object] | None,
-        spool: Spool | None = None,
-    ) -> npt.NDArray[Any]:
-        """Fetch a selection."""
-        plan = self.plan(layout, selection)
-
-        wanted = self.shows_progress and progress is None and can_show()
-        rest = self.rest_of(plan) if wanted else plan
-
-        def price() -> float:
-            return self.transport.price_usd(rest.n_bytes, rest.n_requests)
-
-        try:
-            with shown(self.transport.artifact, rest.n_bytes, price, wanted=wanted) as arrived:
-                octets = self.transport.fetch(
-                    plan, etag=self.etag, progress=progress or arrived, spool=spool, cache=self.cache
-                )
-            return product_array(plan, octets)
-        except IntegrityError:
-            forget_header(self.transport.address)
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class InZarr:
-    """Elements in an array of a local Zarr store, free to read."""
-
-    url: str
-
-    def open(self) -> zarr.Array[Any]:
-        """Open the array, read-only."""
-        try:
-            return zarr.open_array(self.url, mode="r")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{self.url} is not a readable Zarr array: {error}", url=self.url) from error
-
-    def read(
-        self,
-        layout: Layout,
-        selection: Selection,
-        *,
-        progress: Callable[[int], object] | None,
-        spool: Spool | None = None,
-    ) -> npt.NDArray[Any]:
-        """Read a selection; it is free, so a spool would save nothing and is not used."""
-        del spool
-        if selection.n_elements == 0:
-            return np.empty(selection.shape, layout.dtype)
-        wanted = tuple(
-            slice(indices.start, indices.stop, indices.step) if isinstance(indices, range) else indices
-            for indices in selection.distinct
-        )
-        try:
-            product = np.asarray(self.open().oindex[wanted])
-        except (OSError, ValueError, RuntimeError, SystemError) as error:
-            raise FormatError(
-                f"{self.url} has a damaged chunk ({error}); restore the store from a copy, or make it again",
-                url=self.url,
-            ) from error
-        if progress:
-            progress(product.nbytes)
-        return selection.answer(product)
+class CatalogMismatchWarning(UserWarning):
+    """An object's header and its catalog disagree; the header is believed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyArray(ArrayProtocols):
     """An array that is read when it is indexed. Made by `dmdata.open`.
+
+    What a catalog lists has the shape, dtype and dimensions that the catalog claims until something of it is read. The
+    header is read then, or by `read_header`; where it says otherwise, a `CatalogMismatchWarning` names both, and the
+    array is what its header says from then on.
 
     Its prices, its destination, the assumed link and the bound on what is kept are those that were set when it was
     opened; open it again after changing them. The budget, and whether to be offline, are looked up at every read; what
@@ -169,8 +74,8 @@ class LazyArray(ArrayProtocols):
         Names of the dimensions, as ("model", "test_example").
     layout : Layout
         Where the elements lie; for a Zarr array, where they would lie in a ``.npy``, which is what it is priced by.
-    body : InObject or InZarr
-        Where they are read from.
+    body : InObject, Unread, InZarr or AsNpy
+        Where they are read from; `Unread` until the header is known.
     rows : ModelRows or None
         Which rows are models to fit on and which are held out, as the catalog says: ``masks[masks.rows.fit]``. None
         for what is opened by its address and is not a mirror, has no models along its first dimension, or has fewer
@@ -189,7 +94,7 @@ class LazyArray(ArrayProtocols):
     name: str
     dims: tuple[str, ...]
     layout: Layout
-    body: InObject | InZarr
+    body: InObject | Unread | InZarr | AsNpy
     rows: ModelRows | None = None
 
     @property
@@ -224,8 +129,9 @@ class LazyArray(ArrayProtocols):
 
     @property
     def identity(self) -> str:
-        """What distinguishes this object from a later one at the same address: address and etag."""
-        etag = self.body.etag if isinstance(self.body, InObject) else None
+        """What distinguishes this object from a later one at the same address: address and etag. Reads the header."""
+        body = self.read_header().body
+        etag = body.etag if isinstance(body, InObject) else None
         return f"{self.url} {etag}" if etag else self.url
 
     def __len__(self) -> int:
@@ -247,7 +153,7 @@ class LazyArray(ArrayProtocols):
         AccessError, SourceError
             If it cannot be read.
         """
-        answer = self.read(select(key, self.shape, orthogonal=False))
+        answer = self._read(key, orthogonal=False)
         # as NumPy has it, an ellipsis asks for an array even of nothing but one element
         asks_array = any(part is Ellipsis for part in (key if isinstance(key, tuple) else (key,)))
         return answer if asks_array else answer[()]
@@ -256,7 +162,22 @@ class LazyArray(ArrayProtocols):
         dims = ", ".join(f"{dim}: {size:,}" for dim, size in zip(self.dims, self.shape, strict=True))
         stored = f" from {self.layout.encoding}" if self.layout.encoding else ""
         n_bytes = readable_bytes(self.layout.n_bytes)
-        return f"<LazyArray {self.name} ({dims}) {self.dtype}{stored}, {n_bytes} at {self.url}>"
+        at = "from the local mirror" if self._mirrors else "at"
+        return f"<LazyArray {self.name} ({dims}) {self.dtype}{stored}, {n_bytes} {at} {self.url}>"
+
+    def _repr_html_(self) -> str:
+        paid = self._object is not None and self._object.transport.is_paid
+        roles = {"to fit on": self.rows.fit, "held out": self.rows.evaluation} if self.rows else {}
+        there = (f"{part.start:,} to {part.stop:,} {role}" for role, part in roles.items() if part.start < part.stop)
+        facts = {
+            "shape": sizes_in_words(self.shape, self.dims) or "a single element",
+            "dtype": f"{self.dtype} from {self.layout.encoding}" if self.layout.encoding else str(self.dtype),
+            "size": readable_bytes(self.layout.n_bytes),
+            "models": ", ".join(there) or None,
+            "local mirror" if self._mirrors else "at": self.url,
+            "reading": "is charged: see .estimate(...)" if paid else "is free",
+        }
+        return as_html(f"LazyArray {self.name}", facts)
 
     @property
     def oindex(self) -> "OrthogonalIndex":
@@ -273,8 +194,79 @@ class LazyArray(ArrayProtocols):
         """Read a selection made by `dmdata.layout.selection.select`; `progress` is called with bytes as they arrive.
 
         With a `spool` the answer is a view of its buffer, and ranges that it has are not fetched again.
+
+        Raises
+        ------
+        SelectionError
+            If the header, read just now, shows that the selection was made of another shape than the array has.
         """
-        return self.body.read(self.layout, selection, progress=progress, spool=spool)
+        body, answer = self.body, None
+        if isinstance(body, Unread):
+            answer = self._settle(body, selection)
+        if selection.array_shape != self.shape:
+            raise SelectionError(
+                f"{self.name} has shape {self.shape}, and not {selection.array_shape} as its catalog claims, of which "
+                "the selection was made; select again, or open it again",
+                shape=self.shape,
+            )
+        return self._body_read(selection, progress, spool) if answer is None else answer
+
+    def _read(self, key: Any, *, orthogonal: bool) -> npt.NDArray[Any]:
+        """Read what a key selects: of the array as it is, whatever its catalog claims."""
+        # the body first: once another thread has read the header, the shape that is selected from is the true one
+        body = self.body
+        selection = select(key, self.shape, orthogonal=orthogonal)
+        if isinstance(body, Unread):
+            answer = self._settle(body, selection)
+            if answer is not None:
+                return answer
+            selection = select(key, self.shape, orthogonal=orthogonal)
+        return self._body_read(selection, None, None)
+
+    def _body_read(
+        self, selection: Selection, progress: Callable[[int], object] | None, spool: Spool | None
+    ) -> npt.NDArray[Any]:
+        body = self.body
+        assert not isinstance(body, Unread)  # noqa: S101 - its header has just been read
+        try:
+            return body.read(self.layout, selection, progress=progress, spool=spool)
+        except BudgetError as error:
+            raise error.with_traceback(None) from None  # where it was refused is of no use to who raises the budget
+
+    def read_header(self) -> Self:
+        """Read the object's header now, if that was not done yet, and return the array itself.
+
+        Raises
+        ------
+        FormatError
+            If the object is damaged, or is not of the kind that its catalog claims.
+        BudgetError, AccessError, ObjectMissingError, SourceError
+            If it cannot be read.
+        """
+        if isinstance(body := self.body, Unread):
+            self._settle(body, None)
+        return self
+
+    def _settle(self, body: Unread, selection: Selection | None) -> npt.NDArray[Any] | None:
+        """Become what the header says, and return the selection if that came along with it."""
+        claimed = self.layout
+        if selection is not None and selection.array_shape != claimed.shape:
+            selection = None  # another thread has read the header meanwhile
+        try:
+            found = body.read_header(claimed, selection)
+        except BudgetError as error:
+            raise error.with_traceback(None) from None
+        layout = found.layout
+        if not layout.is_alike(claimed) and isinstance(self.body, Unread):
+            warn_of_mismatch(self.name, self.url, claimed, layout, stacklevel=4)
+        self._become(found)
+        return found.answer
+
+    def _become(self, found: Found) -> None:
+        dims, rows = described_rows(self.dims, self.rows, found.layout.shape)
+        # the body last: another thread that sees it sees the rest
+        for name, value in (("dims", dims), ("rows", rows), ("layout", found.layout), ("body", found.body)):
+            object.__setattr__(self, name, value)
 
     @property
     def slowest_axis(self) -> int:
@@ -286,21 +278,36 @@ class LazyArray(ArrayProtocols):
 
         That one is not read by ranges.
         """
-        return self.body.plan(self.layout, selection) if isinstance(self.body, InObject) else None
+        body = self.read_header().body
+        return body.plan(self.layout, selection) if isinstance(body, InObject) else None
 
     def price_usd(self, n_bytes: int, n_requests: int) -> float:
         """Price what was planned, upper bound; 0 where reading is free."""
-        return self.body.transport.price_usd(n_bytes, n_requests) if isinstance(self.body, InObject) else 0.0
+        object_ = self._object
+        return object_.transport.price_usd(n_bytes, n_requests) if object_ else 0.0
+
+    @property
+    def _object(self) -> InObject | None:
+        """The object that it is read from, whatever is known of it; None for an array of a Zarr store."""
+        body = self.body.object if isinstance(self.body, Unread) else self.body
+        return body if isinstance(body, InObject) else None
+
+    @property
+    def _mirrors(self) -> str | None:
+        """Address of the object that a local mirror stands for; None where none does."""
+        return self.body.mirrors if isinstance(self.body, InZarr | AsNpy) else None
 
     @property
     def is_local(self) -> bool:
         """Whether it lies on this machine, so that reading it again is quick and free."""
-        return not isinstance(self.body, InObject) or self.body.transport.address.is_local
+        object_ = self._object
+        return object_ is None or object_.transport.address.is_local
 
     def plan(self, key: Any = ..., *, to: str | None = None, prefer: Preference | None = None) -> ReadPlan:
-        """Plan the byte ranges of a selection as a read from a release would ask for them, without reading anything.
+        """Plan the byte ranges of a selection as a read from a release would ask for them, without reading any.
 
-        What is kept from earlier reads is left out: the plan is of what is missing.
+        What is kept from earlier reads is left out: the plan is of what is missing. Where the elements lie is in the
+        header, which is read now if it was not yet.
 
         Parameters
         ----------
@@ -311,7 +318,7 @@ class LazyArray(ArrayProtocols):
         prefer : {"price", "speed"}, optional
             By default what the array was opened with.
         """
-        selection = select(key, self.shape, orthogonal=True)
+        selection = select(key, self.read_header().shape, orthogonal=True)
         terms = self._terms(to)
         if (prefer or (self.body.prefer if isinstance(self.body, InObject) else "price")) == "speed":
             return self._rest_of(fastest_plan(self.layout, selection, terms))
@@ -321,9 +328,10 @@ class LazyArray(ArrayProtocols):
         return self.body.rest_of(plan) if isinstance(self.body, InObject) else plan
 
     def _terms(self, to: str | None, known: Settings | None = None) -> Terms:
-        if not isinstance(self.body, InObject):
+        object_ = self._object
+        if object_ is None:
             return Terms.in_force(to or Destination.INTERNET, known=known)
-        terms = self.body.transport.terms
+        terms = object_.transport.terms
         return replace(terms, destination=destination_of(to)) if to else terms
 
     def estimate(
@@ -336,8 +344,9 @@ class LazyArray(ArrayProtocols):
     ) -> Estimate:
         """Price a selection before a byte moves: requests, bytes, dollars and seconds, cheapest and fastest.
 
-        What is kept from earlier reads is left out. For a free source this is what the same read would cost from a
-        release in a requester-pays bucket.
+        What is kept from earlier reads is left out, and the header is counted until it is read. For a free source this
+        is what the same read would cost from a release in a requester-pays bucket; only what is read from the local
+        mirror of such a release is free here, too.
 
         Parameters
         ----------
@@ -353,8 +362,12 @@ class LazyArray(ArrayProtocols):
         selection = select(key, self.shape, orthogonal=True)
         known = settings()
         terms = replace(self._terms(to, known), usage=usage_of(used_gib, free_tier, known=known))
-        table = self.body.transport.table if isinstance(self.body, InObject) else None
-        return estimate_read(self.layout, selection, terms, rest_of=self._rest_of, table=table)
+        if self._mirrors:
+            nothing = terms.quote(0, 0)
+            return terms.estimate(nothing, nothing)
+        table = self._object.transport.table if self._object else None
+        header_cost = self.body.header_cost if isinstance(self.body, Unread) else no_header
+        return estimate_read(self.layout, selection, terms, rest_of=self._rest_of, header_cost=header_cost, table=table)
 
     def mirror(
         self,
@@ -392,7 +405,13 @@ class LazyArray(ArrayProtocols):
         selection = select(key, self.shape, orthogonal=True)
         copy = plan_copy(self, Place.of(destination), selection=selection, memory_bytes=memory_bytes)
         require_budget([copy])
-        return run_copy(copy, scheduler=scheduler, progress=progress, received=None)
+        with self.entered(copy.place):
+            return run_copy(copy, scheduler=scheduler, progress=progress, received=None)
+
+    def entered(self, place: Place) -> AbstractContextManager[None]:
+        """Have a mirror of it that the block makes found by its name from then on; see `dmdata.copying.registry`."""
+        object_ = self._object
+        return entered(object_.transport.address, self.name, place) if object_ else nullcontext()
 
     def slabs(self, n_bytes: int) -> "LazyArray":
         """Show the stored bytes of the elements, in storage order, as slabs of `n_bytes`.
@@ -400,15 +419,17 @@ class LazyArray(ArrayProtocols):
         Returns
         -------
         slabs : LazyArray of uint8, shape (self.layout.n_bytes // n_bytes, n_bytes)
-            Read from the same object under the same budget.
+                Read from the same object under the same budget. The header is read now, if it was not yet.
         """
+        self.read_header()
         layout = Layout((self.layout.n_bytes // n_bytes, n_bytes), np.dtype(np.uint8), self.layout.offset, (n_bytes, 1))
         return replace(self, dims=("slab", "byte"), layout=layout, rows=None)
 
     def to_zarr(self, form: Form = "blocks", *, block_rows: int | None = None) -> zarr.Array[Any]:
         """Show the array to code that only reads Zarr, without copying anything.
 
-        Reads of it, by zarr or anything built on zarr, are requests under the budget.
+        Reads of it, by zarr or anything built on zarr, are requests under the budget. The header is read now, if it was
+        not yet.
 
         Parameters
         ----------
@@ -433,21 +454,30 @@ class LazyArray(ArrayProtocols):
         """
         if isinstance(self.body, InZarr):
             return self.body.open()
-        return zarr.open_array(View(ArrayValues(self, form, block_rows)), mode="r")
+        return zarr.open_array(View(ArrayValues(self.read_header(), form, block_rows)), mode="r")
 
     def without_progress(self) -> "LazyArray":
         """Return the same array, whose reads show no progress bar, however long they take."""
-        if not isinstance(self.body, InObject) or not self.body.shows_progress:
+        if self._object is None or not self._object.shows_progress:
             return self
-        return replace(self, body=replace(self.body, shows_progress=False))
+        return self.with_options(shows_progress=False)
+
+    def with_options(self, **options: Any) -> "LazyArray":
+        """Return the same array with other options of `InObject`; one of a Zarr store has none."""
+        if isinstance(self.body, Unread):
+            return replace(self, body=replace(self.body, object=replace(self.body.object, **options)))
+        return replace(self, body=replace(self.body, **options)) if isinstance(self.body, InObject) else self
 
     def to_dask(self, chunks: Any = None) -> "dask.array.Array":
-        """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``."""
-        return to_dask(self.without_progress(), chunks)
+        """Wrap as a dask array, by default in blocks of whole rows; needs ``dmdata[dask]``.
+
+        The header is read now, if it was not yet: once, not by each worker.
+        """
+        return to_dask(self.read_header().without_progress(), chunks)
 
     def to_xarray(self, chunks: Any = None) -> "xarray.DataArray":
-        """Wrap as an xarray DataArray with named dimensions; needs ``dmdata[xarray]``."""
-        return to_xarray(self.without_progress(), chunks)
+        """Wrap as an xarray DataArray with named dimensions; needs ``dmdata[xarray]``. It reads the header now."""
+        return to_xarray(self.read_header().without_progress(), chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,64 +487,30 @@ class OrthogonalIndex:
     array: LazyArray
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        return self.array.read(select(key, self.array.shape, orthogonal=True))
+        return self.array._read(key, orthogonal=True)
 
 
-def cheapest_plan(layout: Layout, selection: Selection, terms: Terms) -> ReadPlan:
-    """Plan a read for the fewest dollars: gaps are fetched where that costs less than another request.
-
-    A short read is split for concurrency all the same, down to 4 MiB a range, for 0.1% of its price at most.
-    """
-    gap = terms.prices.break_even_gap_bytes(terms.destination)
-    return _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=LEAST_RANGE_BYTES)
-
-
-def fastest_plan(layout: Layout, selection: Selection, terms: Terms) -> ReadPlan:
-    """Plan a read for the fewest seconds by the assumed link: gaps are fetched where a request would take longer."""
-    link = terms.link
-    gap = int(link.break_even_gap_bytes)
-    merged = _plan(layout, selection, max_gap_bytes=gap, least_range_bytes=gap)
-    if merged.n_requests == 1 and merged.n_bytes == merged.wanted_bytes:
-        return merged  # as the cheapest is
-    plans = (merged, cheapest_plan(layout, selection, terms))
-    return min(plans, key=lambda plan: link.seconds(plan.n_bytes, plan.n_requests))
-
-
-def _plan(layout: Layout, selection: Selection, *, max_gap_bytes: float, least_range_bytes: int) -> ReadPlan:
-    return plan_read(
-        layout,
-        selection,
-        max_gap_bytes=max_gap_bytes,
-        max_range_bytes=MAX_RANGE_BYTES,
-        n_at_once=CONNECTIONS,
-        least_range_bytes=least_range_bytes,
+def warn_of_mismatch(name: str, url: str, claimed: Layout, found: Layout, *, stacklevel: int) -> None:
+    """Warn that an object is not what its catalog claims."""
+    warnings.warn(
+        f"the catalog says {name} has shape {claimed.shape} and dtype {claimed.encoding or claimed.dtype}; the object "
+        f"at {url} has shape {found.shape} and dtype {found.encoding or found.dtype}, and is believed",
+        CatalogMismatchWarning,
+        stacklevel=stacklevel + 1,
     )
 
 
-def estimate_read(
-    layout: Layout,
-    selection: Selection,
-    terms: Terms,
-    *,
-    rest_of: Callable[[ReadPlan], ReadPlan] = lambda plan: plan,
-    table: PriceTable | None = None,
-) -> Estimate:
-    """Price a read the cheapest way and the fastest way.
+def numbered_dims(n: int) -> tuple[str, ...]:
+    """Name dimensions of which nothing is known."""
+    return tuple(f"dim_{axis}" for axis in range(n))
 
-    Parameters
-    ----------
-    layout : Layout
-    selection : Selection
-    terms : Terms
-    rest_of : callable
-        Leaves out of a plan what need not be read.
-    table : PriceTable, optional
-        By default the prices of the terms.
 
-    Returns
-    -------
-    estimate : Estimate
-    """
-    plans = (rest_of(cheapest_plan(layout, selection, terms)), rest_of(fastest_plan(layout, selection, terms)))
-    cheapest, fastest = (terms.quote(plan.n_bytes, plan.n_requests, table=table) for plan in plans)
-    return terms.estimate(cheapest, fastest, table=table)
+def described_rows(
+    dims: tuple[str, ...], rows: ModelRows | None, shape: tuple[int, ...]
+) -> tuple[tuple[str, ...], ModelRows | None]:
+    """Take names of dimensions and roles of rows, as far as they are true of an array of this shape."""
+    if len(dims) != len(shape):
+        return numbered_dims(len(shape)), None
+    if rows is None or dims[:1] != ("model",) or shape[0] < max(rows.fit.stop, rows.evaluation.stop):
+        return dims, None
+    return dims, rows

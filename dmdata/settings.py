@@ -97,7 +97,9 @@ class Settings(_Record):
         default=None, description="dollars a calendar month, over all that shares DMDATA_HOME", examples=["5.00"]
     )
     catalog: str | None = Field(
-        default=None, description="catalog.yaml, a folder with one, or its URL", examples=["/data/run/catalog.yaml"]
+        default=None,
+        description="catalog.yaml, a folder with one, a mirror, or a URL",
+        examples=["/data/run/catalog.yaml"],
     )
     to: Literal["internet", "same-region", "cross-region"] = Field(
         default="internet", description="where bytes go", examples=["same-region"]
@@ -116,6 +118,11 @@ class Settings(_Record):
         examples=["50"],
     )
     offline: bool = Field(default=False, description="whether to read nothing remote", examples=["true"])
+    local_mirrors: bool = Field(
+        default=True,
+        description="whether names of what is mirrored whole on this machine open the mirror",
+        examples=["false"],
+    )
     progress: bool = Field(
         default=True, description="whether to show progress bars of what takes long", examples=["false"]
     )
@@ -195,6 +202,33 @@ def settings_in_force() -> list[Setting]:
             value = _without_secrets(value)
         listed.append(Setting(name, value, origin))
     return listed
+
+
+def names_of_settings() -> list[str]:
+    """List the names that can be set, parts such as "prices.usd_per_get" in place of what they are parts of."""
+    names = []
+    for name, field in Settings.model_fields.items():
+        parts = getattr(field.annotation, "model_fields", None)
+        names += [f"{name}.{part}" for part in parts] if parts else [name]
+    return names
+
+
+def setting_in_force(name: str) -> Setting:
+    """Find one setting, or a part of one, with where it comes from; its value is None where it is not set.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such setting.
+    """
+    if not _is_known(name):
+        raise _no_such(name)
+    whole, *parts = name.split(".")
+    found = next(setting for setting in settings_in_force() if setting.name == whole)
+    for part in parts:
+        value = found.value.get(part)
+        found = Setting(name, value, "default" if value is None else found.origin)
+    return found
 
 
 def set_in_file(name: str, text: str | None) -> None:

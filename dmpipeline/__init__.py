@@ -3,6 +3,7 @@
 Importing the package is light: a name is looked up, and torch and numba are loaded, when it is first used.
 """
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
         counterfactuals,
     )
     from dmpipeline.applications.explanations import explain
-    from dmpipeline.applications.leakage import Leakage, duplicates, leakage, suspects
+    from dmpipeline.applications.inspecting.suspects import suspects
+    from dmpipeline.applications.leakage import Leakage, duplicates, leakage
     from dmpipeline.applications.mapping.clusters import Clusters, clusters
     from dmpipeline.applications.mapping.directions import what_removal_does
     from dmpipeline.applications.mapping.embeddings import Embedding, embed
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from dmpipeline.exporting.export import export_run, publish_run
+    from dmpipeline.figures.curve_picture import draw_curves
     from dmpipeline.fitting.attribution import gradient_scores
     from dmpipeline.fitting.datamodels import Datamodels
     from dmpipeline.fitting.fitting import fit, fit_moments
@@ -56,7 +59,8 @@ if TYPE_CHECKING:
     from dmpipeline.fitting.readings import find_space
     from dmpipeline.fitting.settings import FitSettings
     from dmpipeline.moments.moments import Moments
-    from dmpipeline.report.curve_picture import draw_curves
+    from dmpipeline.report.of_datamodels import report_datamodels
+    from dmpipeline.report.of_run import report_run
     from dmpipeline.runs.extension import extend
     from dmpipeline.runs.store import Run
     from dmpipeline.scoring.alternatives import Comparison, compare, debiased, difference_of_means, ridge
@@ -64,6 +68,8 @@ if TYPE_CHECKING:
     from dmpipeline.scoring.evaluation import Evaluation, evaluate
     from dmpipeline.scoring.learning import learning_curves
     from dmpipeline.spec import RunSpec
+    from dmpipeline.workflow.fit_step import fit_run
+    from dmpipeline.workflow.score_steps import evaluate_run
     from dmpipeline.workflow.verify_step import verify
 
 __all__ = [
@@ -114,18 +120,22 @@ __all__ = [
     "duplicates",
     "embed",
     "evaluate",
+    "evaluate_run",
     "explain",
     "export_run",
     "extend",
     "find_space",
     "fit",
     "fit_moments",
+    "fit_run",
     "gradient_scores",
     "leakage",
     "learning_curves",
     "load_dataset",
     "publish_run",
     "replay",
+    "report_datamodels",
+    "report_run",
     "ridge",
     "save_dataset",
     "save_parquet",
@@ -180,31 +190,35 @@ _MODULE_OF = {
     "debiased": "dmpipeline.scoring.alternatives",
     "difference_of_means": "dmpipeline.scoring.alternatives",
     "draw_counterfactuals": "dmpipeline.applications.pictures",
-    "draw_curves": "dmpipeline.report.curve_picture",
+    "draw_curves": "dmpipeline.figures.curve_picture",
     "draw_map": "dmpipeline.applications.mapping.maps",
     "draw_support": "dmpipeline.applications.pictures",
     "duplicates": "dmpipeline.applications.leakage",
     "embed": "dmpipeline.applications.mapping.embeddings",
     "evaluate": "dmpipeline.scoring.evaluation",
+    "evaluate_run": "dmpipeline.workflow.score_steps",
     "explain": "dmpipeline.applications.explanations",
     "export_run": "dmpipeline.exporting.export",
     "extend": "dmpipeline.runs.extension",
     "find_space": "dmpipeline.fitting.readings",
     "fit": "dmpipeline.fitting.fitting",
     "fit_moments": "dmpipeline.fitting.fitting",
+    "fit_run": "dmpipeline.workflow.fit_step",
     "gradient_scores": "dmpipeline.fitting.attribution",
     "leakage": "dmpipeline.applications.leakage",
     "learning_curves": "dmpipeline.scoring.learning",
     "load_dataset": "dmpipeline.data.datasets",
     "publish_run": "dmpipeline.exporting.export",
     "replay": "dmpipeline.checks.verification",
+    "report_datamodels": "dmpipeline.report.of_datamodels",
+    "report_run": "dmpipeline.report.of_run",
     "ridge": "dmpipeline.scoring.alternatives",
     "save_dataset": "dmpipeline.data.folders",
     "save_parquet": "dmpipeline.applications.mapping.files",
     "save_zarr": "dmpipeline.applications.mapping.files",
     "score": "dmpipeline.applications.attributions",
     "similar": "dmpipeline.applications.neighbours",
-    "suspects": "dmpipeline.applications.leakage",
+    "suspects": "dmpipeline.applications.inspecting.suspects",
     "verify": "dmpipeline.workflow.verify_step",
     "verify_run": "dmpipeline.checks.verification",
     "what_removal_does": "dmpipeline.applications.mapping.directions",
@@ -219,6 +233,8 @@ sys.meta_path.append(
         }
     )
 )
+# quiet unless the program that uses it sets logging up
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 _value_of = late_names(__name__, _MODULE_OF, while_importing=explain_missing_extra)

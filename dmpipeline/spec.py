@@ -213,11 +213,13 @@ class RunSpec(BaseModel):
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise SpecError(f"{path} cannot be read ({error.strerror}); write one with `dmpipeline init`") from error
+            raise SpecError(
+                f"{path} cannot be read ({error.strerror}); write one with `dmpipeline init DIRECTORY`"
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path} is not YAML: {error}; write one with `dmpipeline init`") from error
+            raise SpecError(f"{path} is not YAML: {error}; write one with `dmpipeline init DIRECTORY`") from error
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise SpecError(f"{path} holds no mapping of fields to values; write one with `dmpipeline init`")
+            raise SpecError(f"{path} holds no mapping of fields to values; write one with `dmpipeline init DIRECTORY`")
         return cls(**values).located(path.parent)
 
     def located(self, folder: str | Path) -> Self:
@@ -320,6 +322,10 @@ class RunSpec(BaseModel):
         return np.where(numbers < self.n_models, numbers, numbers + np.uint64(HELD_OUT_BASE - self.n_models))
 
 
+_MOST_SAID = 80
+"""Characters of a refused value that are repeated in the error."""
+
+
 def spec_error(error: ValidationError, model: type[BaseModel], *, within: str = "") -> SpecError:
     """Say in a `SpecError` what pydantic refused: field, value, and what to write instead.
 
@@ -385,7 +391,10 @@ def _refusal(kind: str, location: tuple[int | str, ...], value: Any, model: type
         return f"{name} is not a field; choose {nearest_name(last, model.model_fields)}"
     field = model.model_fields[last]
     example = field.examples[0] if field.examples else field.default
-    return f"{name} {value!r} is not {field.description}; write for example {last}: {example}"
+    said = " ".join(repr(value).split())
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]}..."
+    own = "; arrays of your own are written by dmpipeline.save_dataset first" if last == "dataset" else ""
+    return f"{name} {said} is not {field.description}{own}; write for example {last}: {example}"
 
 
 def relative_places(path: Path, spec: RunSpec) -> dict[str, str]:

@@ -1,22 +1,20 @@
 """Tables of answers: rows that are small dataclasses, shown in a terminal, a notebook, pandas and JSON."""
 
 import dataclasses
-import html
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from dmpipeline.shown import Shown
+from dmdata.shown import SHOWN_ROWS, Shown, readable_usd, rows_as_html, rows_as_text
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table as RichTable
 
 Row = TypeVar("Row")
-
-_SHOWN_ROWS = 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -71,24 +69,43 @@ class Table(Shown, Generic[Row]):
 
     def _facts(self) -> tuple[str, Mapping[str, object]]:
         facts = {name: value for name, value in self.facts().items() if isinstance(value, str | int | float)}
+        if "usd" in facts:
+            facts["cost"] = readable_usd(float(facts.pop("usd")))
         return type(self).__name__, {self.name: len(self.rows), **facts}
+
+    def _shown_rows(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows as a notebook shows them: plain values by the columns' titles."""
+        return ({name.replace("_", " "): value for name, value in plain(row).items()} for row in self.rows)
 
     def _repr_html_(self) -> str:
         """Show the first rows, and how many there are."""
-        rows = [plain(row) for row in self.rows[:_SHOWN_ROWS]]
+        rows = itertools.islice(self._shown_rows(), SHOWN_ROWS)
+        return dicts_as_html(self._title(), list(rows), n_rows=len(self.rows))
+
+    def __str__(self) -> str:
+        """Show the first rows for `print`, a line each, and how many there are."""
+        rows = list(itertools.islice(self._shown_rows(), SHOWN_ROWS))
+        columns = _known_columns(rows)
+        texts = [[in_words(row[name]) for name in columns] for row in rows]
+        return rows_as_text(self._title(), columns, texts, n_rows=len(self.rows))
+
+    def _title(self) -> str:
         title, facts = self._facts()
-        said = ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in facts.items())
-        head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in (rows[0] if rows else {}))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(in_words(value))}</td>" for value in row.values()) + "</tr>"
-            for row in rows
-        )
-        more = len(self.rows) - len(rows)
-        last = f"<tr><td>and {more:,} more</td></tr>" if more else ""
-        return (
-            f"<table><caption>{html.escape(title)}: {html.escape(said)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}{last}</tbody></table>"
-        )
+        said = ", ".join(f"{name.replace('_', ' ')} {in_words(fact)}" for name, fact in facts.items())
+        return f"{title}: {said}"
+
+
+def dicts_as_html(title: str, rows: Sequence[Mapping[str, Any]], *, n_rows: int) -> str:
+    """Make a table for a notebook of rows that are plain values by their columns' titles; see `rows_as_html`.
+
+    Columns of which nothing is known in any row are left out.
+    """
+    columns = _known_columns(rows)
+    return rows_as_html(title, columns, ([in_words(row[name]) for name in columns] for row in rows), n_rows=n_rows)
+
+
+def _known_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in (rows[0] if rows else ()) if any(row[name] is not None for row in rows)]
 
 
 def plain(value: Any) -> Any:
@@ -106,6 +123,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [plain(each) for each in value]
     return value
+
+
+def number_or_none(value: float | None) -> float | None:
+    """Return a number as JSON has it: None where it is not defined, which is nan or None here."""
+    return None if value is None or math.isnan(value) else value
+
+
+def number(value: Any) -> float:
+    """Read a number of JSON, None for what is not defined; TypeError for anything else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 def in_words(value: Any) -> str:

@@ -14,19 +14,21 @@ import functools
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from dmdata.catalog.names import CATALOG_FILE, bundled_text
+from dmdata.catalog.names import CATALOG_FILE, MEMBER_PART, NAME, bundled_text, text_at
 from dmdata.errors import CatalogError
 from dmdata.layout.layouts import stored_as
 from dmdata.settings import PriceOverrides
+from dmdata.shown import readable_bytes, rows_as_html, sizes_in_words
 
 
 class Basis(StrEnum):
@@ -46,14 +48,14 @@ def _safe_key(key: str) -> str:
 
 
 def _safe_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not NAME.fullmatch(name):
         raise ValueError(f"name {name!r} must be letters, digits, '_', '-' and '.', starting with a letter or digit")
     return name
 
 
 def _safe_member(path: str) -> str:
     """Check the name of an array inside an object: a path, as "model/fc.weight"."""
-    if any(not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part) for part in path.split("/")):
+    if not all(map(MEMBER_PART.fullmatch, path.split("/"))):
         raise ValueError(
             f"name {path!r} must be of letters, digits, '_', '-' and '.', each part not starting with '-' or '.'"
         )
@@ -122,10 +124,11 @@ class ArraySchema(_Record):
 
 
 class StoredArray(_Facts):
-    """One object of the release: a ``.npy``, an object with several arrays, or an array in a Zarr store.
+    """One object of the release: a ``.npy``, an object with several arrays, or arrays in a Zarr store.
 
     ``n_bytes`` is the whole object, headers included; ``members`` are the arrays of a ``.pt``, ``.npz`` or
-    ``.safetensors``; ``etag`` is the store's own mark of the content, when it was looked at.
+    ``.safetensors``, or of a group of a Zarr store that copies one; ``etag`` is the store's own mark of the content,
+    when it was looked at.
     """
 
     key: Key
@@ -140,7 +143,7 @@ class StoredArray(_Facts):
 
     @model_validator(mode="after")
     def _schema_agrees_with_bytes(self) -> Self:
-        if self.format in ("npz", "pt", "safetensors"):
+        if self.format in ("npz", "pt", "safetensors") or (self.format == "zarr" and self.members):
             if not self.members or self.shape is not None:
                 raise ValueError(f"a .{self.format} lists its arrays under 'members' and has no shape of its own")
             needed = sum(member.array_bytes for member in self.members.values())
@@ -229,6 +232,8 @@ class Artifact:
         How each fact is known.
     at : str or None
         Where the object lies, for one that no catalog lists: it was found by its address.
+    catalog : Catalog or None
+        That lists it.
     """
 
     name: str
@@ -242,6 +247,7 @@ class Artifact:
     rows: Rows | None
     basis: dict[str, Basis]
     at: str | None = None
+    catalog: "Catalog | None" = field(default=None, compare=False, repr=False)
 
     @property
     def object_name(self) -> str:
@@ -255,8 +261,12 @@ class Artifact:
 
     @property
     def url(self) -> str:
-        """Where the object lies."""
-        return self.at or join_url(self.source.url, self.stored.key)
+        """Where the object lies, or the array in a Zarr store."""
+        if self.at:
+            return self.at
+        url = join_url(self.source.url, self.stored.key)
+        is_below = self.member and self.stored.format == "zarr" and self.stored.key != "."
+        return f"{url}/{self.member}" if is_below else url
 
 
 class Catalog(_Record):
@@ -269,6 +279,7 @@ class Catalog(_Record):
     datasets: dict[Name, DatasetEntry]
     published_sizes: tuple[PublishedSize, ...] = ()
     not_released: tuple[NotReleased, ...] = ()
+    _origin: str = PrivateAttr(CATALOG_FILE)
 
     @classmethod
     def parse(cls, text: str, *, origin: str) -> Self:
@@ -303,7 +314,13 @@ class Catalog(_Record):
             raise CatalogError(
                 f"{origin} is remote but its source {source.url} is on this machine; refused", origin=origin
             )
-        return catalog.model_copy(update={"source": source})
+        parsed = catalog.model_copy(update={"source": source})
+        parsed._origin = origin
+        return parsed
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what is said, wherever it was read."""
+        return isinstance(other, Catalog) and self.__dict__ == other.__dict__
 
     def dump(self) -> str:
         """Write the catalog as YAML text that `parse` reads."""
@@ -334,6 +351,7 @@ class Catalog(_Record):
             source=self.source,
             rows=alpha.rows,
             basis=stored.basis | ({"rows": alpha.basis["rows"]} if alpha.rows else {}),
+            catalog=self,
         )
         yield whole
         if members:
@@ -380,6 +398,20 @@ class Catalog(_Record):
             if artifact.name in wanted and (artifact.member is None or artifact.object_name not in wanted)
         ]
 
+    def __repr__(self) -> str:
+        return f"<{self._title()}>"
+
+    def _repr_html_(self) -> str:
+        """Show the artifacts in a notebook, as `dmdata ls` does, without prices."""
+        artifacts = list(self.artifacts())
+        rows = [(a.name, _shown_shape(a), _shown_dtype(a), readable_bytes(a.n_bytes)) for a in artifacts]
+        return rows_as_html(self._title(), ("artifact", "shape", "dtype", "size"), rows, n_rows=len(rows))
+
+    def _title(self) -> str:
+        url = re.sub(r"://[^/?#]*@", "://", self.source.url)  # a password is not shown
+        payer = ", requester pays" if self.source.requester_pays else ""
+        return f"Catalog: {self.title}; {sum(1 for _ in self.artifacts())} artifacts at {url}{payer}"
+
     def has(self, pattern: str) -> bool:
         """Whether a name or glob matches anything."""
         return any(_matches(artifact.name, pattern) for artifact in self.artifacts(members=True))
@@ -390,7 +422,7 @@ class Catalog(_Record):
                 return CatalogError(f"{name} was never released: {record.why}", name=name, nearest=[])
         dataset, *rest = name.split("/")
         if dataset not in self.datasets:
-            return _no_such("dataset", dataset, self.datasets, where="this catalog")
+            return _no_such("dataset", dataset, self.datasets, where="this catalog", origin=self._origin)
         alphas = self.datasets[dataset].alphas
         if rest and rest[0] not in alphas and not any(wild in rest[0] for wild in "*?["):
             return CatalogError(
@@ -400,7 +432,18 @@ class Catalog(_Record):
                 nearest=[f"{dataset}/{alpha}" for alpha in alphas],
             )
         names = [artifact.name for artifact in self.artifacts(members=True)]
-        return _no_such("artifact", name, names, where=self.title)
+        return _no_such("artifact", name, names, where=self.title, origin=self._origin)
+
+
+def _shown_shape(artifact: Artifact) -> str:
+    if artifact.schema is not None:
+        return sizes_in_words(artifact.schema.shape, artifact.schema.dims)
+    return " + ".join(artifact.stored.members)
+
+
+def _shown_dtype(artifact: Artifact) -> str:
+    schemas = [artifact.schema] if artifact.schema else artifact.stored.members.values()
+    return ", ".join(dict.fromkeys(schema.dtype for schema in schemas))
 
 
 def _shown_alpha(name: str) -> str:
@@ -410,8 +453,8 @@ def _shown_alpha(name: str) -> str:
 
 
 def join_url(base: str, key: str) -> str:
-    """Put a catalogued key behind its source's address."""
-    return f"{base.rstrip('/')}/{key}"
+    """Put a catalogued key behind its source's address; "." is the source itself."""
+    return base if key == "." else f"{base.rstrip('/')}/{key}"
 
 
 @functools.cache
@@ -421,23 +464,23 @@ def bundled() -> Catalog:
 
 
 def load_file(path: str | os.PathLike[str]) -> Catalog:
-    """Load a catalog from a local file, or from ``catalog.yaml`` in a folder.
+    """Load a catalog from a local file, from ``catalog.yaml`` in a folder, or from a mirror's Zarr store.
 
     Raises
     ------
     CatalogError
         If there is no such file or it is not a catalog.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / CATALOG_FILE
     try:
-        text = file.read_text()
+        text, file = text_at(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(
-            f"no catalog can be read at {file}: {error}; name a catalog.yaml or a folder with one", origin=str(file)
+            f"no catalog can be read at {path}: {error}; name a catalog.yaml, a folder with one, or a mirror",
+            origin=str(path),
         ) from error
-    return Catalog.parse(text, origin=str(file.absolute()))
+    parsed = Catalog.parse(text, origin=str(file.absolute()))
+    parsed._origin = os.fspath(path)  # a mirror's own catalog is no file
+    return parsed
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -482,11 +525,12 @@ def _parts_match(parts: list[str], patterns: list[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
 
 
-def _no_such(what: str, asked: str, known: Iterable[str], *, where: str) -> CatalogError:
+def _no_such(what: str, asked: str, known: Iterable[str], *, where: str, origin: str) -> CatalogError:
     choices = list(known)
+    given = "" if origin == CATALOG_FILE else f" --catalog {shlex.quote(origin)}"
     nearest = difflib.get_close_matches(asked, choices, n=3, cutoff=0.4) or choices[:3]
     return CatalogError(
-        f"{what} {asked!r} is not in {where}; nearest: {_alternatives(nearest)}; all names: dmdata ls",
+        f"{what} {asked!r} is not in {where}; nearest: {_alternatives(nearest)}; all names: dmdata ls{given}",
         name=asked,
         nearest=nearest,
     )

@@ -7,8 +7,8 @@ import click
 
 from dmdata.catalog.locate import is_address
 from dmdata.cli.completion import complete_artifacts
-from dmdata.cli.console import AMOUNT, Talk, talk_options
-from dmdata.cli.copy_commands import Priced, headers_paid_for, option_catalog, options_spending, print_estimate
+from dmdata.cli.console import AMOUNT, Talk, option_catalog, talk_options
+from dmdata.cli.copy_commands import Priced, headers_paid_for, options_spending, print_estimate
 from dmdata.cli.tables import headed_table, plain_table
 from dmdata.errors import CatalogError
 
@@ -23,18 +23,25 @@ if TYPE_CHECKING:
 def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -> None:
     """List artifacts by name or glob, with shape, size and what fetching each would cost.
 
-    Without PATTERNS everything is listed. '*' stands for any text within one part of a name, '**' for any parts.
+    Without PATTERNS everything is listed. '*' stands for any text within one part of a name, '**' for any parts; what
+    ends before it names an artifact, as cifar/50pct, stands for all below it.
     """
-    from dmdata.money.prices import Destination, Terms, readable_bytes, readable_usd
-    from dmdata.release import opening, pricing
+    from dmdata.release import opening
 
     listed, addresses = opening.matching(patterns or ("**",), catalog=catalog)
     if addresses:
         raise CatalogError(
-            f"{addresses[0]} is an address, and ls lists what a catalog holds, for free; describe it with dmdata info, "
-            "or make a catalog of all that is there with dmdata catalog scan",
+            f"{addresses[0]} is an address, and ls lists what a catalog holds, for free; describe it with dmdata info "
+            "NAME, or make a catalog of all that is there with dmdata catalog scan TARGET",
             name=addresses[0],
         )
+    _print_list(talk, listed)
+
+
+def _print_list(talk: Talk, listed: "list[Artifact]") -> None:
+    from dmdata.money.prices import Destination, Terms, readable_bytes, readable_usd
+    from dmdata.release import pricing
+
     priced = pricing.price_artifacts(listed, Terms.in_force(Destination.INTERNET))
     table = headed_table("artifact", "shape", "dtype", "size", "to the internet", right=slice(3, None))
     for artifact, price in priced:
@@ -53,8 +60,9 @@ def list_artifacts(talk: Talk, patterns: tuple[str, ...], catalog: str | None) -
 def describe(talk: Talk, name: str | None, to: str | None, catalog: str | None, **spending: Any) -> None:
     """Show all that is known of NAME, an artifact, a dataset or an address, and for each fact how it is known.
 
-    Without NAME the release itself: where it is, how large, how to cite it, and what was never released. For an address
-    the header is read, which costs a request or two if the reader pays.
+    Without NAME the release itself: where it is, how large, how to cite it, and what was never released. What ends
+    before it names an artifact, as cifar/50pct, is listed. For an address the header is read, which costs a request or
+    two if the reader pays.
     """
     from dmdata.catalog.catalogued import catalog_below
     from dmdata.money.prices import Terms
@@ -70,13 +78,15 @@ def describe(talk: Talk, name: str | None, to: str | None, catalog: str | None, 
     known = opening.load_catalog(catalog)
     if below is not None and name is not None and (is_address(name) or not known.has(name)):
         known, name = below
+    name = name and name.rstrip("/")
     if not name:
         _describe_release(talk, known)
-        return
-    if name in known.datasets:
+    elif name in known.datasets:
         _describe_dataset(talk, known, name)
-        return
-    _describe_artifact(talk, known.find(name))
+    elif not known.has(name) and known.has(f"{name}/**"):
+        _print_list(talk, known.match(f"{name}/**"))
+    else:
+        _describe_artifact(talk, known.find(name))
 
 
 def _describe_artifact(talk: Talk, artifact: "Artifact") -> None:
@@ -136,7 +146,7 @@ def estimate(
     cheapest, which is the default for reads, and the fastest over the assumed link.
     """
     from dmdata.money.prices import usage_of
-    from dmdata.release import opening, pricing
+    from dmdata.release import opening
     from dmdata.settings import settings
 
     known = settings()
@@ -146,8 +156,10 @@ def estimate(
         if agreed:
             found = opening.look_up(patterns, terms, exclude=exclude, catalog=chosen)
             of_month = replace(terms, usage=usage)
-            priced = pricing.price_artifacts(found, of_month, key=select)
+            priced = opening.price_reading(found, of_month, key=select, local=known.local_mirrors)
             print_estimate(talk, Priced.all_of(priced, terms), of_month)
+            if n_local := sum(not price.n_requests and artifact.n_bytes > 0 for artifact, price in priced):
+                talk.remark(f"{n_local} of {len(priced)} are read from local mirrors, for nothing")
 
 
 def _describe_release(talk: Talk, known: "Catalog") -> None:

@@ -1,4 +1,4 @@
-"""The commands about catalogs: ``catalog scan`` makes one, ``catalog check`` checks that one is valid and true."""
+"""The commands about catalogs: to make one, check that it is valid and true, show it, and export it for others."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmdata.cli.console import Talk, ask_consent, talk_options
+from dmdata.cli.console import Talk, ask_consent, option_catalog, options_of_group, talk_options
 from dmdata.cli.copy_commands import Priced, options_paying, paid_for
 from dmdata.cli.tables import headed_table, plain_table
 from dmdata.errors import CatalogError, IntegrityError, SourceError
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 @click.group("catalog")
+@options_of_group
 def catalog() -> None:
-    """Make a catalog of what is there, check one, show the one in use, or print the schema they follow."""
+    """Make a catalog of what is there, check one, show or export the one in use, or print the schema they follow."""
 
 
 @catalog.command("scan")
@@ -59,8 +60,7 @@ def make(
     root, path, terms = scan.root_of(target), Path(output), Terms.in_force(to)
     if path.exists() and not force:
         raise scan.exists_already(path)
-    if not path.absolute().parent.is_dir():
-        raise CatalogError(f"{path.absolute().parent} is not a folder; make it, or name another file with -o")
+    _require_folder(path)
     with contextlib.ExitStack() as stack:
         if max_cost is not None:
             stack.enter_context(ledger.budget(usd=max_cost))
@@ -94,6 +94,11 @@ def make(
     facts = {"path": output, "artifacts": [artifact.name for artifact in artifacts], "bytes": n_bytes}
     source = {"url": str(root), "requester_pays": made.source.requester_pays, "region": made.source.region}
     talk.print_data(facts | source | {"remarks": remarks}, table)
+
+
+def _require_folder(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise CatalogError(f"{path.absolute().parent} is not a folder; make it, or name another file with -o")
 
 
 def _price_of_page(terms: "Terms") -> "Estimate":
@@ -204,9 +209,54 @@ def schema() -> None:
 
 
 @catalog.command("show")
-@click.option("--catalog", "file", metavar="FILE", help="As for the other commands.")
-def show(file: str | None) -> None:
+@option_catalog
+def show(catalog: str | None) -> None:
     """Print the catalog in use as YAML: the start of one's own."""
     from dmdata.release.opening import load_catalog
 
-    click.echo(load_catalog(file).dump(), nl=False)
+    click.echo(load_catalog(catalog).dump(), nl=False)
+
+
+@catalog.command("export")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["croissant", "intake", "datapackage"]),
+    required=True,
+    help="Croissant 1.0 (JSON-LD), an Intake 2 catalog (YAML), or a Data Package 2.0 (JSON).",
+)
+@click.option("-o", "--output", metavar="FILE", help="Where to write it. [default: standard output]")
+@click.option("--force", is_flag=True, help="Write over FILE where it exists.")
+@option_catalog
+@talk_options
+def export(talk: Talk, form: str, output: str | None, force: bool, catalog: str | None) -> None:
+    """Write the catalog in use in a form that other tools read; nothing but the catalog is read.
+
+    Files below FILE's folder are named relative to it; without -o, those below the catalog's own folder. What the form
+    has no field for is kept under keys of our own, and listed.
+    """
+    from dmdata.exchange.export import document_of, text_of
+
+    path = Path(output) if output else None
+    if path is not None:
+        _require_folder(path)
+    document, notes = document_of(form, catalog=catalog, folder=path.parent if path else None)
+    for note in notes:
+        talk.remark(f"{note}.")
+    if path is None:
+        talk.print_text(text_of(document, "croissant" if talk.as_json else form))  # JSON is YAML too
+        return
+    _write(text_of(document, form), path, force=force)
+    talk.print_data({"path": str(path), "form": form, "notes": notes}, plain_table((str(path), form)))
+
+
+def _write(text: str, path: Path, *, force: bool) -> None:
+    from dmdata.atomic import write_whole
+    from dmdata.release.scan import exists_already
+
+    try:
+        write_whole(path, text, replace=force)
+    except FileExistsError as error:
+        raise exists_already(path) from error
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be written: {error}; name another file with -o", name=str(path)) from error

@@ -10,6 +10,7 @@ import click
 
 from dmdata.cli import artifact_commands, catalog_commands, copy_commands, money_commands, upkeep_commands
 from dmdata.cli.completion import completion_command
+from dmdata.cli.console import options_of_group
 from dmdata.cli.ending import run
 
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dmdata")
+@options_of_group
 def commands() -> None:
     """Read a requester-pays release of datamodels: lazily, exactly, and with the price known first."""
 

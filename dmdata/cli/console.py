@@ -83,20 +83,16 @@ class Talk:
             return
         from rich.console import Console
 
+        from dmdata.cli.tables import lines_of
+
         out = sys.stdout if self.out is None else self.out
         # names and paths may hold brackets, which are no markup
-        if out.isatty():
-            console = Console(file=out, markup=False, highlight=False)
-            with self._aside():
-                for table in tables:
-                    console.print(table)
-            return
-        # what reads lines, as grep, needs them whole
-        console = Console(file=out, width=10_000, markup=False, highlight=False)
-        with console.capture() as captured:
+        console = Console(file=out, markup=False, highlight=False, soft_wrap=True)
+        with self._aside():
             for table in tables:
-                console.print(table)
-        self.print_text("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+                # what reads lines, as grep, needs them whole
+                for line in lines_of(table, console.width if out.isatty() else None):
+                    console.print(line)
 
     def print_text(self, text: str) -> None:
         """Print the command's result where it is text as it is; no newline is added."""
@@ -148,7 +144,7 @@ class Talk:
         units : dict of str to str
             What each stage counts, by its name.
         """
-        from dmdata.cli.watch import Count, Rate, Stages
+        from dmdata.reading.stages import Count, Rate, Stages
 
         with self.progress(Count(), Rate()) as bars:
             shown = Stages(bars, units)
@@ -165,7 +161,8 @@ class Talk:
 def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command ``--json``, ``-q``, ``-v`` and ``--debug``, handed on as one `Talk` named ``talk``.
 
-    A group is called without a subcommand only.
+    What was given before the command counts as well; see `options_of_group`. A group is called without a subcommand
+    only.
     """
 
     def begin(context: click.Context, **options: Any) -> Any:
@@ -174,7 +171,7 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
         from dmdata.cli.streams import kept_for_results
         from dmdata.cli.watch import Watch
 
-        flags = {name: options.pop(name) for name in ("as_json", "quiet", "verbose", "debug")}
+        flags = {name: name in context.meta.get(_GIVEN, ()) for name in _FLAGS}
         terms = context.find_object(Invocation) or Invocation()
         _start_logging(verbose=flags["verbose"], debug=flags["debug"])
         if flags["quiet"]:
@@ -195,26 +192,64 @@ def talk_options(command: Callable[..., Any]) -> Callable[..., Any]:
     begin.__doc__ = command.__doc__
     begin.__name__ = command.__name__
     begin.__dict__.update(command.__dict__)
-    wrapped: Callable[..., Any] = click.pass_context(begin)
-    for option in (
-        click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own logs."),
-        click.option("-v", "--verbose", is_flag=True, help="Print more, on standard error."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress bars and no remarks."),
-        click.option("--json", "as_json", is_flag=True, help="Print data as one JSON object on standard output."),
-    ):
-        wrapped = option(wrapped)
-    return wrapped
+    return _flags(click.pass_context(begin))
+
+
+_FLAGS = {
+    "as_json": (("--json",), "Print data as one JSON object on standard output."),
+    "quiet": (("-q", "--quiet"), "No progress bars and no remarks."),
+    "verbose": (("-v", "--verbose"), "Print more, and each paid read and each retry on standard error."),
+    "debug": (("--debug",), "Show tracebacks, and all that is logged."),
+}
+_GIVEN = f"{__name__}.flags"
+_CATALOG = f"{__name__}.catalog"
+
+
+def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command or a group the flags of a `Talk`; they are noted in the context that all of its commands share."""
+
+    def note(context: click.Context, parameter: click.Parameter, is_given: bool) -> None:
+        if is_given:
+            context.meta.setdefault(_GIVEN, set()).add(parameter.name)
+
+    for name, (words, text) in reversed(_FLAGS.items()):
+        command = click.option(*words, name, is_flag=True, help=text, callback=note, expose_value=False)(command)
+    return command
+
+
+def option_catalog(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--catalog`` to a command; by default what was given before the command."""
+    return click.option(
+        "--catalog",
+        metavar="FILE",
+        help="catalog.yaml, a folder with one, a mirror, or a URL. "
+        "[default: $DMDATA_CATALOG, else the published release's]",
+        callback=lambda context, _, value: context.meta.get(_CATALOG) if value is None else value,
+    )(command)
+
+
+def options_of_group(group: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a group take ``--json``, ``-q``, ``-v``, ``--debug`` and ``--catalog`` for the command that it runs."""
+
+    def note(context: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            context.meta[_CATALOG] = value
+
+    described = "For commands that read a catalog: catalog.yaml, a folder with one, or its URL."
+    option = click.option("--catalog", metavar="FILE", help=described, callback=note, expose_value=False)
+    return _flags(option(group))
 
 
 def _start_logging(*, verbose: bool, debug: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        format="%(name)s: %(message)s",
-        level=logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING,
-        force=True,
-    )
-    if not debug:
-        logging.getLogger().handlers[0].setFormatter(_OneLine())
+    """Show warnings of all that logs, with ``-v`` what our own loggers say as well, and with ``--debug`` everything."""
+    handler = _ToStandardError()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s") if debug else _OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.WARNING, force=True)
+    for name in _OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if verbose and not debug else logging.NOTSET)
+
+
+_OWN_LOGGERS = ("dmdata", "dmpipeline")
 
 
 def ask_consent(talk: Talk, price: "Estimate", *, what: str, agreed: bool) -> None:
@@ -226,6 +261,7 @@ def ask_consent(talk: Talk, price: "Estimate", *, what: str, agreed: bool) -> No
         If nobody agreed and there is no terminal to ask at, or the answer is no.
     """
     from dmdata.money.prices import prices_in_words, readable_bytes, readable_usd
+    from dmdata.reading.progress_bar import in_cells_shell
 
     sentence = (
         f"{what} will cost up to {readable_usd(price.usd)} ({readable_bytes(price.n_bytes)} in {price.n_requests:,} "
@@ -234,7 +270,7 @@ def ask_consent(talk: Talk, price: "Estimate", *, what: str, agreed: bool) -> No
     if agreed:
         talk.remark(sentence)
         return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (sys.stdin.isatty() and sys.stderr.isatty()) or in_cells_shell():
         raise ConsentError(f"{sentence}; there is no terminal to ask at: add -y to agree", usd=price.usd)
     if not talk.confirm(f"{sentence}. Continue?"):
         raise ConsentError("nothing was fetched and nothing was spent", usd=price.usd)
@@ -247,6 +283,15 @@ def _may_show() -> bool:
         return settings().progress
     except SettingsError:
         return False  # the command may be the one that corrects it, and any other reports it
+
+
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the time: progress bars move down for what is written there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _OneLine(logging.Formatter):

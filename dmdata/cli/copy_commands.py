@@ -1,6 +1,8 @@
 """The commands that copy and compare: get, mirror and verify; and how commands that can spend ask before they do."""
 
 import contextlib
+import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +12,15 @@ import click
 
 from dmdata.catalog.locate import is_address, url_and_member
 from dmdata.cli.completion import complete_artifacts
-from dmdata.cli.console import AMOUNT, Talk, ask_consent, talk_options
+from dmdata.cli.console import AMOUNT, Talk, ask_consent, option_catalog, talk_options
 from dmdata.cli.tables import headed_table, plain_table
-from dmdata.errors import IntegrityError
+from dmdata.errors import BudgetError, IntegrityError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.progress import Progress, Task
+
     from dmdata.catalog.entries import Artifact
     from dmdata.money.prices import Estimate, Quote, Terms
     from dmdata.release.verification import Comparison
@@ -23,15 +29,10 @@ DESTINATIONS = ("internet", "same-region", "cross-region")
 """Names of `dmdata.money.prices.Destination`, known without loading it."""
 DEFAULT_MEMORY_MIB = 512
 """As `dmdata.copying.mirror.DEFAULT_MEMORY_BYTES`."""
-
-
-def option_catalog(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--catalog`` to a command."""
-    return click.option(
-        "--catalog",
-        metavar="FILE",
-        help="catalog.yaml, a folder with one, or its URL. [default: $DMDATA_CATALOG, else the published release's]",
-    )(command)
+# beyond an agreed price: longer headers than most; a broken range that is billed again, as a share of large reads
+_HEADERS_USD = 0.0001
+_RANGE_USD = 0.002
+_SHARE = 0.25
 
 
 def option_to(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +74,10 @@ class Priced:
         """Take artifacts as `dmdata.release.pricing` prices them."""
         from dmdata.release import opening
 
-        return [cls(artifact.name, estimate, opening.is_paid(artifact, terms)) for artifact, estimate in priced]
+        return [
+            cls(artifact.name, estimate, estimate.n_requests > 0 and opening.is_paid(artifact, terms))
+            for artifact, estimate in priced
+        ]
 
 
 @contextlib.contextmanager
@@ -87,7 +91,16 @@ def paid_for(
     max_cost: float | None,
     yes: bool,
 ) -> Iterator[bool]:
-    """Ask where the work costs something, and hold its budget while it runs; yields whether to do it."""
+    """Ask where the work costs something, and hold its budget while it runs; yields whether to do it.
+
+    What is read may not be as its catalog claims. It may therefore cost as much as was agreed to, with some room for
+    requests that are sent again, or, where that is given, up to `max_cost`.
+
+    Raises
+    ------
+    BudgetError
+        If it would cost more; the read that would has not begun.
+    """
     if dry_run:
         print_estimate(talk, priced, terms)
         yield False
@@ -99,8 +112,31 @@ def paid_for(
         if max_cost is not None:
             stack.enter_context(ledger.budget(usd=max_cost))
         if paid:
-            agree_to(talk, paid, what, terms, yes=yes)
+            agreed = agree_to(talk, paid, what, terms, yes=yes)
+            if max_cost is None:
+                stack.enter_context(_no_more_than(agreed))
         yield True
+
+
+@contextlib.contextmanager
+def _no_more_than(agreed: float) -> Iterator[None]:
+    """Hold what was agreed to, in dollars, as a budget, and say so where it would be passed."""
+    from dmdata.money import ledger
+    from dmdata.money.prices import readable_usd
+
+    limit = agreed + max(_SHARE * agreed, min(agreed, _RANGE_USD)) + _HEADERS_USD
+    try:
+        with ledger.budget(usd=limit):
+            yield
+    except BudgetError as error:
+        if error.limit_usd is None or not math.isclose(error.limit_usd, limit, abs_tol=1e-11):
+            raise  # of another budget
+        cost = "more" if error.usd is None else f"up to {readable_usd(error.usd)} more"
+        raise error.reworded(
+            f"reading {error.artifact} would cost {cost}, but {readable_usd(agreed)} was agreed to in total: it is not "
+            "as its catalog describes it, or much was sent again; what is complete stays; name the object "
+            "by its address, for a price by its own header, or state the most that it may cost: --max-cost USD"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -129,8 +165,8 @@ def headers_paid_for(
         yield True
 
 
-def agree_to(talk: Talk, paid: list[Priced], what: str, terms: "Terms", *, yes: bool) -> None:
-    """Check that a price fits the budget, and ask whether it may be spent."""
+def agree_to(talk: Talk, paid: list[Priced], what: str, terms: "Terms", *, yes: bool) -> float:
+    """Check that a price fits the budget, and ask whether it may be spent; returns it, in dollars."""
     from dmdata.money import ledger
     from dmdata.release import pricing
 
@@ -139,6 +175,7 @@ def agree_to(talk: Talk, paid: list[Priced], what: str, terms: "Terms", *, yes: 
         usd=price.usd, artifact=paid[0].name if len(paid) == 1 else f"{len(paid)} artifacts"
     )
     ask_consent(talk, price, what=what, agreed=yes)
+    return price.usd
 
 
 def print_estimate(talk: Talk, priced: list[Priced], terms: "Terms") -> None:
@@ -175,7 +212,7 @@ def print_estimate(talk: Talk, priced: list[Priced], terms: "Terms") -> None:
     if total.fastest != total.cheapest:
         table.add_row("total, fastest", *_quote_cells(total.fastest))
     talk.print_data(data, table)
-    if not any(part.is_paid for part in priced):
+    if total.n_requests and not any(part.is_paid for part in priced):
         talk.remark("reading these is free where they are; the figures say what the same costs at the prices below")
     link = terms.link
     low, high = readable_usd(total.usd_low), readable_usd(total.usd_high)
@@ -184,22 +221,50 @@ def print_estimate(talk: Talk, priced: list[Priced], terms: "Terms") -> None:
         (f"between {low} and {high}" if low != high else high)
         + f", at {prices_in_words()} to {total.destination}; seconds assume {link.n_connections} connections of "
         f"{link.bytes_per_second / 1e6:g} MB/s, and {link.n_for_short_ranges} short requests at once"
-        + ("; dmdata estimate --used-gib and --free-tier narrow it" if open_ended else "")
+        + ("; estimate's --used-gib and --free-tier narrow it" if open_ended else "")
     )
 
 
 @click.command("get")
 @click.argument("name", shell_complete=complete_artifacts)
 @click.option("-o", "--output", metavar="PATH", help="File or folder. [default: the object's own name]")
+@click.option("--select", metavar="INDEX", help='Save this part of an array alone, as "0:1000,42", in a .npy.')
 @options_spending
 @talk_options
-def get(talk: Talk, name: str, output: str | None, to: str | None, catalog: str | None, **spending: Any) -> None:
-    """Download the whole object at NAME, a catalog name or an address, unchanged. Run again to resume."""
-    from dmdata.money.prices import readable_bytes
+def get(
+    talk: Talk,
+    name: str,
+    output: str | None,
+    select: str | None,
+    to: str | None,
+    catalog: str | None,
+    **spending: Any,
+) -> None:
+    """Download the whole object at NAME, a catalog name or an address, unchanged. Run again to resume.
+
+    With --select, read that part of the array alone and save it as a .npy, in C order. It has to fit into memory;
+    `mirror` copies what does not. A file that is there is compared with what is known of the object, by size and by
+    the digest and ETag of an earlier download, and is not downloaded again if it is the same.
+    """
     from dmdata.release import copies, opening, pricing
 
     terms, chosen = opening.in_force(to, catalog)
     with contextlib.ExitStack() as stack:
+        if select is not None:
+            if not stack.enter_context(headers_paid_for(talk, [name], terms, **spending)):
+                return
+            found = opening.look_up([name], terms, catalog=chosen)
+            part = copies.Slice.planned(found, select, output, terms)
+            if (how := part.found_there()) is not None:
+                _print_file(talk, part.path, how)
+                return
+            priced = Priced.all_of(part.prices(), terms)
+            what = f"reading {select} of {part.artifact.name}"
+            if stack.enter_context(paid_for(talk, priced, what, terms, **spending)):
+                with _bars(talk, priced) as bars:
+                    copies.run_slice(part, progress=lambda done, total: bars.complete(part.artifact.name, done, total))
+                _print_file(talk, part.path)
+            return
         if is_address(name):
             # of a member the whole object is meant
             url = url_and_member(name)[0]
@@ -209,18 +274,33 @@ def get(talk: Talk, name: str, output: str | None, to: str | None, catalog: str 
         else:
             artifact, state = opening.object_named(name, chosen), None
         planned = copies.Download(artifact, pricing.download_path(artifact, output), terms, state)
+        if (how := planned.found_there()) is not None:
+            _print_file(talk, planned.path, how)
+            return
         priced = Priced.all_of(planned.prices(), terms)
         if not stack.enter_context(paid_for(talk, priced, f"downloading {artifact.name}", terms, **spending)):
             return
         with _bars(talk, priced) as bars:
             path = copies.run_download(planned, progress=lambda done, total: bars.complete(artifact.name, done, total))
+    _print_file(talk, path)
+
+
+def _print_file(talk: Talk, path: "Path", how: str | None = None) -> None:
+    """Print what was downloaded, or that it was there already and how that is known."""
+    from dmdata.money.prices import readable_bytes
+
     n_bytes = path.stat().st_size
-    talk.print_data({"path": str(path), "bytes": n_bytes}, plain_table((str(path), readable_bytes(n_bytes))))
+    facts = {"path": str(path), "bytes": n_bytes, "present": how is not None}
+    talk.print_data(facts, plain_table((str(path), readable_bytes(n_bytes))))
+    if how is not None:
+        talk.remark(f"{path} is there already, {how}; nothing was downloaded")
 
 
 @click.command("mirror")
-@click.argument("patterns", nargs=-1, required=True, shell_complete=complete_artifacts)
-@click.argument("destination")
+@click.argument("patterns", nargs=-1, shell_complete=complete_artifacts)
+@click.argument("destination", required=False)
+@click.option("--register", metavar="PATH", help="Have names open what the mirror at PATH holds; copy nothing.")
+@click.option("--forget", metavar="PATH", help="Have names no longer open the mirror at PATH; copy and remove nothing.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be given several times.")
 @click.option("--select", metavar="INDEX", help='Rows and columns of each artifact, as "0:1000,0:50".')
 @click.option(
@@ -237,7 +317,9 @@ def get(talk: Talk, name: str, output: str | None, to: str | None, catalog: str 
 def mirror(
     talk: Talk,
     patterns: tuple[str, ...],
-    destination: str,
+    destination: str | None,
+    register: str | None,
+    forget: str | None,
     exclude: tuple[str, ...],
     select: str | None,
     memory: int,
@@ -248,10 +330,20 @@ def mirror(
 ) -> None:
     """Copy artifacts into a chunked Zarr store at DESTINATION, a path or s3://bucket/prefix. Run again to resume.
 
-    One exact name or address makes DESTINATION that array; globs or several make it a group.
+    One exact name or address makes DESTINATION that array; globs or several make it a group. DESTINATION is a catalog,
+    too. From then on the names of what was copied whole open the copy, for nothing; see also --register and --forget.
     """
-    from dmdata.release import copies, opening
+    from dmdata.release import copies, mirrors, opening
 
+    if register is not None or forget is not None:
+        if patterns or destination or (register is not None and forget is not None):
+            raise click.UsageError("--register PATH and --forget PATH stand alone: nothing is copied")
+        path = str(register if forget is None else forget)
+        names = mirrors.forget_mirror(path) if register is None else mirrors.register_mirror(path, catalog=catalog)
+        talk.print_data({"path": path, "artifacts": names}, plain_table((path, f"{len(names)} artifacts")))
+        return
+    if not patterns or destination is None:
+        raise click.UsageError("name what to copy, then DESTINATION")
     terms, chosen = opening.in_force(to, catalog)
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(headers_paid_for(talk, patterns, terms, **spending)):
@@ -276,7 +368,7 @@ def mirror(
 @click.option("--sample", metavar="USD|N%", help="Also read this much of the source at random: dollars, or 5% of rows.")
 @click.option("--whole", is_flag=True, help="Also read all of the source.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
-@click.option("--repair", is_flag=True, help="Mark bad blocks as missing: dmdata mirror then makes them again.")
+@click.option("--repair", is_flag=True, help="Mark bad blocks as missing, for the same mirror command to make again.")
 @options_spending
 @talk_options
 def compare(
@@ -316,7 +408,7 @@ def compare(
     talk.print_data(
         {"same": all(found.is_same for found in comparisons), "artifacts": [_facts(f) for f in comparisons]}, table
     )
-    if faults := [words for found in comparisons for words in _in_words(found, repaired=repair)]:
+    if faults := [words for found in comparisons for words in _in_words(found, destination, repaired=repair)]:
         raise IntegrityError("; ".join(faults), url=destination)
 
 
@@ -334,18 +426,18 @@ def _facts(found: "Comparison") -> dict[str, Any]:
     }
 
 
-def _in_words(found: "Comparison", *, repaired: bool) -> Iterator[str]:
+def _in_words(found: "Comparison", destination: str, *, repaired: bool) -> Iterator[str]:
     """List what is wrong with a mirror, and what to do."""
+    mirrored = "mirror it again, with the command that made it"
     yield from (f"{found.name}: {fault}" for fault in found.faults)
     for what, numbers in (("damaged", found.damaged), ("not what the source holds", found.differing)):
         if numbers:
             shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-            remedy = "run dmdata mirror again" if repaired else "run dmdata verify --repair, then dmdata mirror again"
+            remedy = mirrored if repaired else f"run dmdata verify {shlex.quote(destination)} --repair, then {mirrored}"
             yield f"{found.name}: {len(numbers)} of {found.n_blocks} blocks are {what} ({shown}); {remedy}"
     if found.n_missing:
         yield (
-            f"{found.name}: {found.n_missing} of {found.n_blocks} blocks are not mirrored yet; "
-            "run dmdata mirror again to resume"
+            f"{found.name}: {found.n_missing} of {found.n_blocks} blocks are not mirrored yet; to resume, {mirrored}"
         )
 
 
@@ -358,40 +450,53 @@ def _quote_cells(way: Any) -> tuple[str, str, str, str]:
 class _Bars:
     """A bar for each artifact, and one for all where there are several: bytes fetched of those planned, and dollars."""
 
-    def __init__(self, bars: Any, priced: list[Priced]) -> None:
+    def __init__(self, bars: "Progress", priced: list[Priced]) -> None:
         self._bars = bars
-        self._tasks = {}
-        self._total = None
-        usd = {part.name: part.estimate.usd if part.is_paid else 0.0 for part in priced}
+        self._tasks: dict[str, Task] = {}
+        self._arrived: dict[str, float] = {}
+        # of several, each is timed from its first bytes
+        is_alone = len(priced) == 1
         for part in priced:
-            self._tasks[part.name] = bars.add_task(part.name, total=part.estimate.n_bytes, usd=usd[part.name])
-        if len(priced) > 1:
-            n_bytes = sum(part.estimate.n_bytes for part in priced)
-            self._total = bars.add_task("total", total=n_bytes, usd=sum(usd.values()), sums_up=True)
+            usd = part.estimate.usd if part.is_paid else 0.0
+            self._tasks[part.name] = self._add(part.name, part.estimate.n_bytes, usd, start=is_alone)
+        self._total: Task | None = None
+        if not is_alone:
+            tasks = list(self._tasks.values())
+            n_bytes, usd = (sum(task.fields[field] for task in tasks) for field in ("n_bytes", "usd"))
+            self._total = self._add("total", n_bytes, usd, sums_up=True)
+
+    def _add(self, name: str, n_bytes: int, usd: float, *, start: bool = True, **fields: bool) -> "Task":
+        made = self._bars.add_task(name, start=start, total=n_bytes, n_bytes=n_bytes, usd=usd, **fields)
+        return self._bars.tasks[self._bars.task_ids.index(made)]
 
     def received(self, name: str, n_bytes: int) -> None:
         """Count bytes that have just arrived."""
-        self._bars.advance(self._tasks[name], n_bytes)
+        task = self._tasks[name]
+        self._bars.start_task(task.id)  # once
+        self._bars.advance(task.id, n_bytes)
+        self._arrived[name] = task.elapsed or 0.0
         if self._total is not None:
-            self._bars.advance(self._total, n_bytes)
+            self._bars.advance(self._total.id, n_bytes)
 
     def finish(self) -> None:
-        """Show finished bars as full: cached headers, and ranges fetched by an earlier run, did not arrive."""
+        """Show bars as full, with what arrived: cached headers, and ranges fetched by an earlier run, did not."""
+        from dmdata.reading.one_line import usd_so_far
+
         for task in self._bars.tasks:
-            self._bars.update(task.id, total=task.completed or 1, completed=task.completed or 1)
+            n_bytes, usd = task.completed, usd_so_far(task)
+            self._bars.update(task.id, total=n_bytes or 1, completed=n_bytes or 1, n_bytes=n_bytes or 1, usd=usd)
+            task.finished_time = self._arrived.get(task.description, task.finished_time)
 
     def complete(self, name: str, n_bytes: int, n_in_total: int) -> None:
         """Show how many bytes are complete."""
-        self._bars.update(self._tasks[name], completed=n_bytes, total=n_in_total)
+        self._bars.update(self._tasks[name].id, completed=n_bytes, total=n_in_total)
 
 
 @contextlib.contextmanager
 def _bars(talk: Talk, priced: list[Priced]) -> Iterator[_Bars]:
-    from rich.progress import DownloadColumn, TransferSpeedColumn
+    from dmdata.reading.one_line import Bytes, Dollars, Speed
 
-    from dmdata.cli.watch import Dollars
-
-    with talk.progress(DownloadColumn(binary_units=True), Dollars(), TransferSpeedColumn()) as bars:
+    with talk.progress(Bytes(), Dollars(), Speed()) as bars:
         shown = _Bars(bars, priced)
         yield shown
         shown.finish()

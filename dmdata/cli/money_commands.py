@@ -26,6 +26,34 @@ _WHAT = {
 }
 
 
+_PRICES = ("date", "usd_per_get", "usd_per_list", "free_gib", "internet_tiers", "cross_region_usd_per_gib")
+SETTINGS = (
+    *(
+        "max_cost",
+        "catalog",
+        "to",
+        "used_gib",
+        "free_tier",
+        "cache_gib",
+        "offline",
+        "local_mirrors",
+        "progress",
+        "progress_seconds",
+    ),
+    *(f"{of}.{price}" for of in ("prices", "endpoint_prices") for price in _PRICES),
+    *(f"link.{part}" for part in ("seconds_to_first_byte", "bytes_per_second", "n_connections")),
+)
+"""As `dmdata.settings.names_of_settings` lists them, known without loading it."""
+
+_NAMES = f"NAME is one of {', '.join(SETTINGS)}. `dmdata config` says what each is."
+
+
+def complete_settings(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Offer the names of settings that begin with what was typed."""
+    del context, parameter
+    return [name for name in SETTINGS if name.startswith(incomplete)]
+
+
 @click.command("spend")
 @click.option(
     "--by",
@@ -95,15 +123,21 @@ def _spending_facts(part: "Spending") -> dict[str, Any]:
     return {"bytes": part.n_bytes, "requests": part.n_requests, "usd": part.usd, "reads": part.n_reads}
 
 
-@click.group("prices")
-def prices() -> None:
-    """Show the prices that dollars are computed with."""
+@click.group("prices", invoke_without_command=True)
+@talk_options
+def prices(talk: Talk) -> None:
+    """Show the prices that dollars are computed with: their date, each price, and what the config file overrides."""
+    _show_prices(talk)
 
 
 @prices.command("show")
 @talk_options
 def show(talk: Talk) -> None:
-    """Show the price table in force: its date, each price, and what the config file overrides."""
+    """Show the price table in force, as `prices` alone does."""
+    _show_prices(talk)
+
+
+def _show_prices(talk: Talk) -> None:
     from dmdata.money.prices import GIB, PRICES, Destination, price_table, prices_in_words, readable_usd
     from dmdata.settings import settings
 
@@ -155,8 +189,27 @@ def path(talk: Talk) -> None:
         talk.print_text(f"{config_path()}\n")
 
 
-@config.command("set")
-@click.argument("name")
+_NAME = click.argument("name", shell_complete=complete_settings)
+
+
+@config.command("get", epilog=_NAMES)
+@_NAME
+@talk_options
+def get(talk: Talk, name: str) -> None:
+    """Print the value of NAME that is in force, as `set` takes it; an empty line if it is not set."""
+    from dmdata.settings import setting_in_force
+
+    found = setting_in_force(name)
+    if talk.as_json:
+        talk.print_data({"name": name, "value": _finite(found.value), "from": found.origin})
+        return
+    talk.print_text(f"{_as_set(found.value)}\n")
+    if found.value is None:
+        talk.remark(f"{name} is not set")
+
+
+@config.command("set", epilog=_NAMES)
+@_NAME
 @click.argument("value")
 @talk_options
 def set_(talk: Talk, name: str, value: str) -> None:
@@ -171,7 +224,7 @@ def set_(talk: Talk, name: str, value: str) -> None:
 
 
 @config.command("unset")
-@click.argument("name")
+@_NAME
 @talk_options
 def unset(talk: Talk, name: str) -> None:
     """Take NAME out of the config file."""
@@ -198,6 +251,24 @@ def _written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.10f}".rstrip("0").rstrip(".")
     return "" if value is None else str(value)
+
+
+def _as_set(value: Any) -> str:
+    """Write a value as `config set` takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, dict | tuple):
+        return _written(value)
+    import yaml
+
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf).strip()
+
+
+def _plain(value: Any) -> Any:
+    """Make lists of tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _finite(value: Any) -> Any:

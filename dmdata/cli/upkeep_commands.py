@@ -7,7 +7,7 @@ import click
 
 from dmdata.catalog.locate import is_address
 from dmdata.cli.completion import complete_artifacts
-from dmdata.cli.console import AMOUNT, Talk, ask_consent, talk_options
+from dmdata.cli.console import AMOUNT, Talk, ask_consent, option_catalog, talk_options
 from dmdata.cli.tables import headed_table, plain_table
 from dmdata.home import home
 
@@ -23,7 +23,7 @@ _MARKS = {"ok": "ok", "warn": "look", "fail": "FAIL"}
 @click.option("--at", "destination", default=".", metavar="PATH", help="Where a copy would go. [default: here]")
 @click.option("--probe", "probing", is_flag=True, help="Read one byte of it, for one request's price.")
 @click.option("-y", "--yes", is_flag=True, help="Agree to the price of the probe without being asked.")
-@click.option("--catalog", metavar="FILE", help="As for the other commands.")
+@option_catalog
 @talk_options
 @click.pass_context
 def doctor(

@@ -245,7 +245,7 @@ def require_zarr_dtype(name: str, dtype: np.dtype[Any], *, url: str | None = Non
     if dtype.kind not in "biufc" or dtype.itemsize > (16 if dtype.kind == "c" else 8):
         raise FormatError(
             f"{name} has dtype {str(dtype)[:200]}, for which Zarr v3 has no data type; index the array itself, or "
-            "download its object by dmdata get",
+            "download its object with dmdata get NAME",
             url=url,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from dmdata.errors import FormatError
-from dmdata.layout.kinds import NPY, Kind, kind_by_suffix
+from dmdata.layout.kinds import NPY, Kind, kind_by_suffix, without_suffix
 from dmdata.layout.layouts import Layout, ReadAt, contiguous_strides, stored_as
 from dmdata.layout.npy import (
     MAGIC,
@@ -45,6 +45,7 @@ __all__ = [
     "safetensors_layouts",
     "stored_as",
     "warn_of_trailing_bytes",
+    "without_suffix",
 ]
 
 HEAD_BYTES: dict[Kind, int] = {

@@ -61,6 +61,10 @@ class Layout:
         """First byte after the last element."""
         return self.offset + self.n_bytes
 
+    def is_alike(self, other: "Layout") -> bool:
+        """Return whether it is of arrays of the same shape and dtype, wherever their elements lie."""
+        return (self.shape, self.dtype, self.encoding) == (other.shape, other.dtype, other.encoding)
+
     @property
     def storage_order(self) -> list[int]:
         """Axes from the slowest to the fastest."""

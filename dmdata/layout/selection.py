@@ -57,6 +57,11 @@ class Selection:
         """Wanted indices of each axis, ascending and without repeats: what has to be read."""
         return tuple(_distinct(axis)[0] for axis in self.axes)
 
+    def keeps_all_of(self, axis: int) -> bool:
+        """Whether every index of an axis is wanted, once and in order."""
+        wanted = self.axes[axis]
+        return isinstance(wanted, range) and wanted == range(self.array_shape[axis])
+
     @property
     def digest(self) -> str:
         """SHA-256, as hexadecimal text, of what is selected: the same for the same indices in the same order."""

@@ -30,8 +30,8 @@ from dmdata.errors import BudgetError, DmdataError, FactualError, SettingsError
 from dmdata.home import config_path, home
 from dmdata.money.budgets import Budget, Held, close_here, held, is_alive, open_here, process_name, put_in_force
 from dmdata.money.commits import FAILURES, Commits, Work
-from dmdata.money.prices import readable_usd
 from dmdata.settings import Settings, settings
+from dmdata.shown import as_html, readable_bytes, readable_usd
 
 __all__ = ["Amount", "Grouping", "Ledger", "Reservation", "Spending", "budget", "home"]
 
@@ -90,6 +90,10 @@ class Spending:
     n_requests: int
     n_bytes: int
     n_reads: int
+
+    def _repr_html_(self) -> str:
+        facts = {"dollars, at most": readable_usd(self.usd), "bytes": readable_bytes(self.n_bytes)}
+        return as_html("Spending", facts | {"requests": self.n_requests, "reads": self.n_reads})
 
 
 @dataclass(frozen=True, slots=True)

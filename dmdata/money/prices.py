@@ -14,6 +14,10 @@ from enum import StrEnum
 
 from dmdata.errors import SelectionError
 from dmdata.settings import LinkOverrides, PriceOverrides, Settings, settings
+from dmdata.shown import readable_bytes as readable_bytes  # prices are shown together with sizes and times
+from dmdata.shown import readable_seconds as readable_seconds
+from dmdata.shown import readable_usd as readable_usd
+from dmdata.shown import rows_as_html
 
 GIB = 1 << 30
 LONG_RANGE_BYTES = 1 << 20
@@ -42,43 +46,6 @@ def destination_of(to: str | None) -> Destination:
         return Destination(to)
     except ValueError as error:
         raise SelectionError(f"destination {to!r} is unknown; choose {', '.join(Destination)}") from error
-
-
-def readable_usd(usd: float) -> str:
-    """Write dollars with cents, or with two digits where cents would hide them.
-
-    >>> readable_usd(374.2), readable_usd(0.53), readable_usd(0.00012), readable_usd(0)
-    ('$374.20', '$0.53', '$0.00012', '$0.00')
-    """
-    if usd == 0 or abs(usd) >= 0.01:
-        return f"${usd:,.2f}"
-    return f"${usd:.{1 - math.floor(math.log10(abs(usd)))}f}"
-
-
-def readable_bytes(n_bytes: float) -> str:
-    """Write a size in binary units, GiB being what a bill calls GB.
-
-    >>> readable_bytes(999), readable_bytes(15_100_000_128)
-    ('999 B', '14.1 GiB')
-    """
-    unit, size = "B", float(n_bytes)
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        unit, size = larger, size / 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
-
-
-def readable_seconds(seconds: float) -> str:
-    """Write a time in the largest unit of which there is at least one.
-
-    >>> readable_seconds(0.25), readable_seconds(90), readable_seconds(5_270_000)
-    ('0.2 s', '1.5 min', '61.0 days')
-    """
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +290,24 @@ class Estimate:
     def seconds(self) -> float:
         """Seconds of the cheapest way, by the assumed link."""
         return self.cheapest.seconds
+
+    def _repr_html_(self) -> str:
+        """Show both ways in a notebook, one where they are the same."""
+        ways = {"cheapest": self.cheapest} | ({"fastest": self.fastest} if self.fastest != self.cheapest else {})
+        columns = ("", "dollars, at most", "at least", "bytes", "requests", "time")
+        rows = [
+            (
+                way,
+                readable_usd(quote.usd_high),
+                readable_usd(quote.usd_low),
+                readable_bytes(quote.n_bytes),
+                f"{quote.n_requests:,}",
+                readable_seconds(quote.seconds),
+            )
+            for way, quote in ways.items()
+        ]
+        title = f"Estimate of a read to {self.destination}, prices of {self.price_date}"
+        return rows_as_html(title, columns, rows, n_rows=len(rows))
 
 
 @dataclass(frozen=True, slots=True)

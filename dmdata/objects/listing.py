@@ -4,6 +4,7 @@ A page of a bucket is a LIST request, a class of its own on the bill, and its an
 reserved before it is sent and settled on what came back, as reads are.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ PAGE_BYTES = 512 << 10
 """What is reserved for a page, of about 300 bytes an object; a longer one is settled as long as it is."""
 
 _MOST_TRIES = 5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ def _page(address: Address, bucket: str, prefix: str, token: str | None, terms: 
         except SourceError as error:
             if not error.transient or n_tries == _MOST_TRIES:
                 raise
+            _log.info("trying again after try %d: %s", n_tries, error)
             time.sleep(0.1 * 2**n_tries)
 
 
@@ -140,6 +144,9 @@ def _ask(address: Address, bucket: str, prefix: str, token: str | None, terms: T
             n_requests=1,
             artifact=f"list of {address}",
             destination=str(terms.destination),
+        )
+        _log.info(
+            "listing %s: a page of up to %d objects in 1 request, up to $%.4f", address, PAGE_OBJECTS, page_usd(terms)
         )
     charged: bool | None = None
     client.meta.events.register("before-parse.s3.ListObjectsV2", measure, unique_id=f"measure-{id(measure)}")

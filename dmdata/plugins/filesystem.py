@@ -31,6 +31,8 @@ class DmdataFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc] # fsspe
         See `dmdata.load_catalog`.
     to : {"internet", "same-region", "cross-region"}
         Where the bytes go: decides their price.
+    local : bool, optional
+        Whether local mirrors stand for ``.npy`` files; see `dmdata.open`.
 
     Examples
     --------
@@ -43,10 +45,13 @@ class DmdataFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc] # fsspe
     # what a catalog without a path means depends on the environment, so an instance is not kept for ever
     cachable = False
 
-    def __init__(self, catalog: CatalogLike = None, to: str = "internet", **storage_options: Any) -> None:
+    def __init__(
+        self, catalog: CatalogLike = None, to: str = "internet", local: bool | None = None, **storage_options: Any
+    ) -> None:
         super().__init__(**storage_options)
         self.catalog = catalog
         self.to = to
+        self.local = local
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """List a dataset, an alpha of it, or one object; free.
@@ -142,7 +147,7 @@ class DmdataFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc] # fsspe
         path = self._strip_protocol(path).strip("/")
         if self.info(path)["type"] == "directory":
             raise IsADirectoryError(f"{path} holds several objects; open one of {self.ls(path, detail=False)}")
-        return open_object(path, catalog=self.catalog, to=self.to)
+        return open_object(path, catalog=self.catalog, to=self.to, local=self.local)
 
     def _missing(self, path: str) -> ObjectMissingError:
         try:
@@ -157,7 +162,7 @@ class DmdataFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc] # fsspe
     def _refuse(self, path: str, *_: Any, **__: Any) -> NoReturn:
         raise AccessError(
             f"{PROTOCOL}:// is read-only, so {path} cannot be written or removed; open it with mode 'rb', or copy it: "
-            "dmdata get",
+            "dmdata get NAME",
             cause="read_only",
         )
 

@@ -1,9 +1,10 @@
 """``xarray.open_dataset("cifar/50pct", engine="dmdata")``: all arrays of one alpha as a lazy dataset.
 
-Opening reads headers only. A variable is read when it is indexed, by exact ranges under the budget, with dask
-(``chunks={}``) or without. Imported by xarray when the engine is used, never by dmdata itself.
+Opening reads nothing but the catalog. A variable is read when it is indexed, by exact ranges under the budget, with
+dask (``chunks={}``) or without. Imported by xarray when the engine is used, never by dmdata itself.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from dmdata.catalog.catalogued import catalog_below
 from dmdata.catalog.entries import Artifact, Catalog
 from dmdata.catalog.locate import is_address
 from dmdata.catalog.roles import ROLES, ModelRows
-from dmdata.errors import CatalogError, FormatError
+from dmdata.errors import CatalogError, FormatError, SelectionError
 from dmdata.layout.selection import select
 from dmdata.release.opening import CatalogLike, load_catalog
 from dmdata.release.opening import open as open_array
@@ -31,8 +32,8 @@ _MODEL = "model"
 class DmdataBackendEntrypoint(BackendEntrypoint):
     """Datasets of a dmdata catalog, by name as "cifar/50pct", lazily and within a budget."""
 
-    description = "Open arrays of a dmdata catalog, as 'cifar/50pct', lazily, priced and within a budget"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "catalog", "to")
+    description = "Open arrays of a catalog of dmdata, as 'cifar/50pct', lazily, priced and within a budget"
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "catalog", "to", "local")
 
     def open_dataset(  # type: ignore[override] # a backend's own keywords, as xarray documents them
         self,
@@ -41,6 +42,7 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
         drop_variables: str | Iterable[str] | None = None,
         catalog: CatalogLike = None,
         to: str = "internet",
+        local: bool | None = None,
     ) -> xarray.Dataset:
         """Open all arrays of one alpha of a dataset, or one array.
 
@@ -50,8 +52,8 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
             "dataset/alpha" or "dataset/alpha/array" of the catalog, with or without ``dmdata://`` before it; or
             the same behind the path of a folder with a ``catalog.yaml``, as "export/digits/50pct".
         drop_variables : str or iterable of str, optional
-            Arrays not to open; then their headers are not read.
-        catalog, to
+            Arrays not to open.
+        catalog, to, local
             As in `dmdata.open`.
 
         Returns
@@ -66,15 +68,13 @@ class DmdataBackendEntrypoint(BackendEntrypoint):
             If the catalog has no such name.
         FormatError
             If two arrays do not fit into one dataset.
-        BudgetError, AccessError, ObjectMissingError, SourceError
-            If a header cannot be read.
         """
         name = str(filename_or_obj).removeprefix("dmdata://")
         dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
         known, name = _catalog_and_name(name, catalog)
         artifacts = _artifacts_named(name, known)
         opened = {
-            variable: open_array(artifact.name, catalog=known, to=to)
+            variable: open_array(artifact.name, catalog=known, to=to, local=local)
             for artifact in artifacts
             if (variable := _variable_name(artifact)) not in dropped
         }
@@ -110,7 +110,13 @@ class _LazyRead(BackendArray):
         return np.asarray(indexing.explicit_indexing_adapter(key, self.shape, outer, self._read))
 
     def _read(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
-        return self.array.read(select(key, self.shape, orthogonal=True))
+        answer = self.array.read(select(key, self.shape, orthogonal=True))
+        if answer.dtype != self.dtype:  # xarray was told so before the header was read
+            raise SelectionError(
+                f"{self.array.name} has dtype {answer.dtype}, and not {self.dtype} as its catalog claims; open the "
+                "dataset again"
+            )
+        return answer
 
 
 class _Roles(BackendArray):
@@ -131,6 +137,9 @@ class _Roles(BackendArray):
 
 def _catalog_and_name(name: str, catalog: CatalogLike) -> tuple[Catalog, str]:
     found = catalog_below(name)
+    if found is None and os.path.isabs(name):
+        # open_mfdataset makes absolute paths of names
+        name = os.path.relpath(name)
     if found is not None and is_address(name):
         return found
     known, name = load_catalog(catalog), name.strip("/")

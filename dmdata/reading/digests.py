@@ -6,6 +6,7 @@ therefore measured once: a later download of the same object and ETag must have 
 """
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,13 +32,38 @@ def record(address: Address, state: ObjectState, sha256: str) -> None:
 
 def recall(address: Address, state: ObjectState) -> str | None:
     """Return the digest of an object, if one was recorded for the same ETag and size."""
+    found = latest(address)
+    return found[1] if found and (found[0].etag, found[0].n_bytes) == (state.etag, state.n_bytes) else None
+
+
+def latest(address: Address) -> tuple[ObjectState, str] | None:
+    """Return the ETag and size with which an object was last read whole, and its digest; None where it was not."""
     try:
         facts = json.loads(_path(address).read_text())
-        wanted = (str(address), state.etag, state.n_bytes)
-        found = (facts["url"], facts["etag"], facts["n_bytes"]), facts["sha256"]
+        state, sha256 = ObjectState(int(facts["n_bytes"]), str(facts["etag"])), str(facts["sha256"])
+        return (state, sha256) if facts["url"] == str(address) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # not there, or damaged: nothing is known
-    return str(found[1]) if found[0] == wanted else None
+
+
+def record_slice(url: str, selection: str, sha256: str) -> None:
+    """Keep the digest of a file with part of an array, by where the array is and the digest of its selection."""
+    path = _path_of_slice(url, selection)
+    with contextlib.suppress(OSError):  # as above
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, sha256)
+
+
+def recall_slice(url: str, selection: str) -> str | None:
+    """Return the digest of the file with part of an array; None where none was recorded."""
+    try:
+        return _path_of_slice(url, selection).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _path_of_slice(url: str, selection: str) -> Path:
+    return home() / FOLDER / "slices" / hashlib.sha256(f"{url} {selection}".encode()).hexdigest()
 
 
 def _path(address: Address) -> Path:

@@ -8,6 +8,7 @@ budget.
 """
 
 import itertools
+import logging
 import threading
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -22,7 +23,7 @@ from dmdata.layout.selection import select
 from dmdata.money.budgets import Budget, in_force_here
 from dmdata.money.ledger import Ledger, home
 from dmdata.money.meter import Meter, Received
-from dmdata.money.prices import LONG_RANGE_BYTES, Destination, PriceTable, Terms
+from dmdata.money.prices import LONG_RANGE_BYTES, Destination, PriceTable, Terms, readable_bytes, readable_usd
 from dmdata.objects.address import Address, ObjectState, Source
 from dmdata.objects.aws import known_to_be_unsigned
 from dmdata.objects.endpoints import own_endpoint
@@ -41,6 +42,8 @@ LEAST_RANGE_BYTES = 4 << 20
 # a read must be large to be worth a look at how fast its bytes arrive
 _LARGE_READ_BYTES = 64 << 20
 _RESTING_SECONDS = 0.05
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +194,7 @@ class Transport:
         source, meter = self._begin(n_bytes, n_requests, table, progress)
         meter.object_bytes = plan.layout.stop
         stopping = threading.Event()
-        keeper = kept.keeper(plan, bound=self.terms.cache_bytes) if kept else None
+        keeper = kept.keeper(plan.n_bytes, bound=self.terms.cache_bytes) if kept else None
 
         ranges = RangeQueue(plan, spool, n_requests)
         short: RequestPace | None = None
@@ -227,6 +230,13 @@ class Transport:
             if keeper:
                 keeper.close()
         return product
+
+    def keep(self, received: npt.NDArray[np.uint8], *, etag: str | None) -> None:
+        """Keep what `start` has returned as a read with `cache` keeps what it fetches."""
+        kept = self.kept(etag)
+        if kept and (keeper := kept.keeper(len(received), bound=self.terms.cache_bytes)):
+            keeper.keep(0, received)
+            keeper.close()
 
     def kept(self, etag: str | None) -> Kept | None:
         """Find what is kept of the object from earlier reads; None where nothing of it is."""
@@ -275,6 +285,14 @@ class Transport:
                 carried=self.held_by,
                 known=known,
             )
+        if _log.isEnabledFor(logging.INFO):
+            # what is paid for is told at once, what is free to who looks closer
+            level, price = logging.DEBUG, "free"
+            if meter.table is not None:
+                level, price = logging.INFO, f"up to {readable_usd(meter.usd(n_bytes, n_requests))}"
+            many = "request" if n_requests == 1 else "requests"
+            what = self.artifact, readable_bytes(n_bytes), n_requests, many, price
+            _log.log(level, "reading %s: %s in %d %s, %s", *what)
         return source, meter
 
 

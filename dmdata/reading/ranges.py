@@ -166,9 +166,9 @@ class Kept:
             pass  # it cannot be read now: all of it is fetched
         return plan, None
 
-    def keeper(self, plan: ReadPlan, *, bound: int) -> "Keeper | None":
+    def keeper(self, n_bytes: int, *, bound: int) -> "Keeper | None":
         """Return what keeps the bytes that a read receives; None where they are too many."""
-        if plan.n_bytes * _LARGEST_SHARE > bound or _REGISTRY.paused.get(self._folder.parent, 0) > time.monotonic():
+        if n_bytes * _LARGEST_SHARE > bound or _REGISTRY.paused.get(self._folder.parent, 0) > time.monotonic():
             return None
         return Keeper(self, bound)
 

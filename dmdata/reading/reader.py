@@ -5,6 +5,7 @@ again with backoff from the byte it broke at; a refusal or a missing object neve
 """
 
 import itertools
+import logging
 import queue
 import random
 import threading
@@ -22,6 +23,8 @@ from dmdata.money.prices import LONG_RANGE_BYTES
 from dmdata.objects.address import SHORT_RANGE_BYTES, Source, ended_short
 from dmdata.reading.pace import RequestPace
 from dmdata.reading.ranges import Keeper
+
+_log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.02
 _TRIES_WITHOUT_PROGRESS = 6
@@ -292,6 +295,7 @@ def patience(
         what = f"{fruitless} tries in a row without a byte" if fruitless > 1 else f"{n_tries} tries"
         raise error.reworded(f"{error}; given up after {what}: try again later", n_tries=n_tries) from error
     meter.extend(may_be_billed, n_requests)
+    _log.info("trying again after try %d: %s", n_tries, error)
     pause = min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**fruitless)
     stopping.wait(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, guards nothing
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dmdata.array import InZarr
+from dmdata.bodies import InZarr
 from dmdata.catalog.entries import ArraySchema, Artifact, Basis, Catalog
 from dmdata.errors import AccessError, DmdataError, FormatError, ObjectMissingError, SourceError
 from dmdata.layout.formats import Layout, stored_as
@@ -135,11 +135,13 @@ def _look_at(artifact: Artifact, terms: Terms) -> Answer | DmdataError:
     if stored.format == "zarr":
         if not address.is_local:
             return Answer(artifact.name, "not checked", ("a Zarr store in a bucket is not read from there",))
-        try:
-            array = InZarr(artifact.url).open()
-        except FormatError as error:
-            return error
-        words = _differences("", artifact.schema, array.shape, np.dtype(array.dtype), "")
+        words = []
+        for name, schema in ({NPY: artifact.schema} if artifact.schema else dict(stored.members)).items():
+            try:
+                array = InZarr(f"{artifact.url}/{name}" if name else artifact.url).open()
+            except FormatError as error:
+                return error
+            words += _differences(name, schema, array.shape, np.dtype(array.dtype), "")
         return Answer(artifact.name, "differs" if words else "confirmed", tuple(words))
     forget_header(address)  # what is remembered is not an answer of the source
     try:
@@ -159,7 +161,7 @@ def _look_at(artifact: Artifact, terms: Terms) -> Answer | DmdataError:
         words.append(f"it also holds {', '.join(extra)}")
     verdict: Verdict = "differs" if words else "confirmed"
     if stored.sha256 and recorded is None and not words:
-        words = ["its digest is not known here: dmdata get reads it whole and records it"]
+        words = ["its digest is not known here: dmdata get NAME reads it whole and records it"]
     return Answer(artifact.name, verdict, tuple(words), state, recorded)
 
 

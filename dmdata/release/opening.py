@@ -5,7 +5,6 @@ What was regenerated here, what another lab published and what the authors relea
 
 import os
 import shlex
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -13,26 +12,25 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from dmdata.array import InObject, InZarr, LazyArray, Preference
+from dmdata.array import LazyArray, described_rows, numbered_dims, warn_of_mismatch
+from dmdata.bodies import InObject, Preference, Unread
 from dmdata.catalog.catalogued import artifact_below, catalog_below
 from dmdata.catalog.entries import ArraySchema, Artifact, Basis, Catalog, SourceEntry, StoredArray
 from dmdata.catalog.locate import is_address, path_of, url_and_member
-from dmdata.catalog.roles import ModelRows
-from dmdata.copying.journal import JOURNAL
 from dmdata.errors import CatalogError, FormatError, SelectionError, SourceError
-from dmdata.layout.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix, stored_as
-from dmdata.layout.layouts import listed
+from dmdata.layout.formats import HEAD_BYTES, Layout, kind_by_bytes, kind_by_suffix
 from dmdata.money.prices import Estimate, Terms, usage_of
 from dmdata.objects.address import Address, ObjectState
 from dmdata.reading.fetch import Transport
-from dmdata.reading.headers import NPY, Header, known_charge, read_header
-from dmdata.release.catalogs import CatalogLike, address_at, in_force, load_catalog
-from dmdata.release.pricing import as_npy, price_artifacts, price_header, total_of
+from dmdata.reading.headers import NPY, Header, forget_header, known_charge, read_header, remembered_header
+from dmdata.release.catalogs import CatalogLike, address_at, address_of, in_force, load_catalog
+from dmdata.release.mirrors import is_mirrored, local_mirror
+from dmdata.release.pricing import claimed_layout, price_artifacts, price_header, total_of
+from dmdata.release.stores import octets_of_mirror, open_mirror, open_zarr, rows_of
 from dmdata.settings import settings
 
 __all__ = [
     "CatalogLike",
-    "CatalogMismatchWarning",
     "address_at",
     "address_named",
     "address_of",
@@ -49,13 +47,11 @@ __all__ = [
     "open_artifact",
     "open_object",
     "price_headers",
+    "price_reading",
+    "read_is_paid",
     "reader_pays",
     "transport_to",
 ]
-
-
-class CatalogMismatchWarning(UserWarning):
-    """An object's header and its catalog disagree; the header is believed."""
 
 
 def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
@@ -66,8 +62,12 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     prefer: Preference = "price",
     progress: bool = True,
     cache: bool = True,
+    local: bool | None = None,
 ) -> LazyArray:
-    """Open an artifact by its name, or an array by its address. Reads the object's header, once.
+    """Open an artifact by its name, or an array by its address.
+
+    Of what a catalog lists nothing is read, and no credentials are needed: shape, dtype and price are as the catalog
+    claims, until the header is read together with the first elements. At an address the header is read now, once.
 
     The array keeps the prices and the destination that are set now; see `LazyArray`.
 
@@ -88,6 +88,9 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         Whether reads that take longer than two seconds show a progress bar, at a terminal or in a notebook.
     cache : bool
         Whether bytes that were paid for are kept, and not paid again. False goes past what is kept.
+    local : bool, optional
+        Whether the name of what was mirrored whole on this machine opens the mirror, which is free to read: by default
+        as the setting ``local_mirrors``, which is on. See `register_mirror`.
 
     Raises
     ------
@@ -96,10 +99,16 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
     FormatError
         If the object is damaged or is not of the kind it claims.
     BudgetError, AccessError, ObjectMissingError, SourceError
-        If the header cannot be read.
+        If the header of what is at an address cannot be read.
+
+    Warns
+    -----
+    LocalMirrorWarning
+        Where a local mirror is entered that cannot be used: it is gone, not whole, not complete, or of an earlier
+        version of the object. Once a process; then the object is read, at its price.
     """
-    is_path, name = isinstance(name, os.PathLike), os.fspath(name)
-    terms, catalog = in_force(to, catalog)
+    is_path, name, known = isinstance(name, os.PathLike), os.fspath(name), settings()
+    terms, catalog = in_force(to, catalog, known=known)
     if prefer not in get_args(Preference):
         raise SelectionError(f"prefer={prefer!r}; choose {' or '.join(get_args(Preference))}")
     artifact = artifact_below(name) if is_path or is_address(name) else _listed_or_local(name, catalog)
@@ -109,10 +118,9 @@ def open(  # noqa: A001 - dmdata.open reads like the builtin it stands for
         members = ", ".join(f"{name}/{member}" for member in artifact.stored.members)
         raise CatalogError(f"{name} holds several arrays; open one of {members}", name=name)
     else:
-        array = open_artifact(artifact, terms, prefer)
-    if isinstance(array.body, InObject):
-        array = replace(array, body=replace(array.body, shows_progress=progress, cache=cache))
-    return array
+        path = local_mirror(artifact) if (known.local_mirrors if local is None else local) else None
+        array = open_artifact(artifact, terms, prefer) if path is None else open_mirror(artifact, path)
+    return array.with_options(shows_progress=progress, cache=cache)
 
 
 def _listed_or_local(name: str, catalog: CatalogLike) -> Artifact | None:
@@ -127,14 +135,18 @@ def _listed_or_local(name: str, catalog: CatalogLike) -> Artifact | None:
         raise
 
 
-def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None) -> LazyArray:
+def open_object(
+    name: str | os.PathLike[str], *, catalog: CatalogLike = None, to: str | None = None, local: bool | None = None
+) -> LazyArray:
     """Open an object as the bytes it is, header included. Reads its header, once.
+
+    Those of a ``.npy`` that was mirrored whole on this machine are made up of the mirror.
 
     Parameters
     ----------
     name : str or path
         Of a ``.npy``, or of a whole ``.pt``, ``.npz`` or ``.safetensors``; in the catalog, or an address.
-    catalog, to
+    catalog, to, local
         As in `open`.
 
     Returns
@@ -148,7 +160,8 @@ def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to
     FormatError, BudgetError, AccessError, ObjectMissingError, SourceError
         As in `open`.
     """
-    terms, catalog = in_force(to, catalog)
+    known = settings()
+    terms, catalog = in_force(to, catalog, known=known)
     is_path, name = isinstance(name, os.PathLike), os.fspath(name)
     artifact = artifact_below(name) if is_path or is_address(name) else _listed_or_local(name, catalog)
     if artifact is None:
@@ -162,6 +175,8 @@ def open_object(name: str | os.PathLike[str], *, catalog: CatalogLike = None, to
         raise CatalogError(f"{name} is an array of a Zarr store, not one object; open it by dmdata.open", name=name)
     if artifact.member:
         raise CatalogError(f"{name} is a part of the object {artifact.object_name}; open that", name=name)
+    if (known.local_mirrors if local is None else local) and (octets := octets_of_mirror(artifact)) is not None:
+        return octets
     transport = transport_to(artifact, artifact.name, terms)
     return _octets(transport, read_header(transport, kind=artifact.stored.format))
 
@@ -180,8 +195,11 @@ def estimate(
     catalog: CatalogLike = None,
     used_gib: float | None = None,
     free_tier: bool | None = None,
+    local: bool | None = None,
 ) -> Estimate:
     """Price artifacts by the catalog alone: no network, no credentials. Of an address the header is read.
+
+    What `open` would read from a local mirror costs nothing.
 
     Parameters
     ----------
@@ -197,6 +215,8 @@ def estimate(
         GB that the account sent to the internet this month; by default as set, else unknown.
     free_tier : bool, optional
         Whether the month's free GB are left but for these; by default as set, else not counted on.
+    local : bool, optional
+        As in `open`.
 
     Returns
     -------
@@ -213,7 +233,22 @@ def estimate(
     terms, catalog = in_force(to, catalog, known=known)
     artifacts = look_up(patterns, terms, exclude=exclude, catalog=catalog)
     terms = replace(terms, usage=usage_of(used_gib, free_tier, known=known))
-    return total_of([price for _, price in price_artifacts(artifacts, terms, key=select)], terms)
+    is_local = known.local_mirrors if local is None else local
+    return total_of([price for _, price in price_reading(artifacts, terms, key=select, local=is_local)], terms)
+
+
+def price_reading(
+    artifacts: Sequence[Artifact], terms: Terms, *, key: Any = None, local: bool | None = None
+) -> list[tuple[Artifact, Estimate]]:
+    """Price a selection of each artifact, or all of it, as `open` would read it: nothing where that is a mirror."""
+    nothing, local = terms.quote(0, 0), settings().local_mirrors if local is None else local
+    priced = []
+    for artifact in artifacts:
+        if local and is_mirrored(artifact):
+            priced.append((artifact, terms.estimate(nothing, nothing)))
+        else:
+            priced += price_artifacts([artifact], terms, key=key)
+    return priced
 
 
 def reader_pays(name: str, catalog: Catalog, terms: Terms) -> bool:
@@ -221,6 +256,11 @@ def reader_pays(name: str, catalog: Catalog, terms: Terms) -> bool:
     if not is_address(name):
         return is_paid(catalog.find(name), terms)
     return _counts(address_at(name), terms)
+
+
+def read_is_paid(artifact: Artifact, terms: Terms) -> bool:
+    """Return whether reads of an artifact count when it is opened by its name; not those of its local mirror."""
+    return is_paid(artifact, terms) and not (settings().local_mirrors and is_mirrored(artifact))
 
 
 def is_paid(artifact: Artifact, terms: Terms) -> bool:
@@ -280,7 +320,8 @@ def matching(
     Parameters
     ----------
     patterns, exclude, catalog
-        As in `look_up`. A path that ends at such a folder, or before it names an artifact, stands for all below it.
+        As in `look_up`. What ends before it names an artifact, as "cifar/50pct" or a path to such a folder, stands for
+        all below it.
 
     Returns
     -------
@@ -303,8 +344,17 @@ def matching(
             below += known.match(whole, exclude=exclude)
         else:
             (others if is_address(pattern) else names).append(pattern)
-    listed = load_catalog(catalog).match(names, exclude=exclude) if names else []
-    return listed + below, others
+    if not names:
+        return below, others
+    known = load_catalog(catalog)
+    names, out = ([_with_all_below(known, name) for name in some] for some in (names, exclude))
+    return known.match(names, exclude=out) + below, others
+
+
+def _with_all_below(known: Catalog, pattern: str) -> str:
+    """Have the name of a dataset or an alpha, as "cifar" or "cifar/50pct/", stand for the artifacts below it."""
+    all_below = f"{pattern.rstrip('/')}/**"
+    return all_below if pattern.strip("/") and not known.has(pattern) and known.has(all_below) else pattern
 
 
 def describe(name: str, terms: Terms, *, whole: bool = False) -> tuple[Artifact, ObjectState | None]:
@@ -333,7 +383,7 @@ def describe(name: str, terms: Terms, *, whole: bool = False) -> tuple[Artifact,
     url, member = url_and_member(name)
     address, kind = address_at(url), kind_by_suffix(path_of(url))
     if kind is None and address.is_local and address.local_path.is_dir():
-        array = _open_zarr(name, str(address.local_path), dims=None)
+        array = open_zarr(name, str(address.local_path), dims=None)
         stored = ObjectState(array.layout.n_bytes, None)
         return _described(address, None, "zarr", stored, {NPY: array.layout}), None
     transport = Transport(address, str(address), terms)
@@ -351,7 +401,7 @@ def describe(name: str, terms: Terms, *, whole: bool = False) -> tuple[Artifact,
             return _described(address, None, kind, ObjectState(0, None), {}), None
         raise
     if member:
-        _layout_named(header, member, str(address))
+        header.layout_of(member, str(address))
     state_now = None if header.is_remembered else header.state
     return _described(address, member, kind, header.state, header.layouts), state_now
 
@@ -385,7 +435,9 @@ def object_named(name: str, catalog: CatalogLike = None) -> Artifact:
     url, _ = url_and_member(name)
     address = address_at(url)
     if address.is_local and address.local_path.is_dir():
-        raise CatalogError(f"{name} is a folder, not one object; use dmdata mirror {shlex.quote(name)}", name=name)
+        raise CatalogError(
+            f"{name} is a folder, not one object; use dmdata mirror {shlex.quote(name)} DESTINATION", name=name
+        )
     return _described(address, None, kind_by_suffix(path_of(url)) or "bytes", ObjectState(0, None), {})
 
 
@@ -429,20 +481,12 @@ def _key_of(address: Address) -> str:
 def _schema_of(layout: Layout) -> ArraySchema:
     text = layout.encoding or str(layout.dtype)
     if layout.encoding:
-        return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=_numbered_dims(len(layout.shape)))
+        return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=numbered_dims(len(layout.shape)))
     try:
         np.dtype(text)
     except TypeError:
         text = layout.dtype.str  # of a structured type: its size is right
-    return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=_numbered_dims(len(layout.shape)))
-
-
-def address_of(artifact: Artifact) -> Address:
-    """Find where an artifact's object is, and on what terms it is read."""
-    source = artifact.source
-    if artifact.at is not None:
-        return address_at(artifact.at)
-    return Address(artifact.url, source.requester_pays, source.region, listed=True)
+    return ArraySchema.model_construct(shape=layout.shape, dtype=text, dims=numbered_dims(len(layout.shape)))
 
 
 def _open_address(name: str, terms: Terms, prefer: Preference) -> LazyArray:
@@ -451,12 +495,12 @@ def _open_address(name: str, terms: Terms, prefer: Preference) -> LazyArray:
     path = path_of(url)
     kind = kind_by_suffix(path)
     if kind is None and address.is_local and not address.local_path.is_file():
-        return _open_zarr(name, str(address.local_path), dims=None)
+        return open_zarr(name, str(address.local_path), dims=None)
     shown = f"{address}/{member}" if member else str(address)
     transport = Transport(address, shown, terms)
     header = read_header(transport, kind=kind, wanted=member)
-    layout = _layout_named(header, member, str(address))
-    return LazyArray(shown, _numbered_dims(len(layout.shape)), layout, _in_object(transport, header, prefer))
+    layout = header.layout_of(member, str(address))
+    return LazyArray(shown, numbered_dims(len(layout.shape)), layout, _in_object(transport, header, prefer))
 
 
 def _in_object(transport: Transport, header: Header, prefer: Preference) -> InObject:
@@ -469,61 +513,51 @@ def open_artifact(artifact: Artifact, terms: Terms, prefer: Preference = "price"
     if schema is None:
         raise CatalogError(f"{artifact.name} holds several arrays", name=artifact.name)
     if artifact.stored.format == "zarr":
-        array = _open_zarr(artifact.name, artifact.url, dims=schema.dims)
+        array = open_zarr(artifact.name, artifact.url, dims=schema.dims)
     else:
-        transport = transport_to(artifact, artifact.name, terms)
-        header = read_header(transport, kind=artifact.stored.format, wanted=artifact.member or NPY)
-        layout = _layout_named(header, artifact.member or NPY, artifact.url)
-        # a header with other dimensions than the catalog's is believed, but then their names are not known
-        dims = schema.dims if len(schema.dims) == len(layout.shape) else _numbered_dims(len(layout.shape))
-        array = LazyArray(artifact.name, dims, layout, _in_object(transport, header, prefer))
-    if artifact.at is None and (array.shape != schema.shape or not _is_of_dtype(array, schema.dtype)):
-        warnings.warn(
-            f"the catalog says {artifact.name} has shape {schema.shape} and dtype {schema.dtype}; the object at "
-            f"{artifact.url} has shape {array.shape} and dtype {array.layout.encoding or array.dtype}, and is believed",
-            CatalogMismatchWarning,
-            stacklevel=3,
-        )
-    return replace(array, rows=_rows_of(artifact, array) or array.rows)
+        array = _open_listed(artifact, schema, transport_to(artifact, artifact.name, terms), prefer)
+    claimed, found = claimed_layout(artifact), array.layout
+    if artifact.at is None and not found.is_alike(claimed):
+        warn_of_mismatch(artifact.name, array.url, claimed, found, stacklevel=3)
+    dims, rows = described_rows(array.dims, rows_of(artifact), array.shape)
+    return replace(array, dims=dims, rows=rows or array.rows)
 
 
-def _rows_of(artifact: Artifact, array: LazyArray) -> ModelRows | None:
-    """Find what an array's rows are for, where the catalog knows and the array has all those rows."""
-    rows = artifact.rows
-    if rows is None or array.dims[:1] != ("model",) or array.shape[0] < max(rows.fit[1], rows.evaluation[1]):
+def _open_listed(artifact: Artifact, schema: ArraySchema, transport: Transport, prefer: Preference) -> LazyArray:
+    """Open an array in an object: by its header where that is known or free to read, else by what is claimed of it."""
+    kind, member = artifact.stored.format, artifact.member or NPY
+    assert kind != "zarr"  # noqa: S101 - the caller has seen to it
+    body: InObject | Unread = Unread(InObject(transport, None, prefer), kind, member)
+    layout = claimed_layout(artifact)
+    header = remembered_header(transport.address, member)
+    if header is None and (transport.address.is_local or artifact.at is not None):
+        header = read_header(transport, kind=kind, wanted=member)
+    if header is not None:
+        layout, body = header.layout_of(member, artifact.url), _in_object(transport, header, prefer)
+    return LazyArray(artifact.name, schema.dims, layout, body)
+
+
+def known_layout(artifact: Artifact) -> Layout:
+    """Lay an array out as its header said, if that is remembered and of the claimed shape, else as it is claimed."""
+    claimed, found = claimed_layout(artifact), _remembered_layout(artifact)
+    return found if found is not None and found.shape == claimed.shape else claimed
+
+
+def forget_unlike(artifact: Artifact) -> None:
+    """Forget the header of an array if it is not of the shape that is claimed: it may be of an earlier object."""
+    address = address_of(artifact)
+    if remembered_header(address, artifact.member or NPY) is None:
+        return
+    found = _remembered_layout(artifact)
+    if found is None or found.shape != claimed_layout(artifact).shape:
+        forget_header(address)
+
+
+def _remembered_layout(artifact: Artifact) -> Layout | None:
+    if artifact.stored.format == "zarr":
         return None
-    return ModelRows(slice(*rows.fit), slice(*rows.evaluation), rows.n_retrainings)
-
-
-def _open_zarr(name: str, url: str, *, dims: tuple[str, ...] | None) -> LazyArray:
-    body = InZarr(url)
-    opened = body.open()
-    named = getattr(opened.metadata, "dimension_names", None)  # Zarr v2 has none
-    if dims is None or len(dims) != opened.ndim:
-        numbered = _numbered_dims(opened.ndim)
-        dims = tuple(given or number for given, number in zip(named or numbered, numbered, strict=True))
-    journal = opened.attrs.get(JOURNAL)
-    rows = ModelRows.from_dict(journal.get("rows")) if isinstance(journal, dict) else None
-    return LazyArray(name, dims, as_npy(opened.shape, np.dtype(opened.dtype)), body, rows)
-
-
-def _numbered_dims(n: int) -> tuple[str, ...]:
-    return tuple(f"dim_{axis}" for axis in range(n))
-
-
-def _is_of_dtype(array: LazyArray, claimed: str) -> bool:
-    stored, encoding = stored_as(claimed)
-    return array.layout.encoding == encoding and (bool(encoding) or array.dtype == stored)
-
-
-def _layout_named(header: Header, member: str, url: str) -> Layout:
-    names = header.names or tuple(header.layouts)
-    for name in (member, member.removesuffix(".npy")):
-        if name in header.layouts:
-            return header.layouts[name]
-    if member in header.unreadable:
-        raise FormatError(f"{url}/{member} {header.unreadable[member]}", url=url)
-    if member:
-        raise FormatError(f"{url} holds no array {member!r}; it holds {listed(names, near=member) or 'one'}", url=url)
-    several = "several arrays" if len(names) > 1 else "an array by name"
-    raise CatalogError(f"{url} holds {several}; open one of {listed(names)}, as {url}/{next(iter(names))}", url=url)
+    header = remembered_header(address_of(artifact), artifact.member or NPY)
+    try:
+        return header.layout_of(artifact.member or NPY, artifact.url) if header else None
+    except (FormatError, CatalogError):
+        return None  # it has no such array

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmdata.array import estimate_read
+from dmdata.bodies import estimate_read, header_cost
 from dmdata.catalog.entries import ArraySchema, Artifact
 from dmdata.copying.download import START_BYTES, bytes_complete, n_requests_of
 from dmdata.copying.mirror import Reads
@@ -35,8 +36,10 @@ def price_artifacts(artifacts: Sequence[Artifact], terms: Terms, *, key: Any = N
             arrays_of([artifact])  # raises where there are none
             member = next(iter(artifact.stored.members))
             raise SelectionError(f"{artifact.name} holds several arrays; select from {artifact.name}/{member}")
-        layout = claimed_layout(artifact)
-        priced.append((artifact, price_reads(artifact, layout, [(parsed_selection(key, layout.shape), 1)], terms)))
+        layout, kind = claimed_layout(artifact), artifact.stored.format
+        added = partial(header_cost, kind="npy" if kind == "zarr" else kind, terms=terms)
+        selection, table = parsed_selection(key, layout.shape), named_prices(artifact, terms)
+        priced.append((artifact, estimate_read(layout, selection, terms, header_cost=added, table=table)))
     return priced
 
 
@@ -95,7 +98,7 @@ def arrays_of(artifacts: Sequence[Artifact]) -> list[Artifact]:
             arrays += [_member_of(artifact, member, schema) for member, schema in artifact.stored.members.items()]
         else:
             raise FormatError(
-                f"{artifact.name} is not of a kind whose arrays are read; download it as it is with dmdata get",
+                f"{artifact.name} is not of a kind whose arrays are read; download it as it is with dmdata get NAME",
                 url=artifact.name,
             )
     return arrays
@@ -113,9 +116,14 @@ def total_of(estimates: Sequence[Estimate], terms: Terms, *, with_headers: int =
 
 def download_path(artifact: Artifact, destination: str | os.PathLike[str] | None) -> Path:
     """Return where `get` puts an object: a file, or its own name in a folder."""
-    own_name = artifact.stored.key.rpartition("/")[2]
+    return path_in(destination, artifact.stored.key.rpartition("/")[2])
+
+
+def path_in(destination: str | os.PathLike[str] | None, own_name: str) -> Path:
+    """Name a file: as it is asked for, or by its own name in a folder that exists or is written with a slash behind."""
     path = Path(destination or own_name)
-    return path / own_name if path.is_dir() else path
+    is_folder = path.is_dir() or os.fspath(destination or "").endswith((os.sep, "/"))
+    return path / own_name if is_folder else path
 
 
 def parsed_selection(key: Any, shape: tuple[int, ...]) -> Selection:

@@ -7,7 +7,7 @@ and costs what reading that costs. Header and catalog must agree here, while `dm
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,16 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from dmdata.array import LazyArray, estimate_read
+from dmdata.array import CatalogMismatchWarning, LazyArray
+from dmdata.bodies import estimate_read
 from dmdata.catalog.entries import Catalog
-from dmdata.copying.journal import JOURNAL, Journal, Original, open_copy, stored_digest
+from dmdata.copying.journal import Journal, Original, open_copy, stored_digest
 from dmdata.copying.place import Place
-from dmdata.errors import CatalogError, DmdataError, IntegrityError, SelectionError
+from dmdata.errors import IntegrityError, SelectionError
 from dmdata.money.ledger import Ledger, home
 from dmdata.money.prices import Estimate, Terms
 from dmdata.reading.fetch import LEAST_RANGE_BYTES
 from dmdata.reading.progress_bar import shown
-from dmdata.release.opening import CatalogLike, CatalogMismatchWarning, in_force, load_catalog, reader_pays
+from dmdata.release.mirrors import mirrors_at
+from dmdata.release.opening import CatalogLike, in_force, load_catalog, reader_pays
 from dmdata.release.opening import open as open_array
 from dmdata.release.pricing import total_of
 
@@ -209,7 +211,7 @@ def plan_checks(
     wanted = Sample.parse(sample) if isinstance(sample, str) else Sample(share=1.0) if whole else sample
     place, known, rng = Place.of(destination), load_catalog(catalog), np.random.default_rng(seed)
     with place.explain_errors("read"):
-        journals = [Journal.load(found) for found in _mirrors(place, names)]
+        journals = [Journal.load(found) for found in mirrors_at(place, names)]
     usd = wanted.usd / len(journals) if wanted and wanted.usd is not None else None
     checks = []
     for journal in journals:
@@ -234,32 +236,6 @@ def run_checks(
     n_bytes = sum(check.estimate.n_bytes for check in checks)
     with shown(name, n_bytes, lambda: usd, wanted=progress is None) as arrived:
         return [_compare(check, repair=repair, progress=progress or _say_nothing, arrived=arrived) for check in checks]
-
-
-def _mirrors(place: Place, names: Sequence[str]) -> Iterator[Place]:
-    try:
-        node = zarr.open(place.store(read_only=True), mode="r")
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise DmdataError(f"no mirror is at {place} ({error}); make one with dmdata mirror") from error
-    if isinstance(node, zarr.Array):
-        own = Journal.load(place).original.artifact
-        if names and list(names) != [own]:
-            raise CatalogError(f"{place} is a mirror of {own} alone; leave the names out", name=", ".join(names))
-        yield place
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what else lies in the group is not ours to judge
-        members = dict(node.members(max_depth=None))
-    found = {path for path, array in members.items() if isinstance(array, zarr.Array) and JOURNAL in array.attrs}
-    if unknown := sorted(set(names) - found):
-        raise CatalogError(
-            f"{place} holds no mirror of {', '.join(unknown)}; it holds {', '.join(sorted(found)) or 'none'}",
-            name=unknown[0],
-            nearest=sorted(found),
-        )
-    if not found:
-        raise DmdataError(f"{place} is a Zarr group without any mirror; make one with dmdata mirror")
-    yield from (place / path for path in sorted(names or found))
 
 
 def _draw(
@@ -330,7 +306,9 @@ def _open_source(check: Check) -> tuple[LazyArray | None, list[str]]:
     original = check.journal.original
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CatalogMismatchWarning)
-        source = open_array(original.artifact, catalog=check.catalog, to=check.terms.destination, cache=False)
+        source = open_array(
+            original.artifact, catalog=check.catalog, to=check.terms.destination, cache=False, local=False
+        ).read_header()
     faults = [str(warning.message) for warning in caught if warning.category is CatalogMismatchWarning]
     now = Original(source.name, source.identity, source.shape, str(source.dtype))
     for what in ("identity", "shape", "dtype"):

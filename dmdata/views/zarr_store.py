@@ -13,6 +13,9 @@ order columns, put right by a ``transpose`` codec.
 """
 
 import asyncio
+import atexit
+import contextlib
+import functools
 import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
@@ -23,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.sync import sync
 
 from dmdata.copying.mirror import Readable, require_zarr_dtype
-from dmdata.errors import DmdataError, FormatError, ObjectMissingError, SourceError
+from dmdata.errors import BudgetError, DmdataError, FormatError, ObjectMissingError, SourceError
 from dmdata.layout.formats import Layout
 from dmdata.layout.selection import select
 
@@ -40,6 +44,8 @@ _LEAST_CHUNK_BYTES = 4096
 
 _MISSING = 2**64 - 1
 """In a shard's index: no such inner chunk."""
+
+_SECONDS_TO_END = 2.0
 
 _METADATA_KEY = "zarr.json"
 
@@ -329,7 +335,11 @@ class View(Store):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Read a value or a range of it; None only where the store has no such key."""
-        return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
+        _end_with_the_process()
+        try:
+            return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
+        except BudgetError as error:
+            raise error.with_traceback(None) from None  # what came before is of no use to who raises the budget
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -413,6 +423,24 @@ class View(Store):
     def delete_sync(self, key: str) -> None:  # noqa: ARG002 - zarr's signature
         """Refuse."""
         self._check_writable()
+
+
+@functools.cache
+def _end_with_the_process() -> None:
+    """Have reads that Zarr leaves behind, after one of them failed, end before the process does: Python complains."""
+
+    async def end() -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    def end_all() -> None:
+        with contextlib.suppress(Exception):  # the process ends in any case
+            sync(end(), timeout=_SECONDS_TO_END)
+
+    # before zarr, whose own was registered first, stops its event loop
+    atexit.register(end_all)
 
 
 def _bytes_codec(endian: str) -> dict[str, Any]:

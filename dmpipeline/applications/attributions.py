@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.reading.long_work import shows_count
 from dmpipeline.applications.brittleness import Removals
 from dmpipeline.applications.evidence import Evidence, checked_indices, find_evidence, is_run
 from dmpipeline.errors import DataWarning, SpecError
@@ -169,6 +170,7 @@ _TITLES = {
 }
 
 
+@shows_count("retraining", "models")
 def score(
     run: "Run | Evidence | str | os.PathLike[str]",
     scores: Mapping[str, Any],
@@ -480,5 +482,5 @@ def _warn_of_losses(name: str, evaluation: Evaluation) -> None:
             f"the LDS of scores {name!r} is {evaluation.lds:.3f}: what they say raises an output lowers it; if they "
             "are scores of a loss, hand in their negative",
             DataWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -16,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.reading.long_work import shows_count
+from dmdata.shown import as_html, fact_in_words
 from dmpipeline.applications.curvature import bent_changes
 from dmpipeline.applications.evidence import Asked, Evidence, checked_indices, find_evidence
+from dmpipeline.applications.interactions import pairs_help
 from dmpipeline.applications.retraining import Retrained, TrainingSet, retrain
 from dmpipeline.errors import SpecError
+from dmpipeline.fitting.pairs.terms import PairTerms
 from dmpipeline.runs.targets import TargetsName
 from dmpipeline.tables import Table
 
@@ -66,13 +70,16 @@ class Counterfactual:
         Estimated: the difference of both, or where models of several runs were asked how outputs bend, what these say;
         see `dmpipeline.applications.curvature`.
     linear_change : float
-        Estimated: the difference of both in any case.
+        Estimated: by the weights alone, in any case.
     measured_before, measured_after : float or None
         Means over retrainings; None where nothing was retrained.
     measured_change, measured_low, measured_high : float or None
         The difference of both with its interval, by Welch's t: certified by retraining.
     n_retrainings : int
         Of either set.
+    pair_change : float or None
+        Estimated: what pair terms add to `linear_change`; None of datamodels without. It is part of the prediction only
+        where `Counterfactuals.with_pairs` says so.
     """
 
     target: int
@@ -88,11 +95,35 @@ class Counterfactual:
     measured_low: float | None = None
     measured_high: float | None = None
     n_retrainings: int = 0
+    pair_change: float | None = None
 
     @property
     def basis(self) -> str:
         """What the answer rests on: "estimated", or "certified" by retraining; one retraining has no interval."""
         return "certified" if self.n_retrainings > 1 else "estimated"
+
+    @property
+    def is_far_off(self) -> bool:
+        """Whether the predicted change lies outside the interval of the measured one, where there is one."""
+        if self.measured_low is None or self.measured_high is None or self.n_retrainings < 2:
+            return False
+        return not self.measured_low <= self.predicted_change <= self.measured_high
+
+    def _shown(self) -> dict[str, object]:
+        changed = f"{len(self.removed):,} removed, {len(self.added):,} added"
+        facts: dict[str, object] = {"training examples": changed, "predicted change": self.predicted_change}
+        if self.measured_change is not None:
+            low, high = self.measured_low, self.measured_high
+            interval = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+            facts["measured change"] = f"{self.measured_change:.3f}{interval}, in {self.n_retrainings:,} retrainings"
+        return facts
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Counterfactual of target {self.target}", self._shown())
+
+    def __str__(self) -> str:
+        facts = [f"{name}: {fact_in_words(fact)}" for name, fact in self._shown().items()]
+        return "\n".join([f"Counterfactual of target {self.target}", *facts])
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -107,11 +138,15 @@ class Counterfactuals(Table[Counterfactual]):
         Coverage of the intervals.
     bent_by : tuple of str
         Runs whose models were asked how outputs bend; empty where changes are the datamodels' own.
+    with_pairs : bool
+        Whether predictions hold pair terms: where the sets that the run was retrained on before show that they foresee
+        changes of the full set better; see `dmpipeline.applications.interactions`.
     """
 
     alpha: float | None = None
     level: float = LEVEL
     bent_by: tuple[str, ...] = ()
+    with_pairs: bool = False
 
     @property
     def advice(self) -> str | None:
@@ -129,6 +164,7 @@ class Counterfactuals(Table[Counterfactual]):
         return np.array([row.predicted_change for row in self.rows]), np.array(measured)
 
 
+@shows_count("retraining", "models")
 def counterfactual(
     asked: Asked,
     target: int,
@@ -191,6 +227,7 @@ def counterfactual(
     return answers[0]
 
 
+@shows_count("retraining", "models")
 def counterfactuals(
     asked: Asked,
     cases: Sequence[Case],
@@ -219,13 +256,16 @@ def counterfactuals(
         before, after = whole - float(weight[list(case.add)].sum()), whole - float(weight[list(case.remove)].sum())
         change = after - before
         rows.append(Counterfactual(case.target, case.remove, case.add, before, after, change, change))
-    asked_too = [find_evidence(other, evidence.targets, catalog=catalog) for other in others]
+    asked_too, with_pairs = [find_evidence(other, evidence.targets, catalog=catalog) for other in others], False
     if asked_too:
         weight = np.stack([datamodels.weight[:, place[case.target]] for case in cases], axis=1).astype(np.float64)
         rows = _bent(rows, [evidence, *asked_too], weight)
+    elif datamodels.pairs is not None:
+        with_pairs = pairs_help(evidence) is True
+        rows = [_with_pairs(row, datamodels.pairs, place[row.target], is_used=with_pairs) for row in rows]
     alpha, bent_by = evidence.alpha, tuple(each.name for each in asked_too)
     if n_retrainings == 0:
-        return Counterfactuals(tuple(rows), alpha, level, bent_by)
+        return Counterfactuals(tuple(rows), alpha, level, bent_by, with_pairs)
     run = evidence.require_measurable()
     sets = [TrainingSet.of(evidence.n_train, without=case.add) for case in cases]
     sets += [TrainingSet.of(evidence.n_train, without=case.remove) for case in cases]
@@ -234,7 +274,7 @@ def counterfactuals(
         _measured(row, before, after, evidence.targets, level)
         for row, before, after in zip(rows, retrained[: len(cases)], retrained[len(cases) :], strict=True)
     ]
-    return Counterfactuals(tuple(measured), alpha, level, bent_by)
+    return Counterfactuals(tuple(measured), alpha, level, bent_by, with_pairs)
 
 
 def removal_order(
@@ -353,6 +393,23 @@ def _measured(
     )
 
 
+def _with_pairs(row: Counterfactual, terms: PairTerms, place: int, *, is_used: bool) -> Counterfactual:
+    """Say what pairs add to a row, and where they are used put it into its predictions."""
+    before, after = np.ones((2, len(terms.mean)), np.float32)
+    before[list(row.added)] = 0
+    after[list(row.removed)] = 0
+    added = [terms.part_of(place, mask) for mask in (before, after)]
+    row = replace(row, pair_change=added[1] - added[0])
+    if not is_used:
+        return row
+    return replace(
+        row,
+        predicted_before=row.predicted_before + added[0],
+        predicted_after=row.predicted_after + added[1],
+        predicted_change=row.predicted_change + added[1] - added[0],
+    )
+
+
 def _bent(
     rows: Sequence[Counterfactual], evidences: Sequence[Evidence], weight: npt.NDArray[np.float64]
 ) -> list[Counterfactual]:
@@ -367,7 +424,7 @@ def _bent(
 
 def _checked(case: Case, evidence: Evidence) -> Case:
     n_train = evidence.n_train
-    target = evidence.checked([case.target])[0]
+    target = evidence.checked_one(case.target)
     remove = checked_indices(case.remove, n_train, "training example", field="remove")
     add = checked_indices(case.add, n_train, "training example", field="add")
     if not remove and not add:

@@ -57,16 +57,20 @@ def example_in_words(dataset: Dataset, example: Any) -> str:
     Returns
     -------
     words : str
-        The first columns of a table, by name; the first tokens of a text; nothing of a picture.
+        The first columns of a table, by name; of a row that is mostly 0, as a text's counts of words, those of the
+        largest values; the first tokens of a text; nothing of a picture.
     """
     if dataset.image_shape is not None:
         return ""
     values = np.asarray(example).reshape(-1)
     if values.dtype.kind == "i":
         return " ".join(map(str, values[:_TOKENS].tolist())) + (" ..." if len(values) > _TOKENS else "")
-    names = dataset.feature_names or [str(i) for i in range(len(values))]
-    shown = [f"{name} {value:.4g}" for name, value in zip(names, values[:_COLUMNS].tolist(), strict=False)]
-    return ", ".join(shown) + (", ..." if len(values) > _COLUMNS else "")
+    names = dataset.feature_names or [f"column {i}:" for i in range(len(values))]
+    columns, there = np.arange(len(values)), np.flatnonzero(values)
+    if len(values) > _COLUMNS and 0 < len(there) < len(values) / 2:
+        columns = there[np.argsort(-np.abs(values[there]), kind="stable")]
+    shown = [f"{names[column]} {values[column]:.4g}" for column in columns[:_COLUMNS].tolist()]
+    return ", ".join(shown) + (", ..." if len(columns) > _COLUMNS else "")
 
 
 def shades(dataset: Dataset, example: Any) -> list[str]:

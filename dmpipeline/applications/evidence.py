@@ -26,7 +26,7 @@ from dmpipeline.moments.arrays import RowSliceable
 from dmpipeline.runs.derivation import warn_of_old_datamodels
 from dmpipeline.runs.directory import require_run
 from dmpipeline.runs.store import Run
-from dmpipeline.runs.targets import TargetsName, check_targets, fitted_array
+from dmpipeline.runs.targets import TargetsName, check_targets, fitted_array, require_datamodels
 from dmpipeline.workflow.run_arrays import open_rows
 
 RowsName = Literal["models", "held_out"]
@@ -163,6 +163,16 @@ class Evidence:
             )
         return run
 
+    def output(self) -> str | None:
+        """Name the output that datamodels predict, as "margins"; None where no catalog lists one next to them."""
+        if self.run is not None:
+            return fitted_array(self.run, self.targets).partition("_")[2]
+        prefix = f"{self.name.rpartition('/')[0]}/{self.targets}_"
+        names = [artifact.name for artifact in dmdata.load_catalog(self._catalog).artifacts()]
+        listed = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        listed -= {"datamodels", "logits", "predicted_labels"}
+        return "margins" if "margins" in listed else listed.pop() if len(listed) == 1 else None
+
     def labels(self) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any] | None]:
         """Return the labels of training examples and of targets, as the dataset numbers them; None if not known."""
         if self.run is None:
@@ -173,6 +183,10 @@ class Evidence:
     def checked(self, targets: Sequence[int]) -> list[int]:
         """Return targets as whole numbers; SpecError for one that is not there."""
         return checked_indices(targets, self.n_targets, f"{self.targets} example", field="target")
+
+    def checked_one(self, target: int) -> int:
+        """Return one target as a whole number; SpecError for one that is not there, and for several."""
+        return checked_index(target, self.n_targets, f"{self.targets} example", field="target")
 
     def checked_once(self, targets: Sequence[int]) -> list[int]:
         """Return targets as whole numbers; SpecError for one that is not there, or is there twice."""
@@ -270,6 +284,7 @@ def find_evidence(
     if not isinstance(asked, Run) and is_run(asked):
         asked = Run.open(Path(asked).expanduser())
     if isinstance(asked, Run):
+        require_datamodels(asked, targets)
         known = load_datamodels(asked, targets)
         warn_of_old_datamodels(asked, targets)
         return Evidence(str(asked.path), targets, known.n_train, known.n_targets, run=asked, _known=known)
@@ -334,13 +349,27 @@ def checked_indices(indices: Sequence[int] | npt.NDArray[Any], n: int, what: str
     numbers: list[int] = array.astype(np.int64).reshape(-1).tolist()
     for number in numbers:
         if not 0 <= number < n:
-            raise SpecError(f"there is no {what} {number}; choose 0 to {n - 1:,}", field=field, value=number)
+            last = "; they are not counted from the end" if -n <= number < 0 else ""
+            raise SpecError(f"there is no {what} {number}; choose 0 to {n - 1:,}{last}", field=field, value=number)
     return numbers
+
+
+def checked_index(index: Any, n: int, what: str, *, field: str) -> int:
+    """Return one index as Python's whole number, from 0 to n - 1; SpecError for any other, and for several at once."""
+    if np.ndim(index) or np.asarray(index).dtype.kind not in "iu":
+        several = f"; for several call it once for each, as in a loop over their {field}s" if np.ndim(index) else ""
+        raise SpecError(
+            f"{field} {index!r} is not one whole number; give the number of one {what}, from 0 to {n - 1:,}{several}",
+            field=field,
+            value=index,
+        )
+    return checked_indices([index], n, what, field=field)[0]
 
 
 def _no_run(name: str, what: str) -> SpecError:
     return SpecError(
-        f"{name} is no run on disk, and {what} known of runs alone; regenerate it with `dmpipeline init`", value=name
+        f"{name} is no run on disk, and {what} known of runs alone; regenerate it with `dmpipeline init DIRECTORY`",
+        value=name,
     )
 
 
@@ -351,6 +380,7 @@ def _columns(known: Datamodels, picked: npt.NDArray[np.intp]) -> Datamodels:
         lam=known.lam[picked],
         prior_strength=known.prior_strength,
         fitted_masks=known.fitted_masks,
+        pairs=None if known.pairs is None else known.pairs.columns(picked),
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.reading.long_work import shows_count
 from dmpipeline.applications.describing import label_names
-from dmpipeline.applications.evidence import Asked, Evidence, checked_indices, find_evidence
+from dmpipeline.applications.evidence import Asked, Evidence, checked_index, find_evidence
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.influences import Influence, Influences, largest
 from dmpipeline.fitting.solvers import lasso
@@ -24,6 +25,7 @@ _MOST_COLUMNS = 1000
 _BLOCK_ROWS = 4096
 
 
+@shows_count("reading", "models")
 def explain(
     asked: Asked,
     target: int | None = None,
@@ -84,12 +86,12 @@ def explain(
     train_name, target_name = label_names(evidence)
     if target is None:
         assert train_example is not None  # noqa: S101 - told above
-        example = checked_indices([train_example], evidence.n_train, "training example", field="train_example")[0]
+        example = checked_index(train_example, evidence.n_train, "training example", field="train_example")
         weight = evidence.weights_of(example)
         rows = largest(weight, top, target_name)
         n_nonzero = int(np.count_nonzero(weight))
         return Influences(rows, of="train_example", index=example, label=train_name(example), n_nonzero=n_nonzero)
-    target = evidence.checked([target])[0]
+    target = evidence.checked_one(target)
     datamodel = evidence.datamodels([target])
     weight = datamodel.weight[:, 0]
     rows = largest(weight, top, train_name)
@@ -101,7 +103,12 @@ def explain(
         )
         rows = tuple(fits.described(row) for row in rows)
     return Influences(
-        rows, index=target, label=target_name(target), n_nonzero=int(np.count_nonzero(weight)), n_fits=n_fits
+        rows,
+        index=target,
+        label=target_name(target),
+        n_nonzero=int(np.count_nonzero(weight)),
+        n_fits=n_fits,
+        pairs=() if datamodel.pairs is None else datamodel.pairs.top(0, top),
     )
 
 
@@ -155,7 +162,7 @@ def fits_to_halves(
         sums += block.sum(axis=0, dtype=np.int64)
         products += y[start:stop] @ block.astype(np.float32)
         if progress is not None:
-            progress(stop, 2 * n_models)
+            progress(stop // 2, n_models)
     share = sums / n_models
     spread = np.sqrt(share * (1 - share))
     pull = np.abs(products / n_models - y.mean() * share)
@@ -169,7 +176,7 @@ def fits_to_halves(
         stop = min(start + _BLOCK_ROWS, n_models)
         x[start:stop] = read_masks(masks, start, stop)[:, columns]
         if progress is not None:
-            progress(n_models + stop, 2 * n_models)
+            progress((n_models + stop) // 2, n_models)
     rng = np.random.default_rng(seed)
     fitted = []
     for _ in range(n_fits // 2):

@@ -1,29 +1,31 @@
-"""Leakage between training and test examples, copies within the training set, and training labels that may be wrong.
+"""Leakage between training and test examples, and copies within the training set.
 
 Inputs decide, and weights may propose. A test example's copy in the training set mostly has a large weight, but an easy
 example leans on many that are alike: of 30 exact copies among digits the copy had the largest weight for six. So pairs
 are scored by their inputs, see `copies`, and are calibrated against the training set: how well each of its examples is
 explained as a copy of another is what happens without leakage.
+
+Inputs that are equal number for number are found first, and need no such comparison: they are always listed.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from dmpipeline.applications.copies import FEWEST_EXAMPLES, InputSpace, Scored, score_copies
+from dmdata.reading.long_work import shows_count
 from dmpipeline.applications.evidence import Evidence, find_evidence, run_at
+from dmpipeline.applications.inspecting.copies import FEWEST_EXAMPLES, InputSpace, Scored, score_copies
 from dmpipeline.data.examples import Dataset
+from dmpipeline.data.identical import identical_to_tests, identical_training
 from dmpipeline.errors import SpecError
-from dmpipeline.fitting.fitted import load_datamodels
 from dmpipeline.runs.store import Run
 from dmpipeline.runs.targets import TargetsName, check_targets, datamodels_path
 from dmpipeline.tables import Table
-from dmpipeline.workflow.run_arrays import open_rows
 
 NullName = Literal["distinct", "all"]
 """Which training examples show how alike examples are without leakage: those that are no copies themselves, or all."""
@@ -34,13 +36,13 @@ _ODDS = 100
 # Of the errors that are allowed, what goes to pairs that weights alone propose: they are rarely what is found.
 _SHARE_OF_WEIGHTS = 0.05
 
-_JUDGED = ("logits", "margins", "log_likelihoods", "predictions", "squared_errors")
-_BLOCK_BYTES = 2**25
+_FEWEST_FOR_COPIES = 100
+"""With fewer training examples to compare with, what is found is called alike, not a copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeakedPair:
-    """A test example and a training example that is a copy of it, more alike than chance explains.
+    """A test example and a training example that equals it, or is more alike than chance explains.
 
     Attributes
     ----------
@@ -48,6 +50,7 @@ class LeakedPair:
         Indices, from 0.
     score : float
         Logarithm of how much more likely the pair is as a copy with noise than as two examples.
+        Identical inputs may have a low one, where the training set has so many of them that they are usual.
     p : float
         Share of training examples, without leakage, whose best pair within the training set scores as high; over 0.95
         where the pair is of nearest inputs, and over 0.05 where only weights proposed it, if they were asked.
@@ -58,6 +61,8 @@ class LeakedPair:
         Of the training example in the test example's datamodel, in the output's units; None where none were fitted.
     same_label : bool
         False where the copy bears another label, or another number in a regression.
+    identical : bool
+        Whether the inputs are equal, number for number.
     """
 
     train: int
@@ -67,18 +72,19 @@ class LeakedPair:
     distance: float
     weight: float | None
     same_label: bool
+    identical: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Leakage(Table[LeakedPair]):
-    """Pairs found significant, the highest score first.
+    """Pairs of equal inputs, and after them those found significant, the highest score first.
 
     Attributes
     ----------
     q : float
         Bound of the false discovery rate of leaked test examples.
-    n_tested, n_leaked : int
-        Test examples looked at, and those with a significant pair.
+    n_tested, n_leaked, n_identical : int
+        Test examples looked at, those in a pair, and those that equal a training example.
     n_null : int
         Training examples that the null is made of.
     train_duplicate_share : float
@@ -86,9 +92,12 @@ class Leakage(Table[LeakedPair]):
     threshold : float or None
         Largest p that is significant; None where no pair is.
     expected_false_share : float or None
-        How many test examples would score so high by chance, as a share of those found; None where none were found.
+        How many test examples would score so high by chance, as a share of those found; None where none were found so.
     fewest_significant : int
-        Fewer leaked test examples than these can never be significant with so small a null.
+        Fewer leaked test examples than these can never be significant with so small a null, unless they are equal.
+    is_sure : bool
+        Whether pairs that are not equal may be called copies. They are only alike beyond what is usual where fewer than
+        100 training examples say what is usual, or more than half of the training set repeats itself.
     """
 
     name: ClassVar[str] = "pairs"
@@ -101,8 +110,25 @@ class Leakage(Table[LeakedPair]):
     threshold: float | None
     expected_false_share: float | None
     fewest_significant: int
+    n_identical: int = 0
+    is_sure: bool = True
+
+    def in_words(self) -> str:
+        """State what was found among the test examples, without a full stop."""
+        of_all, n_alike = f"of {self.n_tested:,} test examples", self.n_leaked - self.n_identical
+        what = "a copy in the training set" if self.is_sure else "a training example alike beyond what is usual here"
+        if not self.n_identical:
+            said = f"{n_alike:,} {of_all} {_has(n_alike)} {what}"
+        else:
+            said = f"{self.n_identical:,} {of_all} {_has(self.n_identical)} an identical training example"
+            said += f", and {n_alike:,} more {_has(n_alike)} {what}" if n_alike else ""
+        if n_alike and self.expected_false_share is not None:
+            share = min(1.0, self.expected_false_share * self.n_leaked / n_alike)
+            said += f"; about {share:.0%} of these are expected to be there by chance"
+        return said
 
 
+@shows_count("comparing", "steps")
 def leakage(
     run: Run | Evidence | str | os.PathLike[str],
     *,
@@ -153,7 +179,7 @@ def leakage(
     Returns
     -------
     Leakage
-        In addition to a significant test example's best pair, other training examples that score as high.
+    XX
 
     Raises
     ------
@@ -182,6 +208,9 @@ def leakage(
         raise SpecError(f"{candidates} candidates; choose 0 or more", field="candidates", value=candidates)
     dataset, weight = _known(run, "test", is_needed=candidates > 0)
     space = InputSpace(dataset, seed)
+    equal, is_repeated = identical_to_tests(dataset), np.zeros(dataset.n_train, np.bool_)
+    for group in identical_training(dataset):
+        is_repeated[group] = True
     n_steps = 2 * dataset.n_train
 
     def step(start: int) -> Callable[[int, int], None] | None:
@@ -192,7 +221,7 @@ def leakage(
     like_proposed = None if proposed is None else proposed[space.nearest_tests(space.sample)]
     natural = score_copies(space, "train", space.sample, proposed=like_proposed, progress=step(dataset.n_train)).score
     n_nearest = natural.shape[1] - (0 if like_proposed is None else like_proposed.shape[1])
-    is_copy = natural[:, :n_nearest].max(1) > math.log(_ODDS * len(natural))
+    is_copy = (natural[:, :n_nearest].max(1) > math.log(_ODDS * len(natural))) | is_repeated[space.sample]
     counted = natural
     if null == "distinct" and is_copy.mean() <= 0.5 and (~is_copy).sum() >= FEWEST_EXAMPLES:
         counted = natural[~is_copy]
@@ -200,8 +229,9 @@ def leakage(
     p = p_values(tested.score[:, :n_nearest], counted[:, :n_nearest].max(1)) / (1 - share)
     if proposed is not None:
         p = np.concatenate([p, p_values(tested.score[:, n_nearest:], counted[:, n_nearest:].max(1)) / share], 1)
-    n_leaked, threshold = _significant(p.min(1), q)
-    pairs = [] if threshold is None else _pairs(dataset, weight, tested, p, threshold)
+    n_significant, threshold = _significant(p.min(1), q)
+    pairs = _pairs(dataset, weight, tested, p, threshold, equal)
+    n_leaked = len({pair.test for pair in pairs})
     return Leakage(
         rows=tuple(pairs),
         q=q,
@@ -211,9 +241,11 @@ def leakage(
         train_duplicate_share=float(is_copy.mean()),
         threshold=threshold,
         expected_false_share=(
-            None if threshold is None else min(1.0, (dataset.n_test - n_leaked) * threshold / n_leaked)
+            None if threshold is None else min(1.0, (dataset.n_test - n_significant) * threshold / n_leaked)
         ),
         fewest_significant=math.ceil(dataset.n_test * (1 + q) / (q * (1 - share) * (len(counted) + 1))),
+        n_identical=len(equal),
+        is_sure=len(counted) >= _FEWEST_FOR_COPIES and bool(is_copy.mean() <= 0.5),
     )
 
 
@@ -273,23 +305,41 @@ def _pairs(
     weight: npt.NDArray[np.float32] | None,
     tested: Scored,
     p: npt.NDArray[np.float64],
-    threshold: float,
+    threshold: float | None,
+    equal: Mapping[int, Sequence[int]],
 ) -> list[LeakedPair]:
+    places: dict[tuple[int, int], int] = {}
+    for test, place in zip(*np.nonzero(p <= (-1 if threshold is None else threshold)), strict=True):
+        places[int(test), int(tested.index[test, place])] = int(place)
+    for test, trains in equal.items():
+        for train in trains:
+            # one that is not among the nearest scores as those that equal it
+            is_it = tested.index[test] == train
+            places.setdefault((test, train), int((is_it if is_it.any() else tested.score[test]).argmax()))
     found = []
-    for test, place in zip(*np.nonzero(p <= threshold), strict=True):
-        train = int(tested.index[test, place])
+    for (test, train), place in places.items():
+        is_identical = train in equal.get(test, ())
         found.append(
             LeakedPair(
                 train=train,
-                test=int(test),
+                test=test,
                 score=float(tested.score[test, place]),
                 p=float(p[test, place]),
-                distance=float(tested.distance[test, place]),
+                distance=0.0 if is_identical else float(tested.distance[test, place]),
                 weight=None if weight is None else float(weight[train, test]),
                 same_label=_is_same(dataset.train_labels[train], dataset.test_labels[test]),
+                identical=is_identical,
             )
         )
-    return sorted(found, key=lambda pair: (-pair.score, pair.test, pair.train))
+    return sorted(found, key=lambda pair: (not pair.identical, -pair.score, pair.test, pair.train))
+
+
+def _has(n: int) -> str:
+    return "has" if n == 1 else "have"
+
+
+def _pair(n: int) -> str:
+    return "pair" if n == 1 else "pairs"
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -313,6 +363,8 @@ class DuplicatePair:
         examples were not fitted.
     same_label : bool
         False where labels are in conflict.
+    identical : bool
+        Whether the inputs are equal, number for number.
     """
 
     train: int
@@ -321,26 +373,45 @@ class DuplicatePair:
     distance: float
     weight: float | None
     same_label: bool
+    identical: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Duplicates(Table[DuplicatePair]):
-    """Pairs of training examples, the highest score first.
+    """Pairs of training examples: those of equal inputs, and after them others, the highest score first.
 
     Attributes
     ----------
     threshold : float
-        Least score that counts: the logarithm of `odds` times the number of examples.
+        Least score that counts where inputs are not equal: the logarithm of `odds` times the number of examples.
     n_conflicting : int
         Pairs whose labels differ.
+    n_identical : int
+        Pairs of equal inputs: each example with the first one that it equals.
+    is_sure : bool
+        Whether pairs that are not equal may be called copies; as that of `Leakage`.
     """
 
     name: ClassVar[str] = "pairs"
 
     threshold: float
     n_conflicting: int
+    n_identical: int = 0
+    is_sure: bool = True
+
+    def in_words(self) -> str:
+        """State what was found within the training set, without a full stop."""
+        n_alike = len(self) - self.n_identical
+        said = [f"{self.n_identical:,} {_pair(self.n_identical)} of identical training examples"]
+        what = "that are copies of one another" if self.is_sure else "that are alike beyond what is usual here"
+        said.append(f"{n_alike:,} {_pair(n_alike)} of training examples {what}")
+        found = " and ".join(words for words, n in zip(said, (self.n_identical, n_alike), strict=True) if n)
+        return (found or "no copies found") + (
+            f"; labels differ in {self.n_conflicting:,}" if self.n_conflicting else ""
+        )
 
 
+@shows_count("comparing", "steps")
 def duplicates(
     run: Run | Evidence | str | os.PathLike[str],
     *,
@@ -353,7 +424,8 @@ def duplicates(
 
     There is no other set to calibrate by, so that the likelihood ratio decides: a pair counts if a copy is more likely
     than two examples by `odds` times the number of training examples, as many as may be an example's original. So a
-    copy with much noise is missed here that `leakage` would find.
+    copy with much noise is missed here that `leakage` would find. Examples whose inputs are equal are always listed,
+    each with the first that it equals.
 
     Parameters
     ----------
@@ -390,6 +462,11 @@ def duplicates(
         pair = (min(int(one), other), max(int(one), other))
         found = (float(scored.score[one, place]), float(scored.distance[one, place]))
         best[pair] = max(found, best.get(pair, (-math.inf, 0.0)))
+    groups = identical_training(dataset)
+    of_group = {index: group for group in groups for index in group}
+    for index, group in of_group.items():
+        if index != group[0]:
+            best.setdefault((group[0], index), (float(scored.score[index].max()), 0.0))
     rows = [
         DuplicatePair(
             train=one,
@@ -398,175 +475,16 @@ def duplicates(
             distance=distance,
             weight=None if weight is None else float((weight[one, other] + weight[other, one]) / 2),
             same_label=_is_same(dataset.train_labels[one], dataset.train_labels[other]),
+            identical=other in of_group.get(one, ()),
         )
         for (one, other), (score, distance) in best.items()
     ]
-    rows.sort(key=lambda pair: (-pair.score, pair.train, pair.train2))
-    return Duplicates(tuple(rows), threshold=threshold, n_conflicting=sum(not pair.same_label for pair in rows))
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A training example, and how suspect its label is.
-
-    Attributes
-    ----------
-    index : int
-        From 0.
-    label : int, float, or None
-        As the dataset has it; None where it is more than one number.
-    suggested : int, float, or None
-        Class or number that models predict that were not trained on the example; None where what a run stores does not
-        say, or it is more than one number.
-    score : float
-        From 0 to 1, the most suspect: 1 - (probability of the label), or of margins 1 / (1 + e^margin), averaged over
-        models that were not trained on the example. Where no probability is predicted, as in a regression, the share of
-        training examples with a smaller error.
-    own_weight : float or None
-        Of the example in its own datamodel, in the output's units: large where its label is only remembered. None where
-        datamodels of training examples were not fitted.
-    """
-
-    index: int
-    label: int | float | None
-    suggested: int | float | None
-    score: float
-    own_weight: float | None
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Suspects(Table[Suspect]):
-    """Training examples, the most suspect first.
-
-    Attributes
-    ----------
-    array : str
-        What was read of the models.
-    n_models : int
-        Models read.
-    n_unjudged : int
-        Training examples that all models were trained on, so that nothing is said of them.
-    """
-
-    name: ClassVar[str] = "suspects"
-
-    array: str
-    n_models: int
-    n_unjudged: int
-
-
-def suspects(
-    run: Run | Evidence | str | os.PathLike[str],
-    *,
-    top: int = 100,
-    progress: Callable[[int, int], None] | None = None,
-) -> Suspects:
-    """Rank training examples by how little models that were not trained on them believe their labels.
-
-    Each model of a run leaves a part of the training set out, so that what is cross-validation elsewhere is there: with
-    alpha 50%, half of the models have not seen an example (as confident learning asks of its probabilities, Northcutt,
-    Jiang and Chuang 2021).
-
-    Parameters
-    ----------
-    run : Run, path or Evidence
-        Complete, with logits, margins or log-likelihoods of training examples; predictions or squared errors of a
-        regression.
-    top : int
-        How many to return.
-    progress : callable, optional
-        Called with (models read, models in total).
-
-    Raises
-    ------
-    SpecError
-        If `top` is less than 1, or the run stores none of these.
-    IncompleteRunError
-        If rows are missing.
-
-    Notes
-    -----
-    Models are read in blocks of 32 MiB, or one at a time where that is more.
-    """
-    if top < 1:
-        raise SpecError(f"top is {top}; choose 1 or more", field="top", value=top)
-    run = run_at(run, "what models say of examples that they were not trained on is")
-    array = next((f"train_{name}" for name in _JUDGED if f"train_{name}" in run.spec.arrays), None)
-    if array is None:
-        raise SpecError(
-            f"{run.path} stores none of {', '.join(_JUDGED)} of training examples, by which labels are judged; create "
-            "another run with --outputs margins,logits",
-            field="outputs",
-            value=list(run.spec.outputs),
-        )
-    run.require_complete()
-    dataset = run.dataset()
-    sums, n_out = _sums_left_out(run, array, progress)
-    judged = np.flatnonzero(n_out)
-    mean = sums[judged] / n_out[judged].reshape(-1, *[1] * (sums.ndim - 1))
-    labels = dataset.train_labels[judged]
-    score, suggested = _suspicion(array.removeprefix("train_"), mean, labels)
-    path = datamodels_path(run, "train")
-    own = load_datamodels(run, "train").weight.diagonal() if path.exists() else None
-    order = np.argsort(-score, kind="stable")[:top]
-    rows = [
-        Suspect(
-            index=int(judged[place]),
-            label=labels[place].item() if labels.ndim == 1 else None,
-            suggested=None if suggested is None else suggested[place].item(),
-            score=float(score[place]),
-            own_weight=None if own is None else float(own[judged[place]]),
-        )
-        for place in order
-    ]
-    return Suspects(tuple(rows), array=array, n_models=run.spec.n_models, n_unjudged=dataset.n_train - len(judged))
-
-
-def _sums_left_out(
-    run: Run, array: str, progress: Callable[[int, int], None] | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Add up what models say of the examples they were not trained on, and count these models.
-
-    Of logits it is class probabilities that are added, (n_train, n_classes).
-    """
-    rows = run.spec.rows.models
-    masks, outputs = open_rows(run, "train_masks", rows), open_rows(run, array, rows)
-    n_models, step = outputs.shape[0], max(1, _BLOCK_BYTES // (8 * math.prod(outputs.shape[1:])))
-    sums, n_out = np.zeros(outputs.shape[1:]), np.zeros(outputs.shape[1], np.int64)
-    for start in range(0, n_models, step):
-        is_out = ~np.asarray(masks[start : start + step], np.bool_)
-        said = np.asarray(outputs[start : start + step], np.float64)
-        if array == "train_logits":
-            odds = np.exp(said - said.max(-1, keepdims=True))
-            said = odds / odds.sum(-1, keepdims=True)
-        sums += np.einsum("mi,mi...->i...", is_out, said)
-        n_out += is_out.sum(0)
-        if progress is not None:
-            progress(min(start + step, n_models), n_models)
-    return sums, n_out
-
-
-def _suspicion(
-    output: str, mean: npt.NDArray[np.float64], labels: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any] | None]:
-    """Return scores of examples by their mean outputs, and the labels these suggest."""
-    if output == "logits" and labels.ndim == 1:
-        return 1 - mean[np.arange(len(mean)), labels], mean.argmax(1)
-    if output == "logits":  # at each position of a sequence; -1 where nothing is to be predicted
-        there = np.maximum(labels, 0)[..., None]
-        believed = np.take_along_axis(mean, there, 2)[..., 0]
-        return 1 - np.average(believed, axis=1, weights=labels >= 0), None
-    if output == "margins":
-        return 1 / (1 + np.exp(np.clip(mean, -500, 500))), None
-    if output == "log_likelihoods":
-        return _shares(-mean), None
-    if output == "squared_errors":
-        return _shares(mean), None
-    error = np.abs(mean - labels) if labels.ndim == 1 else np.linalg.norm(mean - labels, axis=1)
-    return _shares(error), mean if labels.ndim == 1 else None
-
-
-def _shares(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return for each value which share of all is smaller."""
-    shares: npt.NDArray[np.float64] = np.searchsorted(np.sort(values), values, "left") / len(values)
-    return shares
+    rows.sort(key=lambda pair: (not pair.identical, -pair.score, pair.train, pair.train2))
+    found_in = {index for pair in rows for index in (pair.train, pair.train2)}
+    return Duplicates(
+        tuple(rows),
+        threshold=threshold,
+        n_conflicting=sum(not pair.same_label for pair in rows),
+        n_identical=sum(pair.identical for pair in rows),
+        is_sure=dataset.n_train >= _FEWEST_FOR_COPIES and len(found_in) <= dataset.n_train / 2,
+    )

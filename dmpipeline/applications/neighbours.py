@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
-from dmpipeline.applications.copies import FEWEST_EXAMPLES, InputSpace
 from dmpipeline.applications.describing import label_names
 from dmpipeline.applications.evidence import Evidence, find_evidence
+from dmpipeline.applications.inspecting.copies import FEWEST_EXAMPLES, InputSpace
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitted import load_datamodels
@@ -129,7 +129,7 @@ def similar(
     if wrong := [kind for kind in by or () if kind not in get_args(KindName)]:
         raise SpecError(f"by {wrong[0]!r} is not known; choose weight or embedding", field="by", value=by)
     evidence = find_evidence(run, targets, catalog=catalog)
-    (target,) = evidence.checked([target])
+    target = evidence.checked_one(target)
     is_at_hand = evidence.is_at_hand
     kinds = by or (get_args(KindName) if is_at_hand else ("weight",))
     if "embedding" in kinds and not is_at_hand:

@@ -8,7 +8,7 @@ import numpy as np
 from dmpipeline.applications.counterfactuals import Counterfactuals
 from dmpipeline.applications.support import DataSupport
 from dmpipeline.errors import SpecError
-from dmpipeline.report.figures import LIGHT, blank, file_bytes
+from dmpipeline.figures.drawing import LIGHT, blank, file_bytes
 from dmpipeline.runs.directory import write_beside
 
 

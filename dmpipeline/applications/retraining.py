@@ -12,7 +12,7 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,25 @@ def retrain(
     return [cut[each.key] for each in sets]
 
 
+def kept_sets(run: Run) -> Iterator[tuple[TrainingSet, Retrained]]:
+    """Yield the sets that a run's models were retrained on so far, in the order of their digests, and the outputs.
+
+    Files of another output than the run's datamodels predict now are passed over.
+
+    Raises
+    ------
+    RunError
+        If a file is damaged.
+    """
+    pool = _Pool.of(run)
+    n_train = run.provenance["dataset"]["n_train"]
+    for path in sorted(pool.folder.glob("*.npz")):
+        each = pool.set_of(path, n_train)
+        retrained = None if each is None else pool.read(path.stem, each)
+        if each is not None and retrained is not None:
+            yield each, retrained
+
+
 @dataclass(frozen=True, slots=True)
 class _Pool:
     """Files of a run's retrained sets."""
@@ -190,10 +209,19 @@ class _Pool:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(
-                f"{path} is damaged ({error}); remove it, and its set is trained again", path=path
-            ) from error
+            raise _damaged(path, error) from error
         return None  # of another output or form: trained again, and replaced
+
+    def set_of(self, path: Path, n_train: int) -> TrainingSet | None:
+        """Return which set a file is of; None where it is of another form."""
+        try:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+                if int(file["form"]) != _FORM:
+                    return None
+                mask = np.unpackbits(file["mask"], count=n_train)
+                return TrainingSet(mask.tobytes(), tuple((int(i), int(label)) for i, label in file["relabelled"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise _damaged(path, error) from error
 
     def write(self, each: TrainingSet, retrained: Retrained) -> None:
         with explain_os_errors(self.folder):
@@ -214,6 +242,10 @@ class _Pool:
         dataset = prepared.dataset
         test = output_of(f"test_{self.array}")(logits.test, dataset.test_labels)
         return test, output_of(f"train_{self.array}")(logits.train, dataset.train_labels)
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path} is damaged ({error}); remove it, and its set is trained again", path=path)
 
 
 def _length(retrained: Retrained | None) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.reading.long_work import shows_stages
 from dmpipeline.applications.counterfactuals import LEVEL, removal_order
 from dmpipeline.applications.evidence import Asked, Evidence, find_evidence
 from dmpipeline.applications.retraining import Retrained, TrainingSet, retrain
@@ -148,6 +149,11 @@ class DataSupport(Table[Support]):
         return Table.facts(self) | {"half_within": self.half_within, "shares": self.shares()}
 
 
+SUPPORT_STAGES = {"baseline": "models", "factor": "models", "sets": "models"}
+"""Stages that `data_support` reports, and what each counts."""
+
+
+@shows_stages(SUPPORT_STAGES)
 def data_support(
     asked: Asked,
     targets: Sequence[int] | None = None,
@@ -245,10 +251,6 @@ def data_support(
         factor_basis=basis,
         alpha=evidence.alpha,
     )
-
-
-SUPPORT_STAGES = {"baseline": "models", "factor": "models", "sets": "models"}
-"""Stages that `data_support` reports, and what each counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """What a verification finds: one finding a check, by level, the worst first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dmdata.shown import as_html
 from dmpipeline.tables import Table, plain
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ class Finding:
         if not self.level:
             object.__setattr__(self, "level", _LEVEL_OF.get(self.check, "meaning"))
 
+    @property
+    def outcome(self) -> str:
+        """In a word: "ok", "differs", or "warning" where models have not learned."""
+        return "ok" if self.passed else "warning" if self.check == "learned" else "differs"
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Finding: {self.check}", {"level": self.level, "": self.outcome, "what was found": self.detail})
+
 
 def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Order findings: those that failed before those that passed, then by level; else as they came."""
@@ -114,6 +123,11 @@ class Verification(Table[Finding]):
             "usd": self.usd,
         }
 
+    def _shown_rows(self) -> Iterator[dict[str, Any]]:
+        return (
+            {"level": row.level, "check": row.check, "": row.outcome, "what was found": row.detail} for row in self.rows
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything ready for JSON, the verdict first."""
         whole: dict[str, Any] = plain(self.facts() | {self.name: self.rows})
@@ -126,7 +140,6 @@ class Verification(Table[Finding]):
 
         table = RichTable("level", "check", "", "what was found", box=None, header_style="bold")
         for finding in self.rows:
-            wrong = "warning" if finding.check == "learned" else "differs"
-            outcome = Text("ok") if finding.passed else Text(wrong, style="bold red")
+            outcome = Text(finding.outcome, style="" if finding.passed else "bold red")
             table.add_row(finding.level, finding.check, outcome, finding.detail)
         return table

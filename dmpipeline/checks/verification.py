@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.reading.long_work import shows_count
 from dmpipeline.checks.findings import Finding as Finding  # where it is known from
 from dmpipeline.checks.mask_law import MaskLaw
 from dmpipeline.checks.repeats import Repeats
@@ -70,6 +71,7 @@ def law_of(spec: RunSpec, n_train: int) -> MaskLaw | None:
     return MaskLaw(n_train, alpha, is_exact, seed=spec.seed)
 
 
+@shows_count("verifying", "models")
 def verify_run(run: Run, progress: RowProgress | None = None) -> list[Finding]:
     """Check a run against its spec.
 

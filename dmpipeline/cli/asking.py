@@ -77,7 +77,7 @@ class Question:
         import numpy as np
 
         from dmdata.cli.copy_commands import Priced, headers_paid_for, paid_for
-        from dmdata.release import opening, pricing
+        from dmdata.release import opening
         from dmpipeline.fitting.datamodels import price_load
 
         terms, chosen = opening.in_force(self.to, self.catalog)
@@ -95,7 +95,7 @@ class Question:
             for array in ("train_masks", f"{own_targets}_margins") if passes else ():
                 found = opening.look_up(f"{base}/{array}", terms, catalog=chosen)
                 priced += (passes if array == "train_masks" else 1) * Priced.all_of(
-                    pricing.price_artifacts(found, terms), terms
+                    opening.price_reading(found, terms), terms
                 )
             if not stack.enter_context(paid_for(talk, priced, f"reading {name}", terms, **self.spending)):
                 yield None

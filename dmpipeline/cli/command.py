@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dmdata.cli.completion import completion_command
-from dmdata.cli.console import Talk, talk_options
+from dmdata.cli.console import Talk, options_of_group, talk_options
 from dmdata.cli.ending import run
 from dmdata.cli.tables import headed_table
 from dmpipeline.cli.finding_commands import clusters, embed, leakage, similar
 from dmpipeline.cli.plan_command import plan
+from dmpipeline.cli.report_command import report
 from dmpipeline.cli.run_commands import for_each_run, next_to_evaluate, next_to_list, next_to_report
 from dmpipeline.cli.train_commands import DIRECTORY, TARGETS, facts_table, init, status, submit, train, warn_of
 from dmpipeline.cli.use_commands import counterfactual, explain, support
@@ -66,8 +67,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(commands, arguments, name="dmpipeline", runs_user_code=True)
 
 
+_FIT_WORDS = {
+    "nonzero_weights": "nonzero weights a target, mean",
+    "worst_gap": "worst duality gap, share of the variance",
+    "worst_kkt": "worst broken condition, share of lam",
+}
+
+
+_IN_ORDER = (
+    "demo", "init", "plan", "run", "submit", "status", "verify", "fit", "evaluate", "report", "explain",
+    "counterfactual", "support", "leakage", "similar", "embed", "clusters", "curve", "export",
+)  # fmt: skip
+
+
 class _Commands(click.Group):
     """A group whose commands state what to install where a package of the extra is missing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List commands in the order of their use, and others after them."""
+        known = super().list_commands(ctx)
+        return [name for name in _IN_ORDER if name in known] + [name for name in known if name not in _IN_ORDER]
 
     def invoke(self, ctx: click.Context) -> Any:
         with explain_missing_extra():
@@ -76,6 +95,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dmdata")
+@options_of_group
 def commands() -> None:
     """Train models on random subsets, fit datamodels to them, and ask which examples led to a prediction."""
 
@@ -88,6 +108,7 @@ for _command in (
     status,
     submit,
     verify,
+    report,
     explain,
     counterfactual,
     support,
@@ -127,7 +148,10 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     type=click.Choice(["none", "gradient"]),
     default="none",
     show_default=True,
-    help="Guide the fit by gradients of the run's first models; on digits worth 1.5 times as many models, or more.",
+    help="Guide the fit by gradients of the run's first models; on digits worth up to three times as many models.",
+)
+@click.option(
+    "--pairs", is_flag=True, help="Add what two examples do together, where the validation models gain by it."
 )
 @click.option("--positive", is_flag=True, help="Allow no weight below zero.")
 @click.option("--strict", is_flag=True, help="Fail where a target did not converge.")
@@ -143,6 +167,7 @@ def fit(
     validation: float,
     folds: int | None,
     prior: "workflow.PriorName",
+    pairs: bool,
     positive: bool,
     strict: bool,
     device: str | None,
@@ -171,6 +196,7 @@ def fit(
             validation=validation,
             folds=folds,
             prior=prior,
+            pairs=pairs,
             is_positive=positive,
             strict=strict,
             device=device,
@@ -181,7 +207,8 @@ def fit(
     facts: dict[str, Any] = {"datamodels": str(datamodels_path(opened, targets)), "targets": targets}
     facts |= workflow.fit_facts(opened, targets)
     learned = what_was_learned(opened)
-    talk.print_data(facts | {"warnings": learned.texts}, facts_table(facts))
+    shown = {_FIT_WORDS.get(name, name): fact for name, fact in facts.items()}
+    talk.print_data(facts | {"warnings": learned.texts}, facts_table(shown))
     warn_of(learned.texts)
     talk.remark(next_to_evaluate(directory, opened, targets))
 
@@ -219,8 +246,9 @@ def evaluate(
     n_models, learned = n_models_of(opened, targets), what_was_learned(opened)
     told = learned.texts + _old(opened, targets)
     facts: dict[str, Any] = evaluation.as_dict() | learned.as_dict()
-    facts |= {"targets": targets, "n_models": n_models, "warnings": told}
-    tables = [] if is_compared else [_evaluation_table(evaluation, n_models, learned)]
+    n_without = _n_without_weights(opened, targets)
+    facts |= {"targets": targets, "n_models": n_models, "n_without_weights": n_without, "warnings": told}
+    tables = [] if is_compared else [_evaluation_table(evaluation, n_models, learned, n_without)]
     if is_compared:
         with talk.stages(workflow.COMPARE_STAGES) as progress:
             compared = workflow.compare_run(opened, targets=targets, progress=progress)
@@ -231,6 +259,8 @@ def evaluate(
         tables.append(table)
     talk.print_data(facts, *tables)
     warn_of(told)
+    if evaluation.decomposition is not None:
+        talk.remark(f"advice: {evaluation.decomposition.advice}")
     talk.remark(next_to_report(directory, targets))
 
 
@@ -254,10 +284,12 @@ def _attribution_scores(
 ) -> "tuple[dict[str, Any], dict[str, Any], Table]":
     """Score attributions, and return the measures of the run's own, those of the others by name, and a table of all."""
     from dmpipeline.applications.attributions import OWN, score
+    from dmpipeline.report.of_run import keep_answer
     from dmpipeline.runs.derivation import without_warnings
 
     with without_warnings():
         scored = score(opened, attributions, targets=targets, own=evaluation)
+    keep_answer(opened, "scores", scored.as_dict(), targets)
     others = scored.by_name()
     return others.pop(OWN), others, scored.table()
 
@@ -286,7 +318,7 @@ def _old(opened: "Run", targets: "TargetsName", *results: str) -> list[str]:
 def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str, targets: "TargetsName") -> None:
     """Draw LDS against the number of models of the run at DIRECTORY that are fitted on.
 
-    Leaves curve.json and curve.svg in the run; dmpipeline report shows them.
+    Leaves curve.json and curve.svg in the run, which dmpipeline report DIRECTORY shows.
     """
     from dmpipeline import workflow
     from dmpipeline.runs.store import Run
@@ -306,6 +338,11 @@ def curve(talk: Talk, directory: Path, counts: list[int] | None, prior: str, tar
         needed = helped.models_for(plain.points[-1].lds)
         facts["models_for_plain_lds"] = None if math.isnan(needed) else round(needed)
     talk.print_data(facts, *tables)
+    for name, drawn in curves.items():
+        told = [] if drawn.law is None else [drawn.law.in_words()]
+        told += [] if drawn.advice is None else [f"advice: {drawn.advice}"]
+        for text in told:
+            talk.remark(f"{name}, {text}" if len(curves) > 1 else text)
     if workflow.GRADIENT in curves:
         talk.remark(saving_in_words(plain, helped, needed))
     talk.remark(f"drawn in {picture}; {next_to_report(directory, targets)}")
@@ -320,27 +357,6 @@ def saving_in_words(plain: "LearningCurve", helped: "LearningCurve", needed: flo
     if helped.points[0].lds > last.lds:
         return f"with gradient scores fewer than {helped.counts[0]:,} models reach {goal}"
     return f"with gradient scores no number of these models reaches {goal}"
-
-
-@commands.command("report")
-@DIRECTORY
-@TARGETS
-@talk_options
-@for_each_run
-def report(talk: Talk, directory: Path, targets: "TargetsName") -> None:
-    """Write the page of the run at DIRECTORY, report.html: scores, and which examples made which prediction."""
-    from dmpipeline import workflow
-    from dmpipeline.runs.derivation import n_models_of, without_warnings
-    from dmpipeline.runs.learned import what_was_learned
-    from dmpipeline.runs.store import Run
-
-    opened = Run.open(directory)
-    with without_warnings():
-        path = workflow.report_run(opened, workflow.evaluate_run(opened, targets), targets)
-    told = what_was_learned(opened).texts + _old(opened, targets, "curve")
-    facts: dict[str, Any] = {"report": str(path), "targets": targets, "n_models": n_models_of(opened, targets)}
-    talk.print_data(facts | {"warnings": told}, facts_table({"report": str(path)}))
-    warn_of(told)
 
 
 @commands.command("export")
@@ -389,7 +405,14 @@ def export(talk: Talk, directory: Path, destination: str, requester_pays: bool, 
     talk.remark(next_to_list(destination))
 
 
-def _evaluation_table(evaluation: "Evaluation", n_models: int | None, learned: "Learned") -> "Table":
+def _n_without_weights(opened: "Run", targets: "TargetsName") -> int:
+    """Count the targets whose datamodels have no weight but 0."""
+    from dmpipeline.fitting.fitted import load_datamodels
+
+    return int((~load_datamodels(opened, targets).weight.any(axis=0)).sum())
+
+
+def _evaluation_table(evaluation: "Evaluation", n_models: int | None, learned: "Learned", n_without: int) -> "Table":
     from dmpipeline.scoring.evaluation import readable_score
 
     table = headed_table("score", "", "against")
@@ -397,13 +420,20 @@ def _evaluation_table(evaluation: "Evaluation", n_models: int | None, learned: "
     low, high = readable_score(evaluation.lds_low), readable_score(evaluation.lds_high)
     interval = f"{evaluation.level:.0%} interval {low} to {high}"
     table.add_row("LDS", readable_score(evaluation.lds), f"{averaged}; {interval}")
+    if evaluation.lds_linear is not None:
+        table.add_row("without pairs", readable_score(evaluation.lds_linear), "")
     table.add_row("its noise ceiling", readable_score(evaluation.lds_ceiling), "")
-    table.add_row("LDS", readable_score(evaluation.lds_ratio), "as a share of its noise ceiling")
-    table.add_row("LDS", readable_score(evaluation.lds_single), "single retrainings")
+    table.add_row("share of the ceiling", readable_score(evaluation.lds_ratio), "")
+    table.add_row("single LDS", readable_score(evaluation.lds_single), "single retrainings")
     table.add_row("R2", readable_score(evaluation.r2), "single retrainings")
     table.add_row("MSE", readable_score(evaluation.mse), "single retrainings, in squared units of the output")
+    if evaluation.decomposition is not None:
+        for part, lds in evaluation.decomposition.in_words():
+            table.add_row(*part, lds)
     table.add_row("models", "unknown" if n_models is None else f"{n_models:,}", "that the datamodels were fitted on")
-    table.add_row("targets", f"{evaluation.n_targets:,}", f"{evaluation.n_constant} left out because they never vary")
+    left_out = f"{evaluation.n_constant} left out because they never vary"
+    without = f"; {n_without:,} without weights, whose LDS counts as 0" if n_without else ""
+    table.add_row("targets", f"{evaluation.n_targets:,}", f"{left_out}{without}")
     if sentence := learned.sentence():
         table.add_row("models", learned.figure(), sentence)
     return table

@@ -7,6 +7,7 @@ directory, which every ``dmpipeline`` command accepts; doing it again resumes wh
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dmdata.cli.console import Talk
 from dmdata.cli.tables import plain_table
 from dmdata.money.prices import readable_bytes, readable_usd
 from dmpipeline import workflow
+from dmpipeline.applications.attributions import score
 from dmpipeline.applications.counterfactuals import Counterfactual, counterfactual, removal_order
 from dmpipeline.applications.evidence import Evidence, find_evidence
 from dmpipeline.applications.support import SUPPORT_STAGES, Support, data_support
@@ -29,6 +31,7 @@ from dmpipeline.errors import SpecError, VerificationError, explain_os_errors, q
 from dmpipeline.exporting.export import export_run
 from dmpipeline.fitting.fitting import split_rows
 from dmpipeline.fitting.settings import VALIDATION
+from dmpipeline.report.of_run import REPORT_STAGES, download_price, keep_answer, report_run
 from dmpipeline.runs.learned import what_was_learned
 from dmpipeline.runs.store import Run
 from dmpipeline.scoring.evaluation import Evaluation, readable_score
@@ -143,7 +146,7 @@ class DemoSummary:
         table.add_row("page", self.report)
         place = quoted(self.directory)
         commands = f"dmpipeline evaluate {place}; dmpipeline explain {place} {self.counterfactual.target}"
-        table.add_row("next", f"dmdata ls --catalog {place}; {commands}")
+        table.add_row("next", f"{_activation()}dmdata ls --catalog {place}; {commands}")
         table.add_row("took", f"{self.seconds:.0f} s")
         return table
 
@@ -151,6 +154,14 @@ class DemoSummary:
         if math.isnan(self.lds_ceiling):
             return "of a ceiling that is not defined with one retraining a subset"
         return f"of at most {readable_score(self.lds_ceiling)} that retraining noise allows"
+
+
+def _activation() -> str:
+    """Return what puts the commands on the path of a shell, where they are not on it; nothing where they are."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("dmpipeline") is not None or not script.is_file():
+        return ""
+    return f". {quoted(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)}; "
 
 
 def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
@@ -190,9 +201,14 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
         export_run(run, release, datamodels=run.datamodels_path, progress=progress)
     column = _read_back(talk, run, release)
     evaluation = workflow.evaluate_run(run)
-    report = workflow.report_run(run, evaluation)
     evidence = find_evidence(run)
     changed, support = _what_if(talk, evidence), _support(talk, evidence)
+    verification = _compared(talk, run, findings)
+    _keep_for_the_page(run, verification, evaluation)
+    with talk.stages(workflow.CURVE_STAGES) as stages:
+        workflow.curve_run(run, progress=stages)
+    with talk.stages(REPORT_STAGES) as stages:
+        report = report_run(run, evaluation, progress=stages)
     return _summary(
         run,
         evaluation,
@@ -201,7 +217,7 @@ def run_demo(talk: Talk, directory: Path, spec: RunSpec) -> DemoSummary:
         column,
         changed,
         support,
-        _compared(talk, run, findings),
+        verification,
         time.monotonic() - started,
     )
 
@@ -304,6 +320,20 @@ def _supported(row: Support) -> str:
     )
 
 
+def _keep_for_the_page(run: Run, verification: Verification, evaluation: Evaluation) -> None:
+    """Keep what verification found, and how another attribution scores: the likeness of pixels, within a class."""
+    dataset = run.dataset()
+    train, test = (
+        inputs.reshape(len(inputs), -1).astype(np.float64) for inputs in (dataset.train_inputs, dataset.test_inputs)
+    )
+    apart = (train**2).sum(axis=1)[:, None] + (test**2).sum(axis=1) - 2 * train @ test.T
+    same = dataset.train_labels[:, None] == dataset.test_labels
+    nearness = np.where(same, 1, -1) * np.exp(-apart / np.median(apart))
+    scored = score(run, {"nearness of pixels": nearness}, own=evaluation)
+    keep_answer(run, "scores", scored.as_dict())
+    keep_answer(run, "verification", verification.as_dict())
+
+
 def _summary(
     run: Run,
     evaluation: Evaluation,
@@ -315,7 +345,7 @@ def _summary(
     verification: Verification,
     seconds: float,
 ) -> DemoSummary:
-    price = workflow.download_price(run)
+    price = download_price(run)
     held_out, learned = run.spec.rows.held_out, what_was_learned(run)
     return DemoSummary(
         directory=str(run.path),

@@ -86,12 +86,15 @@ def leakage(
 
     RUN is a run's directory; its models need not be trained. With --suspects they must be.
     """
-    from dmpipeline.applications.leakage import duplicates, suspects
+    from dmpipeline.applications.inspecting.suspects import suspects
+    from dmpipeline.applications.leakage import duplicates
     from dmpipeline.applications.leakage import leakage as leaked
 
     with talk.counting("comparing", "steps") as progress:
         if within == "duplicates":
-            print_answer(talk, duplicates(asked, seed=seed, progress=progress), as_csv=as_csv)
+            pairs = duplicates(asked, seed=seed, progress=progress)
+            print_answer(talk, pairs, as_csv=as_csv)
+            talk.remark(pairs.in_words())
             return
         if within == "suspects":
             print_answer(talk, suspects(asked, progress=progress), as_csv=as_csv)
@@ -102,10 +105,8 @@ def leakage(
 
 
 def _leakage_in_words(found: "Leakage") -> str:
-    words = f"{found.n_leaked:,} of {found.n_tested:,} test examples have a copy in the training set"
-    if found.expected_false_share is not None:
-        words += f"; by chance {found.expected_false_share:.0%} of these would be found without any"
-    return f"{words}; at q {found.q:g} no fewer than {found.fewest_significant} can be found"
+    but = " but identical ones" if found.n_identical else ""
+    return f"{found.in_words()}; at q {found.q:g} no fewer than {found.fewest_significant}{but} can be found"
 
 
 @click.command("embed")

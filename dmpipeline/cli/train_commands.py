@@ -33,6 +33,12 @@ TARGETS = click.option(
     help="Whose outputs datamodels predict: test examples', or training examples', which helps to find wrong labels.",
 )
 
+RECIPES = (
+    *("perceptron", "logistic-regression", "convnet", "resnet9-release", "resnet18-release", "cifar-fast"),
+    *("module", "function"),
+)
+"""Names of `dmpipeline.models.recipes.type_of_recipe`, known without loading it."""
+
 _LINES_OF_A_TRACEBACK = 3
 _AUTO = 0
 
@@ -107,7 +113,13 @@ class _Setting(click.ParamType[tuple[str, Any]]):
     help="Share of the examples in a subset. Several make runs side by side: DIRECTORY/20pct, DIRECTORY/50pct.",
 )
 @click.option("--masks", default="exact", show_default=True, help="exact, bernoulli, or an .npy file of your own.")
-@click.option("--recipe", default="perceptron", show_default=True, help="By name.")
+@click.option(
+    "--recipe",
+    default="perceptron",
+    show_default=True,
+    help=f"By name: {', '.join(RECIPES)}. The last two train code of your own.",
+    shell_complete=lambda _, __, begun: [name for name in RECIPES if name.startswith(begun)],
+)
 @click.option("--set", "settings", type=_Setting(), multiple=True, help="A hyperparameter of the recipe, as lr=0.1.")
 @click.option("--outputs", help="What to store, as margins,logits. [default: what the dataset's models have]")
 @click.option("--models", type=int, default=4000, show_default=True, help="Models to fit on.")
@@ -155,7 +167,10 @@ def init(context: click.Context, /, talk: Talk, directory: Path, spec: Path | No
         talk.remark(f"warning: {warning}")
     if made[0].spec.masks not in MASK_LAWS and made[0].spec.alpha != RunSpec().alpha:
         talk.remark(f"alpha {made[0].spec.alpha:.0%} is not used: the subsets are those in {made[0].spec.masks}")
-    talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train; {next_to_train(directory)}")
+    each = f" in each of {len(made)} runs" if len(made) > 1 else ""
+    n_to_fit, held_out = made[0].spec.n_models, made[0].spec.held_out
+    parts = f"{n_to_fit:,} to fit on + {held_out.n_subsets:,} x {held_out.n_retrainings:,} held out{each}"
+    talk.remark(f"{sum(run.spec.n_rows for run in made):,} models to train ({parts}); {next_to_train(directory)}")
 
 
 def _base_spec(path: Path, given: Mapping[str, Any]) -> "RunSpec":
@@ -343,7 +358,7 @@ def submit(
     account: str | None,
     start: bool,
 ) -> None:
-    """Print the script that trains the run at DIRECTORY on Slurm: dmpipeline submit myrun --slurm | sbatch.
+    """Print the script that trains the run at DIRECTORY on Slurm: dmpipeline submit DIRECTORY --slurm | sbatch.
 
     Killed jobs resume where they stopped. They write their output to DIRECTORY/logs.
     """

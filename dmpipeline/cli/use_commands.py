@@ -71,6 +71,8 @@ def explain(
     with question.evidence(talk, columns, row=train_example, passes=2 if fits else 0) as evidence:
         if evidence is None:
             return
+        if columns is not None:
+            evidence = evidence.held(columns)  # a release's are paid once
         with talk.counting("reading", "models") as progress:
             table = explained(
                 evidence, target, train_example=train_example, top=top, n_fits=fits, seed=seed, progress=progress
@@ -78,7 +80,8 @@ def explain(
         if as_csv or talk.as_json:
             print_answer(talk, table, as_csv=as_csv)
             return
-        talk.print_data({}, *_pictures(table, evidence), _influences(table, evidence))
+        tables = [*_explained(table, evidence), *_pictures(table, evidence), _influences(table, evidence)]
+        talk.print_data({}, *tables, *_pairs(table))
         _remark_on_influences(talk, table, question)
 
 
@@ -101,6 +104,34 @@ def _influences(table: Any, evidence: "Evidence") -> "Table":
                 str(row.index), f"{row.weight:+.3f}", in_words(plain(row.label)), sign, ranks, describe(row.index)
             )
     return shown
+
+
+def _explained(table: Any, evidence: "Evidence") -> "list[Table]":
+    """State which target is explained, and what its datamodel says of the full training set."""
+    import numpy as np
+
+    from dmpipeline.applications.describing import described
+    from dmpipeline.tables import in_words, plain
+
+    if table.of != "target":
+        return []
+    whole = np.ones((1, evidence.n_train), np.bool_)
+    full = float(evidence.datamodels([table.index]).predict(whole)[0, 0])
+    output = (evidence.output() or "output").replace("_", " ").removesuffix("s")
+    shown = headed_table("target", "label", f"{output}, estimated", "example", right=slice(2, 3))
+    label = in_words(plain(table.label))
+    shown.add_row(str(table.index), label, f"{full:.3f}", described(evidence, evidence.targets)(table.index))
+    return [shown]
+
+
+def _pairs(table: Any) -> "list[Table]":
+    """Lay out what pairs of examples do together, where that is known."""
+    if not table.pairs:
+        return []
+    shown = headed_table("these two together", "", "add", right=slice(0, 3))
+    for pair in table.pairs:
+        shown.add_row(str(pair.first), str(pair.second), f"{pair.weight:+.3f}")
+    return [shown]
 
 
 def _pictures(table: Any, evidence: "Evidence") -> "list[Table]":
@@ -129,6 +160,12 @@ def _pictures(table: Any, evidence: "Evidence") -> "list[Table]":
 def _remark_on_influences(talk: Talk, table: Any, question: Question) -> None:
     if table.of == "target":
         label = "" if table.label is None else f", which is labelled {table.label}"
+        if not table.n_nonzero:
+            talk.remark(
+                f"target {table.index}{label}: no training example has a weight, so its datamodel says the same "
+                "whichever are left out; more models may show some"
+            )
+            return
         talk.remark(f"target {table.index}{label}: {table.n_nonzero:,} training examples have a weight")
         if table.helpers:
             own = "" if question.targets == "test" else f" --targets {question.targets}"
@@ -236,8 +273,19 @@ def counterfactual(
         talk.print_data(facts, _answer(answer, level))
         if answers.advice is not None:
             talk.remark(answers.advice + ("" if evidence.run is None else ", or add such a run: --with RUN"))
+        if removed:
+            more = f" and {len(removed) - 20:,} more" if removed[20:] else ""
+            talk.remark(f"removed: {', '.join(map(str, removed[:20]))}{more}")
+        if answer.is_far_off:
+            talk.remark(
+                "the predicted change lies outside the interval of the measured one: datamodels of few models foresee "
+                "less than happens; docs/how-to/explain.md says by how much, under 'How far to trust what is predicted'"
+            )
         if not retrain and evidence.run is not None:
             talk.remark(CHECK_BY_RETRAINING)
+        elif evidence.run is not None:
+            own = "" if evidence.targets == "test" else f" --targets {evidence.targets}"
+            talk.remark(f"next: dmpipeline support {quoted(question.asked)} {target}{own}")
 
 
 def _answer(answer: "Counterfactual", level: float) -> "Table":

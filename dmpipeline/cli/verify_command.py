@@ -84,6 +84,7 @@ def verify(
     """
     from dmpipeline.checks.findings import Finding
     from dmpipeline.checks.verification import verify_run
+    from dmpipeline.report.of_run import keep_answer
     from dmpipeline.runs.learned import what_was_learned
     from dmpipeline.runs.store import Run
     from dmpipeline.workflow import verify_step
@@ -121,6 +122,7 @@ def verify(
                     seed=seed,
                     progress=progress,
                 )
+    keep_answer(opened, "verification", verification.as_dict())
     learned = what_was_learned(opened).texts
     _print(talk, verification, learned)
     if verification.verdict == "undecided":

@@ -26,6 +26,7 @@ import torch
 from dmdata import phases
 from dmdata.copying.cluster import connect, dask_distributed
 from dmdata.errors import FactualError
+from dmdata.reading.long_work import shows_count
 from dmpipeline.cluster import worker
 from dmpipeline.compute import available_threads
 from dmpipeline.errors import ClusterError, SpecError, TrainingError, quoted
@@ -50,6 +51,7 @@ _CONFIGURATION = {
 }
 
 
+@shows_count("training", "models")
 def train_on_cluster(
     run: Run,
     scheduler: Any,

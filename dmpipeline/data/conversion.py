@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmpipeline.data.examples import OWN_DATA
 from dmpipeline.errors import SpecError
 
 _LISTED = 5
@@ -237,6 +238,12 @@ def _labels_of_objects(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
 def _numbers_of_objects(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     values = array.ravel().tolist()
     wrong = [value for value in values if not _is_missing(value) and _kind(value) not in _NUMERIC]
+    if wrong and array.ndim == 1 and _kind(wrong[0]) == "text":
+        raise SpecError(
+            f"{where} hold {str(wrong[0])[:40]!r}, a text; make each text a row of numbers, for example by "
+            f"scikit-learn's TfidfVectorizer, in a DataFrame whose columns are the words: {OWN_DATA}",
+            field="dataset",
+        )
     if wrong:
         raise SpecError(
             f"{where} hold {wrong[0]!r}, a {type(wrong[0]).__name__}, among their values, not a number; encode "

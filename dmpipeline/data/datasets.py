@@ -15,6 +15,7 @@ import numpy as np
 
 from dmpipeline.data.cifar import load_cifar
 from dmpipeline.data.examples import (
+    OWN_DATA,
     Dataset,
     InputsForm,
     Task,
@@ -86,12 +87,15 @@ def load_dataset(
         return _from_npz(path, said)
     if form is None and path.is_dir():
         return load_folder(path, said)
+    if form is None and path.is_file():
+        raise unusable(path, "a file that is not an .npz", f"is to be made arrays of numbers first: {OWN_DATA}")
     if form is None and ":" not in name and "/" in name:
-        raise unusable(name, "no folder", "is there; correct the path")
+        raise unusable(name, "there is no such folder;", "correct the path")
     choice = nearest_name(name.partition(":")[0], [*DATASET_NAMES, *DATASET_FORMS])
     spelled = ", ".join(part + ":PATH" if part in DATASET_FORMS else part for part in choice.split(", "))
     raise SpecError(
-        f"dataset {name!r} is not known; choose {spelled}, or the path of an .npz file or a folder of arrays",
+        f"dataset {name!r} is not known; choose {spelled}, or the path of an .npz file or a folder of "
+        f"arrays; {OWN_DATA}",
         field="dataset",
         value=name,
     )
@@ -124,11 +128,13 @@ def _from_npz(path: Path, said: Said) -> Dataset:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise unusable(path, "one array", "is not an .npz file of four; write it with numpy.savez")
             if missing := [array for array in ARRAYS if array not in file.files]:
-                raise unusable(path, f"{', '.join(file.files)}", f"lacks {', '.join(missing)}; add what is missing")
+                why = f"lacks {', '.join(missing)}; save all four: {OWN_DATA}"
+                raise unusable(path, f"a file with {', '.join(file.files)}", why)
             train_inputs, train_labels, test_inputs, test_labels = (_member(path, file, array) for array in ARRAYS)
             facts = {fact: _member(path, file, fact).tolist() for fact in FACTS if fact in file.files}
     except FileNotFoundError as error:
-        raise unusable(path, "nothing", "is to be an .npz file; correct the path") from error
+        why = f"correct the path, or write it with numpy.savez; {OWN_DATA}"
+        raise unusable(path, "there is no such file;", why) from error
     except SpecError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.shown import Shown
 from dmpipeline.data.scaling import Scaling
 from dmpipeline.errors import SpecError
-from dmpipeline.shown import Shown
 
 Part = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """The inputs and labels of one part of a dataset, train or test."""
@@ -285,6 +285,10 @@ def check_finite(source: str | Path, name: str, values: npt.NDArray[Any]) -> Non
     largest = np.finfo(np.float32).max
     if not all(np.abs(piece).max() <= largest for piece in pieces_of(values)):
         raise unusable(source, name, "holds NaN, infinity or values beyond float32; give finite ones")
+
+
+OWN_DATA = "docs/how-to/own-data.md shows the lines for a CSV, a folder of pictures and texts"
+"""Where to read on, for an error about data that are in another form than a dataset's."""
 
 
 def unusable(source: str | Path, found: str, why: str) -> SpecError:

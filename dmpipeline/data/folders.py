@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dmdata.atomic import replacing
 from dmpipeline.data.conversion import input_array, is_table, label_array
-from dmpipeline.data.examples import Dataset, Task, checked_name, kept_dtype, pieces_of, unusable
+from dmpipeline.data.examples import OWN_DATA, Dataset, Task, checked_name, kept_dtype, pieces_of, unusable
 from dmpipeline.data.labels import understood
 from dmpipeline.data.tasks import Said, dataset_of, said_in_files
 from dmpipeline.errors import SpecError, explain_os_errors
@@ -81,13 +81,14 @@ def save_dataset(
     *,
     task: Task | None = None,
     keys: tuple[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write examples as a folder that a run's `dataset` can name; the dataset is called as the folder.
 
     Parameters
     ----------
     folder : path
-        Where to; missing, or empty.
+        Where to; missing, or empty, unless `overwrite`.
     train, test : pair of arrays or tables, or map-style torch Dataset
         Inputs and labels, arrays, tensors, or pandas' and polars' tables and series, with an example along the first
         axis; or a Dataset that gives (input, label), or a dict that has both, by index, each asked for once, in order,
@@ -100,6 +101,9 @@ def save_dataset(
         What is to be learned; necessary here or when a run is created where labels leave a doubt, as whole floats do.
     keys : pair of str, optional
         Which of an item's keys are the input and the label, where items are dicts; left out, the usual ones.
+    overwrite : bool
+        Whether a dataset that an earlier call wrote there may be replaced; other folders are left alone. Runs that
+        were made with the former one refuse another.
 
     Returns
     -------
@@ -129,7 +133,12 @@ def save_dataset(
         raise SpecError(f"task {task!r} is not known; choose {', '.join(get_args(Task))}", field="task", value=task)
     with explain_os_errors(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise unusable(folder, "something", "is there already; choose another folder, or remove it")
+            if not _is_dataset(folder):
+                raise unusable(folder, "something", "is there already; choose another folder, or remove it")
+            if not overwrite:
+                raise unusable(
+                    folder, "a dataset", "is there already; choose another folder, or replace it with overwrite=True"
+                )
         # bears the folder's name, for what is written is read back before it is moved into place
         staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial") / folder.name
         staging.mkdir(parents=True)
@@ -141,7 +150,7 @@ def save_dataset(
                 _check_readable(staging)
             except SpecError as error:
                 raise SpecError(str(error).replace(str(staging), str(folder)), field="dataset") from None
-            os.rename(staging, folder)
+            _put_in_place(staging, folder)
         finally:
             shutil.rmtree(staging.parent, ignore_errors=True)
     return folder
@@ -167,7 +176,8 @@ def _mapped(folder: Path, name: str) -> npt.NDArray[Any]:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
-        raise unusable(folder, "a folder", f"lacks {path.name}; `dmpipeline.save_dataset` writes all four") from error
+        why = f"lacks {path.name}; `dmpipeline.save_dataset` writes all four, of pairs (inputs, labels): {OWN_DATA}"
+        raise unusable(folder, "a folder", why) from error
     except (OSError, ValueError, EOFError) as error:
         if "Python objects" in str(error):
             why = "cannot be read, for nothing is unpickled; write plain arrays, text as by labels.astype(str)"
@@ -183,6 +193,26 @@ class _Written:
     labels: npt.NDArray[Any]
     label_names: tuple[str, ...] | None
     feature_names: tuple[str, ...] | None
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Move a folder to its place; what is there leaves only once it can."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.rename(staging, folder)
+        return
+    former = staging.parent / "former"
+    os.rename(folder, former)
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        os.rename(former, folder)
+        raise
+
+
+def _is_dataset(folder: Path) -> bool:
+    """Tell whether a folder holds what `save_dataset` writes, and nothing else."""
+    names = {f"{array}.npy" for array in ARRAYS}
+    return folder.is_dir() and names <= {entry.name for entry in folder.iterdir()} <= names | {_FACTS_FILE}
 
 
 def _check_readable(folder: Path) -> None:
@@ -241,9 +271,11 @@ def _refuse_single(where: str, examples: Any) -> None:
         )
     is_array = hasattr(examples, "shape") and hasattr(examples, "dtype")
     if is_array or is_table(examples) or isinstance(examples, str | bytes):
+        of_path = f" of arrays; {OWN_DATA}" if isinstance(examples, str | bytes) else ""
         shape = f" of shape {tuple(examples.shape)}" if hasattr(examples, "shape") else ""
         raise SpecError(
-            f"{where} is a single {type(examples).__name__}{shape}; give a pair (inputs, labels)", field="dataset"
+            f"{where} is a single {type(examples).__name__}{shape}; give a pair (inputs, labels){of_path}",
+            field="dataset",
         )
 
 

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 4
     TORCH_SEED = 5
     DROPOUT = 6  # whatever a network draws while it trains
+    PROJECTION = 7  # of gradients
 
 
 def subset_size(n_train: int, alpha: float) -> int:

@@ -27,6 +27,7 @@ from dmdata.catalog.entries import StoredArray
 from dmdata.errors import FactualError
 from dmdata.layout.formats import npy_header
 from dmdata.objects.uploads import EtagDigest, Uploads
+from dmdata.reading.long_work import shows_count
 from dmpipeline.data.examples import Dataset
 from dmpipeline.errors import RunError, VerificationError, explain_os_errors, quoted
 from dmpipeline.exporting.listing import CATALOG, catalog_of_export, list_others, listed_at, merged
@@ -71,6 +72,7 @@ class ExportedFile:
     sent_bytes: int | None = None
 
 
+@shows_count("exporting", "models")
 def export_run(
     run: Run,
     folder: str | Path,
@@ -120,6 +122,7 @@ def export_run(
         return _export(run, place, _named(datamodels, train_datamodels), progress, requester_pays=requester_pays)
 
 
+@shows_count("publishing", "models")
 def publish_run(
     run: Run,
     url: str,

@@ -40,7 +40,8 @@ def solved_blocks(
     solve : callable
         With a scheduler, one that its workers can import.
     shared : name and callable
-        What makes the arrays that all blocks share; not called if nothing is left to solve.
+        What makes the arrays that all blocks share, and keeps them by this name; not called if nothing is left to
+        solve.
     blocks : mapping of name to TargetBlock
     progress : callable
         Called with the number of targets done, in all blocks together.
@@ -51,7 +52,7 @@ def solved_blocks(
         progress(done)
     results: dict[str, Arrays] = {}
     if left:
-        arrays = place.kept(*shared)
+        arrays = shared[1]()
         if place.scheduler is not None:
             for n_targets in run_on_cluster(place.scheduler, _solve_there, _tasks(place, solve, shared[0], left)):
                 done += n_targets

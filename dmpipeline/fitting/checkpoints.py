@@ -7,7 +7,7 @@
         0-65536-3fa8c1d2....pt  second moments of rows 0 to 65,536, and a digest of what these rows hold
         rows.pt                 what is known of the rows of sources that need not be read again for it
       fit-77ab0e19.../          of certain rows with certain settings; removed when the fit is done
-        grams-0.pt, paths-0-0-512.pt, ...
+        grams-0.pt, paths-0-512.pt, ...
 
 A file is there whole or not at all, and its name says what it is of. Moments are known by all of their rows: by their
 masks, outputs, dtype and order (`dmpipeline.moments.identity`). A row that changed makes the moments that hold it
@@ -35,9 +35,12 @@ from numpy.typing import NDArray
 
 from dmdata.reading.locks import only_process_at
 from dmpipeline.errors import SpecError, explain_os_errors
-from dmpipeline.moments.tensors import map_tensors, save_tensors
+from dmpipeline.moments.tensors import map_tensors, new_tensors, save_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
+
+Shapes = Mapping[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of arrays by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class Sizes:
         Arrays of at least this size are mapped from files.
     """
 
-    rows_of_a_piece: int = 65_536
+    rows_of_a_piece: int = 131_072
     least_rows_of_a_piece: int = 1024
     bytes_of_pieces: int = 2**26
     bytes_of_others: int = 2**30
@@ -153,6 +156,17 @@ class Checkpoints:
                 os.posix_fallocate(file.fileno(), 0, n_bytes)  # without it a full disk would kill the process
                 return np.memmap(file, dtype, "r+", shape=shape)
 
+    def forget(self, name: str) -> None:
+        """Remove the arrays that are kept by this name, if there are any; those who have mapped them keep them."""
+        if self.directory is not None:
+            self.path(name).unlink(missing_ok=True)
+
+    def clear_unfinished(self) -> None:
+        """Remove what killed processes were writing here: files as large as a Gram matrix."""
+        if self.directory is not None:
+            for partial in self.directory.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+
     def path(self, name: str) -> Path:
         """Where the arrays of this name are, or would be, kept."""
         return (self.directory or Path()) / f"{name}.pt"
@@ -167,4 +181,18 @@ class Checkpoints:
             return make()
         if not self.has(name):
             save_tensors(make(), self.path(name))
+        return map_tensors(self.path(name))
+
+    def kept_filled(self, name: str, shapes: Shapes, fill: Callable[[Mapping[str, NDArray[Any]]], None]) -> Arrays:
+        """Return the arrays of these shapes and dtypes that are kept by this name; if there are none, have them filled.
+
+        Unlike `kept`, what is filled is the file itself, so that large arrays are not copied.
+        """
+        if self.directory is None:
+            arrays = {of_array: np.zeros(shape, dtype) for of_array, (shape, dtype) in shapes.items()}
+            fill(arrays)
+            return arrays
+        if not self.has(name):
+            with new_tensors(shapes, self.path(name)) as mapped:
+                fill(mapped)
         return map_tensors(self.path(name))

@@ -13,9 +13,11 @@ import math
 import os
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +113,11 @@ class _Counting:
         _warn_of_earlier_version(self.directory)
         with explain_os_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._kept_at.clear_unfinished()
         self.known.recall(self._memory)
         piece_rows, is_lasting = self._pieces_kept(sum(stop - start for start, stop in ranges))
-        pieces = {rows: self._pieces(rows, piece_rows) for rows in ranges}
+        joins_last = not is_lasting and self.place.scheduler is None
+        pieces = {rows: self._pieces(rows, piece_rows, joins_last=joins_last) for rows in ranges}
         uncounted = [rows for of_range in pieces.values() for rows, path in of_range if path is None]
         done = sum(stop - start for start, stop in ranges) - sum(stop - start for start, stop in uncounted)
         if done:
@@ -125,7 +129,7 @@ class _Counting:
             parts: list[Span] = []
             for rows, path in of_range:
                 if path is None and self.place.scheduler is None:
-                    self._count(rows, done, self.place.zeros).save(self._path(rows))
+                    _keep_counted(self._folder, self.known, rows, partial(self._count, rows, done))
                     self.known.remember(self._memory)
                     done += rows[1] - rows[0]
                 (final if is_lasting else spared if path is not None else set()).add(self._path(rows))
@@ -184,8 +188,11 @@ class _Counting:
             return max(-(-n_rows // sizes.n_pieces), sizes.least_rows_of_a_task), False
         return min(max(rows, sizes.least_rows_of_a_piece), sizes.rows_of_a_piece), True
 
-    def _pieces(self, rows: Span, piece_rows: int) -> list[tuple[Span, Path | None]]:
-        """Cut a range into what is kept, the longest first from each row on, and what is to be counted."""
+    def _pieces(self, rows: Span, piece_rows: int, *, joins_last: bool) -> list[tuple[Span, Path | None]]:
+        """Cut a range into what is kept, the longest first from each row on, and what is to be counted.
+
+        With `joins_last` less than half a piece at the end joins the one before: a file of X'X less to write.
+        """
         kept = self._kept_inside(rows)
         pieces: list[tuple[Span, Path | None]] = []
         at, stop = rows
@@ -195,6 +202,8 @@ class _Counting:
             else:
                 next_kept = min((span[0] for span in kept if span[0] > at), default=stop)
                 end = min(next_kept, (at // piece_rows + 1) * piece_rows, stop)
+                if joins_last and end < min(next_kept, stop) < end + piece_rows // 2:
+                    end = min(next_kept, stop)
             pieces.append(((at, end), kept.get((at, end))))
             at = end
         return pieces
@@ -218,7 +227,7 @@ class _Counting:
             return parts
         sums = [(left[0], right[1]) for left, right in pairs]
         tasks = [
-            (self._kept_at, left, right, self._path(total), [path for path in (left, right) if path not in spared])
+            (left, right, self._path(total), [path for path in (left, right) if path not in spared])
             for (left, right), total in zip((map(self._path, pair) for pair in pairs), sums, strict=True)
         ]
         if self.place.scheduler is None:
@@ -252,8 +261,7 @@ class _Counting:
             room -= path.stat().st_size
             if room < 0:
                 path.unlink()
-        for part in self._folder.glob(".*.part*"):  # what a killed process was writing
-            part.unlink()
+        self._kept_at.clear_unfinished()
         _forget_earlier_version(self.directory)
 
 
@@ -283,7 +291,7 @@ def _warn_of_earlier_version(directory: Path) -> None:
             f"{directory} holds moments that an earlier version kept, which knew data by their first 16 rows alone; "
             "they are not used but counted again, and then removed",
             DataWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -299,16 +307,29 @@ def _count_there(
     with carried.in_force():
         known = KnownRows.of(masks, outputs)
         start, stop = rows
-        own = Moments.of(
-            masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=1, zeros=place.zeros, seen=known.saw
-        )
-        own.save(_path_of(place.directory, rows, known.digest(*rows)))
+
+        def count(zeros: Zeros) -> Moments:
+            return Moments.of(
+                masks, outputs, start=start, stop=stop, block_rows=block_rows, threads=1, zeros=zeros, seen=known.saw
+            )
+
+        _keep_counted(place.directory or Path(), known, rows, count)
     return start, known.keys[start:stop]
 
 
-def _add_files(place: Checkpoints, left: Path, right: Path, total: Path, spent: Sequence[Path]) -> None:
+def _keep_counted(folder: Path, known: KnownRows, rows: Span, count: Callable[[Zeros], Moments]) -> None:
+    """Count rows into a file, which is named by what they hold: that is known once they were read."""
+    unnamed = folder / f".{rows[0]}-{rows[1]}.{uuid.uuid4().hex}.partial"
+    Moments.save_new(unnamed, known.masks.shape[1], known.outputs.shape[1], count)
+    with explain_os_errors(folder):
+        os.replace(unnamed, _path_of(folder, rows, known.digest(*rows)))
+
+
+def _add_files(left: Path, right: Path, total: Path, spent: Sequence[Path]) -> None:
     """Keep the sum of two files of moments, and remove those that are spent; done a second time, it does nothing."""
     if not total.exists():
-        Moments.open(left).plus(Moments.open(right), zeros=place.zeros).save(total)
+        of_left, of_right = Moments.open(left), Moments.open(right)
+        n_train, n_targets = of_left.cross.shape
+        Moments.save_new(total, n_train, n_targets, lambda zeros: of_left.plus(of_right, zeros=zeros))
     for path in spent:
         path.unlink(missing_ok=True)

@@ -18,12 +18,14 @@ from dmdata.errors import CatalogError, FormatError, SelectionError
 from dmdata.layout.archives import TAIL_BYTES
 from dmdata.layout.formats import PT_HEAD_BYTES
 from dmdata.release import opening, pricing
+from dmdata.shown import as_html
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.influences import Influences, largest
+from dmpipeline.fitting.limits import LinearLimit
+from dmpipeline.fitting.pairs.terms import PairTerms
 from dmpipeline.moments.arrays import RowSliceable, as_rows, read_masks
 from dmpipeline.moments.moments import BLOCK_ROWS
 from dmpipeline.moments.tensors import save_tensors
-from dmpipeline.shown import as_html
 
 SpaceName = Literal["raw", "standardised"]
 
@@ -31,6 +33,9 @@ SpaceName = Literal["raw", "standardised"]
 @dataclass(frozen=True, slots=True, eq=False)
 class Certificate:
     """How near its optimum each target's fit is; measured in float64 from the weights themselves.
+
+    Of a fit with a prior, which is a mixture of several, it is the worst of those that count in it. How they are mixed
+    is chosen on the validation rows and has no optimum to certify.
 
     Attributes
     ----------
@@ -56,13 +61,15 @@ class Datamodels:
         Predicted output of the empty subset; of the average subset where `space` is "standardised".
     lam : array of float32, shape (n_targets,)
         The chosen strength in ``1/2n |y - Xw|^2 + lam |w|_1``, where X are masks centred and scaled to unit variance.
+        Of a mixture, that of the fit that counts most.
     certificate : Certificate or None
         None where the set was read from a file without one, as the release's.
     validation_error : array of float64, shape (n_targets,), or None
-        Mean squared error on the rows held out to choose lam, of the weights fitted to the others. None where the set
-        was read from a file without it.
+        Mean squared error on the rows held out to choose lam, of the weights fitted to the others, mixed if there was
+        a prior. None where the set was read from a file without it.
     prior_strength : float or None
-        How far the prior of the fit was trusted, 0 for not at all; None if there was none.
+        How far the prior of the fit was trusted: the share of guided fits in the mixture, from 0, not at all, to 1;
+        None if there was none.
     space : {"raw", "standardised"}
         What a weight is multiplied by: a mask's 0 or 1, or (mask - mean) / deviation as in the reference solver, where
         mean is the share of subsets that hold the example. `fit` returns raw ones; `dmpipeline.fitting.readings` finds
@@ -70,6 +77,11 @@ class Datamodels:
     fitted_masks : array of uint64, shape (n_models,), or None
         A key of each mask that was fitted on, those that chose lam included
         (`dmpipeline.moments.identity.keys_of_masks`): `evaluate` warns of scores on them. None where it is not known.
+    pairs : PairTerms or None
+        What two examples do together, beyond the sum of both; None for a linear datamodel. All other attributes are of
+        the linear part.
+    limit : LinearLimit or None
+        What linear datamodels could explain with endlessly many models; None where it is not known.
     """
 
     weight: NDArray[np.float32]
@@ -80,19 +92,27 @@ class Datamodels:
     prior_strength: float | None = None
     space: SpaceName = "raw"
     fitted_masks: NDArray[np.uint64] | None = None
+    pairs: PairTerms | None = None
+    limit: LinearLimit | None = None
 
     def __repr__(self) -> str:
         nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
         return (
             f"<Datamodels: {self.n_targets} targets, {self.n_train} examples, {nonzero:.0f} nonzero weights a target, "
-            f"{self.space}>"
+            f"{self.space}{'' if self.pairs is None else f', pairs of {self.pairs.k} examples a target'}>"
         )
 
     def _repr_html_(self) -> str:
         nonzero = np.count_nonzero(self.weight) / max(self.n_targets, 1)
         facts = {"targets": self.n_targets, "training examples": self.n_train, "nonzero weights a target": nonzero}
         gap = None if self.certificate is None else f"{self.certificate.gap.max(initial=0):.1e} of the variance"
-        return as_html("Datamodels", facts | {"worst duality gap": gap, "space": self.space})
+        pairs = None if self.pairs is None else f"of {self.pairs.k} examples a target"
+        return as_html("Datamodels", facts | {"worst duality gap": gap, "space": self.space, "pair terms": pairs})
+
+    @property
+    def linear(self) -> Self:
+        """The linear part alone."""
+        return replace(self, pairs=None)
 
     @property
     def n_train(self) -> int:
@@ -135,8 +155,10 @@ class Datamodels:
         predicted = np.empty((masks.shape[0], self.n_targets), np.float32)
         for first in range(0, len(predicted), block_rows):
             last = min(first + block_rows, len(predicted))
-            block = read_masks(masks, first, last)
-            np.matmul(block.astype(np.float32), self.weight, out=predicted[first:last])
+            block = read_masks(masks, first, last).astype(np.float32)
+            np.matmul(block, self.weight, out=predicted[first:last])
+            if self.pairs is not None:
+                self.pairs.add_to(predicted[first:last], block)
         predicted += self.bias
         return predicted
 
@@ -207,7 +229,9 @@ class Datamodels:
         """Write the release's `.pt` form: a dict of the float32 tensors `weight`, `bias` and `lam`.
 
         What else is known goes next to them: `gap` and `kkt` of the certificate, `validation_error`, `standardised`
-        where weights are not raw, and `fitted_masks` as int64.
+        where weights are not raw, `fitted_masks` as int64, the fields of `pairs` as `pair_examples` (int64),
+        `pair_weight`, `pair_mean`, `pair_gap` and `pair_validation_error`, and those of `limit` as `limit_variance`,
+        `limit_linear` and `limit_error`.
         The file is written next to its destination and moved into place, so a reader finds all of it or none.
 
         Raises
@@ -226,6 +250,11 @@ class Datamodels:
             arrays["standardised"] = np.ones(self.n_targets)
         if self.fitted_masks is not None:
             arrays["fitted_masks"] = self.fitted_masks.view(np.int64)
+        if self.pairs is not None:
+            arrays |= {_pair(name): getattr(self.pairs, name) for name in _OF_PAIRS}
+            arrays["pair_examples"] = self.pairs.examples.astype(np.int64)
+        if self.limit is not None:
+            arrays |= {f"limit_{name}": getattr(self.limit, name) for name in _OF_LIMIT}
         return save_tensors(arrays, path)
 
     @classmethod
@@ -267,9 +296,10 @@ class Datamodels:
         picked = slice(None) if targets is None else targets
         weight = np.asarray(tensors[0].oindex[:, picked], np.float32, order="C")
         bias, lam = (np.asarray(tensor.oindex[picked], np.float32) for tensor in tensors[1:])
-        gap, kkt, validation_error, standardised = (
+        gap, kkt, validation_error, standardised, *limit = (
             _read_of_targets(opened(tensor, is_optional=True), tensors[1].shape, picked) for tensor in _OF_TARGETS
         )
+        known = [array for array in limit if array is not None]
         loaded = cls(
             weight=weight,
             bias=bias,
@@ -277,13 +307,23 @@ class Datamodels:
             certificate=None if gap is None or kkt is None else Certificate(gap=gap, kkt=kkt),
             validation_error=validation_error,
             fitted_masks=_read_fitted_masks(opened(_OF_MODELS, is_optional=True)),
+            pairs=_read_pairs({name: opened(_pair(name), is_optional=True) for name in _OF_PAIRS}, tensors[0], picked),
+            limit=LinearLimit(*known) if len(known) == len(_OF_LIMIT) else None,
         )
         return loaded.read_as(space or ("raw" if standardised is None else "standardised"))
 
 
 _TENSORS = ("weight", "bias", "lam")
-_OF_TARGETS = ("gap", "kkt", "validation_error", "standardised")  # there or not, a number a target each
+_OF_LIMIT = ("variance", "linear", "error")
+# there or not, a number a target each
+_OF_TARGETS = ("gap", "kkt", "validation_error", "standardised", *(f"limit_{name}" for name in _OF_LIMIT))
 _OF_MODELS = "fitted_masks"
+_OF_PAIRS = ("examples", "weight", "mean", "gap", "validation_error")
+
+
+def _pair(field: str) -> str:
+    """Return the name under which a field of the pair terms is saved."""
+    return f"pair_{field}"
 
 
 def price_load(
@@ -302,19 +342,19 @@ def price_load(
     terms, chosen = opening.in_force(to, catalog)
     picked = slice(None) if targets is None else targets
     keys: dict[str, Any] = {"weight": (slice(None), picked)} | dict.fromkeys((*_TENSORS[1:], *_OF_TARGETS), (picked,))
-    keys[_OF_MODELS] = slice(None)
+    keys |= {_OF_MODELS: slice(None)} | {_pair(name): slice(None) if name == "mean" else picked for name in _OF_PAIRS}
     if example is not None:
         keys = {"weight": (example,)}
     priced: list[tuple[dmdata.Artifact, dmdata.Estimate]] = []
     for tensor, key in keys.items():
         try:
             found = opening.look_up(f"{os.fspath(name)}/{tensor}", terms, catalog=chosen)
-            priced += pricing.price_artifacts(found, terms, key=key)
+            priced += opening.price_reading(found, terms, key=key)
         except (FormatError, CatalogError, SelectionError):  # one of another shape is not read
             if tensor in _TENSORS:
                 raise
     first, price = priced[0]
-    if first.at is None:  # an object's header is read once, for all its tensors
+    if first.at is None and price.n_requests:  # an object's header is read once, for all its tensors
         header = pricing.same_both_ways(PT_HEAD_BYTES + TAIL_BYTES, 1, terms, table=pricing.named_prices(first, terms))
         priced[0] = (first, pricing.total_of([price, header], terms))
     return priced
@@ -325,7 +365,7 @@ def _open_tensor(
 ) -> Any:
     """Open a tensor; None for an optional one that a file, whose other tensors were opened, does not hold."""
     try:
-        return dmdata.open(f"{name}/{tensor}", catalog=catalog, to=to)
+        return dmdata.open(f"{name}/{tensor}", catalog=catalog, to=to).read_header()
     except (FormatError, CatalogError):
         if not is_optional:
             raise
@@ -351,6 +391,33 @@ def _read_of_targets(
     if tensor is None or tensor.shape != shape or tensor.dtype.kind != "f":
         return None
     return np.asarray(tensor.oindex[picked], np.float64)
+
+
+def _read_pairs(
+    tensors: dict[str, Any], weight: dmdata.LazyArray, picked: slice | NDArray[np.integer[Any]]
+) -> PairTerms | None:
+    """Read pair terms; None where there are none, FormatError where they do not fit the weights."""
+    if all(tensor is None for tensor in tensors.values()):
+        return None
+    n_train, n_targets = weight.shape
+    shapes = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
+    k = (shapes["examples"] or (0, 0))[-1]
+    expected = {"examples": (n_targets, k), "weight": (n_targets, k * (k - 1) // 2), "mean": (n_train,)}
+    expected |= dict.fromkeys(("gap", "validation_error"), (n_targets,))
+    arrays = {}
+    if shapes == expected:
+        arrays = {
+            name: np.asarray(tensor[:] if name == "mean" else tensor.oindex[picked]) for name, tensor in tensors.items()
+        }
+    if not arrays or (arrays["examples"] < 0).any() or (arrays["examples"] >= n_train).any():
+        raise FormatError(f"{weight.url} holds pair terms {shapes}; expected {expected}", url=weight.url)
+    return PairTerms(
+        examples=arrays["examples"].astype(np.int32),
+        weight=arrays["weight"].astype(np.float32),
+        mean=arrays["mean"].astype(np.float32),
+        gap=arrays["gap"].astype(np.float64),
+        validation_error=arrays["validation_error"].astype(np.float64),
+    )
 
 
 def _read_fitted_masks(tensor: dmdata.LazyArray | None) -> NDArray[np.uint64] | None:

@@ -15,18 +15,23 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from dmdata.reading.long_work import shows_stages
 from dmpipeline.errors import ConvergenceError, SpecError
 from dmpipeline.fitting.checkpoints import Checkpoints, Sizes
 from dmpipeline.fitting.counting import counted_moments
 from dmpipeline.fitting.datamodels import Datamodels
-from dmpipeline.fitting.priors import check_prior
+from dmpipeline.fitting.guides.priors import TRUSTS, check_prior
+from dmpipeline.fitting.pairs.estimation import estimate_pairs
 from dmpipeline.fitting.settings import VALIDATION, FitKeywords, FitSettings, StageProgress
 from dmpipeline.fitting.solving import Fit
 from dmpipeline.moments.arrays import RowSliceable, check_shapes
-from dmpipeline.moments.moments import BLOCK_ROWS, Moments
+from dmpipeline.moments.moments import BLOCK_ROWS, Moments, checked_targets
 from dmpipeline.moments.overlaps import Possible, warn_of_held_out_rows
 
+_STAGES = {"moments": "models", "paths": "targets", "refit": "targets", "pairs": "models"}
 
+
+@shows_stages(_STAGES)
 def fit(
     masks: RowSliceable,
     outputs: RowSliceable,
@@ -34,6 +39,8 @@ def fit(
     validation: float = VALIDATION,
     folds: int | None = None,
     prior: NDArray[Any] | None = None,
+    pairs: bool = False,
+    targets: slice | None = None,
     block_rows: int = BLOCK_ROWS,
     directory: str | os.PathLike[str] | None = None,
     scheduler: str | None = None,
@@ -57,11 +64,21 @@ def fit(
         Choose lam by cross-validation with this many folds instead: each contiguous fold of rows is held out in turn,
         and the lam of least mean error taken. It takes that many times as long.
     prior : array of float, shape (n_train, n_targets), optional
-        Scores that say which examples are likely to matter for a target; any attribution will do. Likely ones are
-        penalised less, and weights may be shrunk towards the scores, times a factor that the fitted models give each
-        target, instead of towards zero (but not if `is_positive`). How far the prior is trusted, of `priors.TRUSTS`, is
-        chosen for all targets together by their validation errors. One choice is not at all: a useless prior makes the
-        fit take four times as long, and costs little else.
+        Scores that say which examples are likely to matter for a target; any attribution will do. There is a fit with
+        each of `priors.TRUSTS`: likely examples are penalised less, and weights are shrunk towards the target's scores,
+        or towards a combination of those of the other targets of its block too, instead of towards zero (but not if
+        `is_positive`). What comes back is a mixture of these fits, the plain one and the bare scores, one for all
+        targets, that predicts the validation models best (`mixing.best_mixture`). Weights may then be dense. The fit
+        takes up to four times as long and holds the standardised weights of four fits rather than one; a useless prior
+        costs little else.
+    pairs : bool
+        Add what two examples do together beyond the sum of both, for pairs of each target's 100 examples of largest
+        weight: see `dmpipeline.fitting.pairs.estimation`. They are left out where the models that choose lam do not
+        speak for them. Masks and outputs are read twice more, not on a cluster; examples should be in the subsets
+        independently of one another, or in equally many of each.
+    targets : slice, optional
+        Fit these columns of `outputs` alone. The second moments are of all columns, so with a `directory` the fit of
+        others reads no mask again.
     block_rows : int
         Models read at a time.
     directory : path, optional
@@ -117,6 +134,15 @@ def fit(
     n_models, n_train, n_targets = check_shapes(masks, outputs)
     if prior is not None:
         check_prior(prior, n_train=n_train, n_targets=n_targets)
+    if targets is not None:
+        targets = checked_targets(targets, n_targets)
+        if pairs:
+            raise SpecError(
+                f"pairs of targets {targets.start}:{targets.stop} alone are not looked for; hand in these columns of "
+                "the outputs instead of targets, or leave pairs out",
+                field="targets",
+            )
+        prior = None if prior is None else prior[:, targets]
     ends = _ends_of_parts(n_models, validation=validation, folds=folds)
     ranges = list(zip([0, *ends], ends, strict=False))
     place = Checkpoints.at(directory, scheduler, sizes=sizes)
@@ -132,17 +158,25 @@ def fit(
         )
         size = sum(int(part.ones.sum(dtype=np.int64)) for part in rows.parts) / n_models
         possible = Possible.subsets(n_train, size)
-        warn_of_held_out_rows((masks, outputs), rows.mask_keys, possible, stacklevel=2)
-        own = Fit(settings, prior, place.under("fit", settings.key, prior, ranges, rows.digest), progress)
+        warn_of_held_out_rows((masks, outputs), rows.mask_keys, possible, stacklevel=3)
+        facts = [settings.key, prior, ranges, rows.digest] + ([] if prior is None else [TRUSTS])
+        own = Fit(settings, prior, place.under("fit", *facts, *([] if targets is None else [targets])), progress)
+        own.place.clear_unfinished()
+        parts = rows.parts if targets is None else [part.of_targets(targets) for part in rows.parts]
         try:
-            datamodels = own.folds(rows.parts) if folds else own.split(*rows.parts)
+            fitted = own.folds(parts) if folds else own.split(*parts)
         except ConvergenceError:
             own.place.remove()
             raise
         own.place.remove()
-    return replace(datamodels, fitted_masks=rows.mask_keys)
+        terms = None
+        if pairs:
+            report = own.report("pairs", n_models + ranges[-1][0])
+            terms = estimate_pairs(masks, outputs, fitted.blind(), threads=settings.n_threads, progress=report)
+    return replace(fitted.datamodels, fitted_masks=rows.mask_keys, pairs=terms)
 
 
+@shows_stages(_STAGES)
 def fit_moments(
     fitting: Moments,
     held_out: Moments,
@@ -157,9 +191,10 @@ def fit_moments(
     The other arguments are those of `fit`. No model is read, so the time does not depend on how many there were.
     """
     settings = (settings or FitSettings()).with_changes(**changes)
-    return Fit(settings, prior, progress=progress).split(fitting, held_out)
+    return Fit(settings, prior, progress=progress).split(fitting, held_out).datamodels
 
 
+@shows_stages(_STAGES)
 def fit_folds(
     parts: Sequence[Moments],
     *,
@@ -175,7 +210,7 @@ def fit_folds(
     if len(parts) < 2:
         raise SpecError(f"{len(parts)} sets of moments leave nothing to hold out; hand in at least 2")
     settings = (settings or FitSettings()).with_changes(**changes)
-    return Fit(settings, prior, progress=progress).folds(parts)
+    return Fit(settings, prior, progress=progress).folds(parts).datamodels
 
 
 def split_rows(n_models: int, validation: float) -> int:

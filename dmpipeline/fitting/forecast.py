@@ -1,8 +1,10 @@
 """What a fit of any size will take, from a small one on this machine: seconds, memory, disk and dollars.
 
-Four rates are measured, with all processors at work:
+Five rates are measured, with all processors at work:
 
 - counting X'X: n_models n_train^2 / 2 pairs of bits;
+- taking in masks, reading, packing and identifying them: n_models n_train entries, taken to be no faster on more
+  processors, for most of it waits for one;
 - summing X'y: n_models n_train n_targets numbers;
 - a path and its refit: for each target n_train times its nonzero weights, for that many numbers of the Gram matrix are
   fetched wherever its weights change, and the matrix lies in memory and not in a cache;
@@ -13,19 +15,24 @@ A GPU is one assumed rate, `GPU_SECONDS`.
 More processors are taken to be as much faster, which holds while each has its share of the memory's bandwidth.
 """
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmpipeline.compute import available_threads
 from dmpipeline.draws.masks import draw_masks
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitting import fit_moments
+from dmpipeline.fitting.guides.priors import TRUSTS
 from dmpipeline.fitting.spaces import Space
-from dmpipeline.moments.moments import BITS_BYTES, Moments
+from dmpipeline.moments import binary
+from dmpipeline.moments.moments import Moments, bits_bytes_for
 
 CORE_USD_PER_HOUR = 0.0504
 """A virtual core by the hour: half an m7i.large on demand, us-east-1, 2024. An assumption."""
@@ -46,12 +53,15 @@ class Rates:
     ----------
     pairs, sums, path_numbers, gram_numbers : float
         By one processor, all others at the same work.
+    entries : float
+        By one processor, the others waiting.
     """
 
     pairs: float
     sums: float
     path_numbers: float
     gram_numbers: float
+    entries: float = math.inf
 
     @classmethod
     def measured(cls, *, n_models: int = 4096, n_train: int = 4096, n_targets: int = 64) -> "Rates":
@@ -71,6 +81,7 @@ class Rates:
         outputs = (masks.astype(np.float32) @ effects + noise).astype(np.float16)
         Moments.of(masks[:64, :64], outputs[:64])  # compiles
         many = np.tile(outputs, 8)
+        pairs_seconds = _counting_seconds(masks, threads)
         few_seconds = _seconds(lambda: Moments.of(masks, outputs))
         many_seconds = _seconds(lambda: Moments.of(masks, many))
         sums = n_models * n_train * (many.shape[1] - n_targets) / max(many_seconds - few_seconds, _LEAST_SECONDS)
@@ -81,12 +92,13 @@ class Rates:
         fitted: list[Datamodels] = []
         fit_seconds = _seconds(lambda: fitted.append(fit_moments(fitting, held_out)))
         n_nonzero = int(np.count_nonzero(fitted[-1].weight))
-        counting = max(few_seconds - n_models * n_train * n_targets / sums, _LEAST_SECONDS)
+        taking_in = max(few_seconds - pairs_seconds - n_models * n_train * n_targets / sums, _LEAST_SECONDS)
         return cls(
-            pairs=n_models * n_train**2 / 2 / counting / threads,
+            pairs=n_models * n_train**2 / 2 / pairs_seconds / threads,
             sums=sums / threads,
             path_numbers=n_train * n_nonzero / max(fit_seconds - 3 * gram_seconds, _LEAST_SECONDS) / threads,
             gram_numbers=n_train**2 / gram_seconds / threads,
+            entries=n_models * n_train / taking_in,
         )
 
 
@@ -127,7 +139,7 @@ class Forecast:
         """Time of X'X and X'y, once: further fits of the same models reuse them."""
         pairs = self.n_models * self.n_train**2 / 2 / self.rates.pairs
         sums = self.n_models * self.n_train * self.n_targets / self.rates.sums
-        return (pairs + sums) / self.n_cores
+        return (pairs + sums) / self.n_cores + self.n_models * self.n_train / self.rates.entries
 
     @property
     def paths_seconds(self) -> float:
@@ -164,14 +176,13 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of a fit without a directory: three sets of moments, two Gram matrices of float32, the weights."""
-        square, cross = self.n_train**2, self.n_train * self.n_targets
-        return 3 * (4 * square + 8 * cross) + 2 * 4 * square + 2 * 4 * cross + BITS_BYTES
+        """Memory of a fit without a directory: moments, Gram matrices, the weights."""
+        return self._arrays_bytes + 2 * 4 * self.n_train * self.n_targets + bits_bytes_for(self.n_train)
 
     @property
     def least_memory_bytes(self) -> int:
         """Memory of a fit in a directory, which maps the rest: a block of 512 targets, the bits of some masks."""
-        return 512 * self.n_train * (8 + 8 + 4 + 4 + 4) + BITS_BYTES
+        return 512 * self.n_train * (8 + 8 + 4 + 4 + 4) + bits_bytes_for(self.n_train)
 
     @property
     def fast_memory_bytes(self) -> int:
@@ -180,9 +191,18 @@ class Forecast:
 
     @property
     def disk_bytes(self) -> int:
-        """Most that a fit in a directory has on disk: moments three times, Gram matrices twice, results."""
+        """Most that a fit in a directory has on disk: moments, Gram matrices and results."""
+        return self._arrays_bytes + (self.n_paths + 2) * 4 * self.n_train * self.n_targets
+
+    @property
+    def _arrays_bytes(self) -> int:
+        """Two sets of moments and, at different times, two Gram matrices of float32 or the sum of the moments and one.
+
+        With folds, as many sets as folds, their sum and that sum less one of them.
+        """
         square, cross = self.n_train**2, self.n_train * self.n_targets
-        return 3 * (4 * square + 8 * cross) + 4 * 4 * square + (self.n_paths + 2) * 4 * cross
+        n_sets = 2 if self.n_paths <= len(TRUSTS) else self.n_paths + 2
+        return n_sets * (4 * square + 8 * cross) + 2 * 4 * square + 8 * cross
 
     def as_dict(self) -> dict[str, float]:
         """Return shape, seconds, dollars and bytes, ready for JSON."""
@@ -193,6 +213,23 @@ class Forecast:
 
 
 _LEAST_SECONDS = 1e-3
+_LONG_ROWS = 2**14
+
+
+def _counting_seconds(masks: NDArray[np.bool_], threads: int) -> float:
+    """Time X'X alone: as a share of what `_LONG_ROWS` rows take, for short columns are slower to count."""
+    n_columns, times = masks.shape[1], max(_LONG_ROWS // len(masks), 1)
+    counts, seconds = np.zeros((n_columns, n_columns), np.int32), []
+    with ThreadPoolExecutor(threads) as pool:
+        codes = binary.code_rows(masks, pool)
+        for _ in range(3):  # the first also claims memory
+            bits = binary.Bits(n_columns, times * len(codes))
+            for _ in range(times):
+                bits.append(codes, pool)
+            began = time.perf_counter()
+            bits.add_counts(counts, pool)
+            seconds.append(time.perf_counter() - began)
+    return min(seconds) / times
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpipeline.errors import SpecError
+from dmpipeline.fitting.pairs.terms import Pair
 from dmpipeline.tables import Table, plain
 
 Label = int | float | str | None
@@ -55,6 +56,8 @@ class Influences(Table[Influence]):
         Weights that are not zero.
     n_fits : int
         Fits to halves of the models that say how stable each weight is; 0 where none were made.
+    pairs : tuple of Pair
+        Of a target whose datamodel has pair terms: those of largest magnitude.
     """
 
     of: str = "target"
@@ -62,6 +65,7 @@ class Influences(Table[Influence]):
     label: Label = None
     n_nonzero: int = 0
     n_fits: int = 0
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def helpers(self) -> tuple[Influence, ...]:
@@ -74,9 +78,9 @@ class Influences(Table[Influence]):
         return tuple(row for row in self.rows if row.weight < 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything ready for JSON: ``target`` or ``train_example``, ``helpers`` and ``harmers``."""
+        """Return everything ready for JSON: ``target`` or ``train_example``, ``helpers``, ``harmers`` and ``pairs``."""
         facts = {self.of: self.index, "label": self.label, "n_nonzero": self.n_nonzero, "n_fits": self.n_fits}
-        whole: dict[str, Any] = plain(facts | {"helpers": self.helpers, "harmers": self.harmers})
+        whole: dict[str, Any] = plain(facts | {"helpers": self.helpers, "harmers": self.harmers, "pairs": self.pairs})
         return whole
 
 

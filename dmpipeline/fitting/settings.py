@@ -138,6 +138,10 @@ class FitSettings:
         where = {"threads": threads or self.n_threads} if self.device is None else {"device": self.device}
         return {"is_positive": self.is_positive, "tol": self.tol, "max_sweeps": self.max_sweeps} | where
 
+    def of_grid(self) -> dict[str, Any]:
+        """Return the arguments of `lasso.lambda_grid` that are the same for all targets."""
+        return {"n_lams": self.n_lams, "ratio": self.lam_ratio, "is_positive": self.is_positive}
+
     def of_paths(self, n_validation: int) -> dict[str, Any]:
         """Return what `solve_paths` takes in addition, with this many validation models."""
         return {"patience": self.patience, "least_rise": _LEAST_RISE / n_validation**0.5}

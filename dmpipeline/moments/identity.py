@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dmdata
-from dmdata.array import InObject, InZarr
+from dmdata.bodies import InObject, InZarr
 from dmdata.errors import AccessError, BudgetError, IntegrityError, SourceError
-from dmdata.reading.headers import forget_header
+from dmdata.reading.headers import note_change
 from dmpipeline.moments.arrays import RowSliceable, read_masks, read_outputs
 from dmpipeline.moments.tensors import map_tensors, save_tensors
 
@@ -67,7 +67,8 @@ def content_digest(array: RowSliceable, start: int, stop: int) -> str | None:
     quick, and they may change under an address.
     """
     if isinstance(array, dmdata.LazyArray):
-        if not isinstance(array.body, InObject) or array.is_local or array.body.etag is None:
+        body = array.read_header().body
+        if not isinstance(body, InObject) or array.is_local or body.etag is None:
             return None
         layout = array.layout
         facts = (array.identity, layout.shape, layout.dtype.str, layout.offset, layout.strides, layout.encoding)
@@ -116,7 +117,7 @@ def confirm(array: RowSliceable) -> None:
         except (AccessError, BudgetError, SourceError):
             return  # nothing says that it is another
         except IntegrityError:
-            forget_header(transport.address)
+            note_change(transport.address, array.body.etag)
             raise
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,16 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmdata.errors import FormatError
+from dmdata.reading.long_work import shows_count
 from dmpipeline.compute import available_threads
 from dmpipeline.errors import SpecError
 from dmpipeline.moments import binary
 from dmpipeline.moments.arrays import RowSliceable, as_rows, check_shapes, read_masks, read_outputs
-from dmpipeline.moments.tensors import map_tensors, save_tensors
+from dmpipeline.moments.tensors import map_tensors, new_tensors, save_tensors
 
 BLOCK_ROWS = 4096
 
 BITS_BYTES = 2**27
-"""Masks are packed to bits, and 128 MiB of them gathered before X'X is passed over once."""
+
+
+def bits_bytes_for(n_train: int) -> int:
+    """Say how much of the masks, packed to bits, is gathered before X'X is passed over once.
+
+    `BITS_BYTES`, or a sixteenth of X'X if that is more: a pass over what lies in a file costs more than counting does.
+    """
+    return max(BITS_BYTES, 4 * n_train**2 // 16)
+
 
 Seen = Callable[[int, NDArray[np.int8], NDArray[Any]], None]
 """Called with the rows that are read: the first one's number, their masks and their outputs."""
@@ -44,7 +54,7 @@ class Zeros(Protocol):
         """Make one."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over `n` models of products of masks X (n, n_train) and outputs Y (n, n_targets), these less their shift.
 
@@ -72,6 +82,7 @@ class Moments:
     y_squares: NDArray[np.float64]
 
     @classmethod
+    @shows_count("moments", "models")
     def of(
         cls,
         masks: RowSliceable,
@@ -84,7 +95,7 @@ class Moments:
         progress: Callable[[int, int], None] | None = None,
         zeros: Zeros = np.zeros,
         seen: Seen | None = None,
-        bits_bytes: int = BITS_BYTES,
+        bits_bytes: int | None = None,
     ) -> Self:
         """Sum the rows `start` to `stop` (half-open), `block_rows` at a time.
 
@@ -101,8 +112,8 @@ class Moments:
             Makes the arrays of sums from a shape and a dtype, as `numpy.zeros` does.
         seen : callable, optional
             Called on another thread with each block that is read: its first row, its masks (int8) and its outputs.
-        bits_bytes : int
-            How much of the masks, packed to bits, is gathered before X'X is passed over once.
+        bits_bytes : int, optional
+            How much of the masks, packed to bits, is gathered before X'X is passed over once; see `bits_bytes_for`.
 
         Raises
         ------
@@ -143,6 +154,7 @@ class Moments:
             bits_bytes=bits_bytes,
         )
 
+    @shows_count("moments", "models")
     def extended(
         self,
         masks: RowSliceable,
@@ -178,6 +190,27 @@ class Moments:
         start = self.n if start is None else start
         return own._grow(masks, outputs, start, stop, block_rows=block_rows, threads=threads, progress=progress)
 
+    def of_targets(self, targets: slice) -> Self:
+        """Return the moments of some of the targets, a view: X'X is shared, and no number is copied.
+
+        Raises
+        ------
+        SpecError
+            If the slice leaves no target.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> m = Moments.of(np.array([[1, 0], [1, 1]], bool), np.array([[0.5, 3], [2, 4]], np.float16))
+        >>> m.of_targets(slice(1, 2)).cross.tolist()
+        [[7.0], [4.0]]
+        """
+        checked_targets(targets, self.cross.shape[1])
+        own = {name: getattr(self, name)[targets] for name in ("shift", "y_sum", "y_squares")}
+        some = replace(self, cross=self.cross[:, targets], **own)
+        some.__dict__["ones"] = self.ones  # what is known of X'X already
+        return some
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a `.pt` of these arrays, complete or not there.
 
@@ -189,6 +222,28 @@ class Moments:
             If the file cannot be written.
         """
         return save_tensors({"n": np.array(self.n)} | {name: getattr(self, name) for name in _ARRAYS}, path)
+
+    @classmethod
+    def save_new(
+        cls, path: str | os.PathLike[str], n_train: int, n_targets: int, make: Callable[[Zeros], "Moments"]
+    ) -> None:
+        """Write a `.pt` as `save` does, of moments whose large arrays are made in it: nothing is copied.
+
+        Parameters
+        ----------
+        make : callable
+            From what makes zeros, as it is handed to `of` or `plus`, to the moments.
+
+        Raises
+        ------
+        RunError
+            If the disk has no room, or the file cannot be written.
+        """
+        with new_tensors(_layout(n_train, n_targets), path) as arrays:
+            large = [arrays["gram"], arrays["cross"]]  # in the order in which they are asked for
+            moments = make(lambda shape, dtype: large.pop(0))  # noqa: ARG005 - they are of that shape and dtype
+            for name in arrays.keys() - {"gram", "cross"}:
+                arrays[name][...] = getattr(moments, name)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -203,9 +258,9 @@ class Moments:
         """
         arrays = map_tensors(path, {"n", *_ARRAYS})
         n_train, n_targets = arrays["cross"].shape if arrays["cross"].ndim == 2 else (-1, -1)
-        shapes = {"n": (), "gram": (n_train, n_train), "cross": (n_train, n_targets)}
+        layout = _layout(n_train, n_targets)
         for name, array in arrays.items():
-            shape, dtype = shapes.get(name, (n_targets,)), {"n": np.int64, "gram": np.int32}.get(name, np.float64)
+            shape, dtype = layout[name]
             if array.shape != shape or array.dtype != dtype:
                 raise FormatError(f"{path} holds {name} {array.shape} of {array.dtype}; write it again", url=str(path))
         return cls(n=int(arrays.pop("n")), **arrays)
@@ -221,7 +276,7 @@ class Moments:
         threads: int | None,
         progress: Callable[[int, int], None] | None,
         seen: Seen | None = None,
-        bits_bytes: int = BITS_BYTES,
+        bits_bytes: int | None = None,
     ) -> Self:
         """Add rows to these very arrays, and return what they have become."""
         masks, outputs = as_rows(masks, "masks"), as_rows(outputs, "outputs")
@@ -234,13 +289,14 @@ class Moments:
                 raise SpecError(f"{name} is {value}; choose at least 1")
         threads = threads or available_threads()
         n = _checked_count(self.n + stop - start)
+        bits_bytes = bits_bytes_for(n_train) if bits_bytes is None else bits_bytes
         bits = binary.Bits(n_train, min(max(bits_bytes // n_train, block_rows // 8 + 4), (stop - start) // 8 + 4))
         with ThreadPoolExecutor(threads) as pool:
             for first in range(start, stop, block_rows):
                 last = min(first + block_rows, stop)
                 x, y = read_masks(masks, first, last), read_outputs(outputs, first, last)
                 noted = None if seen is None else pool.submit(seen, first, x, y)
-                codes = binary.code_rows(x)
+                codes = binary.code_rows(x, pool)
                 if self.n == 0 and first == start and y.dtype != np.float16:
                     self.shift[:] = y[0]
                 with np.errstate(over="ignore", invalid="ignore"):  # such sums are refused
@@ -251,7 +307,7 @@ class Moments:
                     raise _not_finite(y, first)
                 if not bits.fits(codes):
                     bits.add_counts(self.gram, pool)
-                bits.append(codes)
+                bits.append(codes, pool)
                 if noted is not None:
                     noted.result()
                 if progress is not None:
@@ -259,10 +315,10 @@ class Moments:
             bits.add_counts(self.gram, pool)
         return replace(self, n=n)
 
-    @property
+    @cached_property
     def ones(self) -> NDArray[np.int32]:
         """How many subsets hold each example, shape (n_train,); the column sums of X."""
-        return np.diagonal(self.gram)
+        return np.diagonal(self.gram).copy()  # each number is on a page of its own, which may have to come from a file
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of the rows of both; SpecError where their columns differ in number."""
@@ -280,13 +336,23 @@ class Moments:
         """Take off, into arrays that `zeros` makes."""
         return self._with(other, -1, zeros)
 
-    def _with(self, other: "Moments", sign: int, zeros: Zeros) -> "Moments":
+    def checked_sum(self, other: "Moments", sign: int = 1) -> int:
+        """Return how many rows the sum of both is of, or with a sign of -1 the difference.
+
+        Raises
+        ------
+        SpecError
+            Where columns differ in number, or rows would be more than can be counted.
+        """
         if self.cross.shape != other.cross.shape:
             raise SpecError(
                 f"moments of {self.cross.shape} and {other.cross.shape} (n_train, n_targets) cannot be added or taken "
                 "off; take both from the same examples and targets"
             )
-        n = _checked_count(self.n + sign * other.n)
+        return _checked_count(self.n + sign * other.n)
+
+    def _with(self, other: "Moments", sign: int, zeros: Zeros) -> "Moments":
+        n = self.checked_sum(other, sign)
         combine = np.add if sign > 0 else np.subtract
         gram = combine(self.gram, other.gram, out=zeros(self.gram.shape, np.int32))
         cross = combine(self.cross, other.cross, out=zeros(self.cross.shape, np.float64))
@@ -303,6 +369,32 @@ class Moments:
 
 
 _ARRAYS = ("gram", "shift", "cross", "y_sum", "y_squares")
+
+
+def checked_targets(targets: slice, n_targets: int) -> slice:
+    """Return a slice of some of `n_targets` with whole ends; SpecError if none are left."""
+    chosen = slice(*targets.indices(n_targets))
+    if len(range(n_targets)[chosen]) == 0:
+        raise SpecError(
+            f"targets {targets.start}:{targets.stop} are none of {n_targets:,}; choose at least one, such as "
+            f"slice(0, {min(n_targets, 300)})",
+            field="targets",
+        )
+    return chosen
+
+
+def _layout(n_train: int, n_targets: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the shapes and dtypes of a file's arrays."""
+    return {
+        "n": ((), np.int64),
+        "gram": ((n_train, n_train), np.int32),
+        "cross": ((n_train, n_targets), np.float64),
+        "shift": ((n_targets,), np.float64),
+        "y_sum": ((n_targets,), np.float64),
+        "y_squares": ((n_targets,), np.float64),
+    }
+
+
 _ROWS_AT_ONCE = 1024
 
 _LARGEST = 1e150

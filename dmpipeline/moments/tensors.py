@@ -1,8 +1,13 @@
 """Named arrays in one `.pt` file, as torch writes them: complete or not there, read without unpickling anything."""
 
+import contextlib
+import ctypes
+import mmap
 import os
 import pickle
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +45,48 @@ def save_tensors(arrays: Mapping[str, NDArray[Any]], path: str | os.PathLike[str
     return path
 
 
+@contextlib.contextmanager
+def new_tensors(
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]], path: str | os.PathLike[str]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Make a file of zeros and yield its arrays, mapped: what is written into them in the block is what it holds.
+
+    So arrays larger than memory are written once, not to one file and then copied to another. The file is moved into
+    place when the block ends, and is not there if the block raises.
+
+    Parameters
+    ----------
+    shapes : mapping of name to (shape, dtype)
+        None of the arrays may be empty.
+    path
+        As for `save_tensors`.
+
+    Raises
+    ------
+    RunError
+        If the disk has no room, or the file cannot be written.
+    """
+    with explain_missing_extra():
+        import torch
+
+    path = Path(path)
+    with contextlib.ExitStack() as whole:
+        with explain_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = whole.enter_context(replacing(path))
+            _save_empty(shapes, partial)
+            file = whole.enter_context(open(partial, "r+b"))
+            os.posix_fallocate(
+                file.fileno(), 0, partial.stat().st_size
+            )  # without it a full disk would kill the process
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                tensors = torch.load(partial, map_location="cpu", mmap=True, weights_only=True)
+        yield {name: tensor.numpy() for name, tensor in tensors.items()}
+        with explain_os_errors(path):
+            os.fsync(file.fileno())  # of what was written through the mapping, too
+            whole.pop_all().close()
+
+
 def map_tensors(path: str | os.PathLike[str], names: set[str] | None = None) -> dict[str, NDArray[Any]]:
     """Map the tensors of a file into memory; what is changed there does not reach the file.
 
@@ -67,6 +114,33 @@ def map_tensors(path: str | os.PathLike[str], names: set[str] | None = None) -> 
             f"{path} does not hold the tensors {', '.join(sorted(names))}; delete it, or write it again", url=str(path)
         )
     return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def page_out(array: NDArray[Any]) -> None:
+    """Let go of the memory in which pages of a mapped array are cached; they come from the file when next used.
+
+    What is read once would otherwise push out what is used again and again. Does nothing where Linux cannot.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    n_bytes = array.ctypes.data + array.nbytes - start
+    if n_bytes > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(start, n_bytes, _MADV_PAGEOUT)  # an advice: whether it was taken does not matter
+
+
+_MADV_PAGEOUT = 21  # of linux/mman.h, since Linux 5.4
+
+
+def _save_empty(shapes: Mapping[str, tuple[tuple[int, ...], Any]], path: Path) -> None:
+    """Write a file of arrays whose numbers are holes; memory is not claimed, however large they are."""
+    import torch
+
+    with tempfile.TemporaryFile(dir=path.parent) as holes, torch.serialization.skip_data():
+        empty = {name: np.memmap(holes, dtype, "w+", shape=shape) for name, (shape, dtype) in shapes.items()}
+        torch.save({name: torch.from_numpy(array) for name, array in empty.items()}, path)
 
 
 def _save_whole(tensors: "dict[str, torch.Tensor]", path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The self-contained page of a run, and its figures."""
+"""The self-contained page about datamodels: an explorer that asks no server for anything."""

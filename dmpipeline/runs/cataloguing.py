@@ -135,9 +135,10 @@ def describe_datamodels(path: Path, *, key: str, name: str = "test_datamodels", 
     shapes = {name: layout.shape for name, layout in layouts.items()}
     n_train, n_targets = (*shapes.get("weight", ()), 0, 0)[:2]
     of_models = {tensor for tensor in set(shapes) & {"fitted_masks"} if len(shapes[tensor]) == 1}
-    of_targets = set(shapes) - {"weight"} - of_models
+    of_pairs = {name: dims for name, dims in _PAIR_DIMS.items() if len(shapes.get(name, ())) == len(dims)}
+    of_targets = set(shapes) - {"weight"} - of_models - of_pairs.keys()
     expected: dict[str, tuple[int, ...]] = {"weight": (n_train, n_targets)} | dict.fromkeys(of_targets, (n_targets,))
-    expected |= {tensor: shapes[tensor] for tensor in of_models}
+    expected |= {tensor: shapes[tensor] for tensor in of_models | of_pairs.keys()}
     if not of_targets >= {"bias", "lam"} or shapes != expected:
         raise FormatError(
             f"{path} holds {shapes}; datamodels are weight (n_train, n_targets), bias and lam (n_targets,), and what "
@@ -145,14 +146,22 @@ def describe_datamodels(path: Path, *, key: str, name: str = "test_datamodels", 
             url=str(path),
         )
     target = DATAMODELS_TARGETS[name]
-    dims = {"weight": ("train_example", target)} | dict.fromkeys(of_targets, (target,))
+    dims: dict[str, tuple[str, ...]] = {"weight": ("train_example", target)} | dict.fromkeys(of_targets, (target,))
     dims |= dict.fromkeys(of_models, ("fitted_model",))
+    dims |= {tensor: tuple(target if dim == "target" else dim for dim in its) for tensor, its in of_pairs.items()}
     members = {
         tensor: ArraySchema(shape=layout.shape, dtype=str(layout.dtype), dims=dims[tensor])
         for tensor, layout in layouts.items()
     }
     basis = _measured("key", "format", "n_bytes")
     return StoredArray(key=key, format="pt", n_bytes=n_bytes, members=members, basis=basis, note=note)
+
+
+_PAIR_DIMS: dict[str, tuple[str, ...]] = {
+    "pair_examples": ("target", "strongest"),
+    "pair_weight": ("target", "pair"),
+    "pair_mean": ("train_example",),
+}
 
 
 def _measured(*facts: str) -> dict[str, Basis]:

@@ -171,10 +171,10 @@ def old_results(run: Run) -> list[OldResult]:
     return [old for old in found if old is not None]
 
 
-def warn_of_old_datamodels(run: Run, targets: TargetsName = "test") -> None:
+def warn_of_old_datamodels(run: Run, targets: TargetsName = "test", *, stacklevel: int = 3) -> None:
     """Issue an `OldResultWarning` if a run's datamodels are old."""
     if old := old_result(run, "datamodels", targets):
-        warnings.warn(str(old), OldResultWarning, stacklevel=3)
+        warnings.warn(str(old), OldResultWarning, stacklevel=stacklevel)
 
 
 @contextlib.contextmanager

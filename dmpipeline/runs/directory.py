@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dmdata.atomic import write_whole
 from dmdata.errors import FactualError
-from dmpipeline.errors import RunError, RunExistsError, explain_os_errors
+from dmpipeline.errors import RunError, RunExistsError, explain_os_errors, quoted
 
 if TYPE_CHECKING:
     from dmpipeline.training.train import Way
@@ -246,7 +246,11 @@ def require_run(path: Path) -> None:
                 raise RunError(
                     f"{path} is not one run, but holds {len(found)}; name one, for example {shown}", path=path
                 )
-            raise RunError(f"{path} is not a run: it has no run.yaml; create one with `dmpipeline init`", path=path)
+            raise RunError(
+                f"{path} is not a run: it has no run.yaml; create one with `dmpipeline init {quoted(path)}`, "
+                f"or in Python with dmpipeline.Run.create({str(path)!r}, dmpipeline.RunSpec(dataset=...))",
+                path=path,
+            )
 
 
 def require_vacant(path: Path) -> None:

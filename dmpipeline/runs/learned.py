@@ -22,8 +22,8 @@ from dmpipeline.data.examples import LARGEST_PLAIN_INPUT, Dataset
 from dmpipeline.errors import LearningWarning, RunError, SpecError
 from dmpipeline.models.outputs import output_of
 from dmpipeline.runs.directory import done_blocks
-from dmpipeline.shown import number_or_none
 from dmpipeline.spec import MASK_LAWS, RunSpec
+from dmpipeline.tables import number_or_none
 from dmpipeline.training.scores import SCORES, baseline_facts, stored_scores
 
 Verdict = Literal["better", "no better", "too few", "unknown"]
@@ -434,7 +434,7 @@ def _remedy(found: Learned, spec: RunSpec, largest_input: float | None) -> str:
         )
     return (
         f"Check that labels and inputs are in one order; else create another run with another lr{lr}, more epochs or "
-        f"larger subsets than alpha {spec.alpha:.0%}, and look at `dmpipeline status` after its first block"
+        f"larger subsets than alpha {spec.alpha:.0%}, and look at `dmpipeline status RUN` after its first block"
     )
 
 

@@ -3,12 +3,14 @@
 What creates and trains is imported when it is first needed: reading a run does without torch.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from dmdata.reading.long_work import shows_count
 from dmpipeline.runs.rows import RowArrays
 from dmpipeline.runs.stored import RowProgress, StoredRun
 from dmpipeline.spec import RunSpec
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from dmpipeline.training.ensembles import Method
     from dmpipeline.training.train import Trainer, Way
 
-__all__ = ["RowProgress", "Run"]
+__all__ = ["RowProgress", "Run", "opened"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -51,6 +53,7 @@ class Run(StoredRun):
         creation.create(path, spec.located(Path.cwd()), dataset)
         return cls.open(path)
 
+    @shows_count("training", "models")
     def train(
         self,
         progress: RowProgress | None = None,
@@ -120,3 +123,8 @@ class Run(StoredRun):
         from dmpipeline.runs.training import record_sessions
 
         record_sessions(self, lock, sessions)
+
+
+def opened(run: "Run | str | os.PathLike[str]") -> Run:
+    """Return a run, which is opened where its directory was given."""
+    return run if isinstance(run, Run) else Run.open(Path(run).expanduser())

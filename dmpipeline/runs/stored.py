@@ -31,6 +31,7 @@ import zarr
 
 from dmdata import phases
 from dmdata.catalog.entries import Catalog, StoredArray
+from dmdata.shown import Shown
 from dmpipeline.data.examples import Dataset
 from dmpipeline.draws.subsets import alpha_name_of, sizes_of, spec_facts
 from dmpipeline.errors import IncompleteRunError, RunError, SpecChangedError, SpecError, quoted
@@ -40,7 +41,6 @@ from dmpipeline.runs.directory import write_beside
 from dmpipeline.runs.pinned import require_pinned
 from dmpipeline.runs.relocation import load_recorded, read_spec, remember
 from dmpipeline.runs.rows import DIGEST_BYTES, PartialBlock, RowArrays
-from dmpipeline.shown import Shown
 from dmpipeline.spec import MASK_LAWS, RunSpec
 from dmpipeline.training.scores import SCORES
 
@@ -250,7 +250,8 @@ class StoredRun(Shown):
             n_missing = self.spec.n_rows - self.n_rows_done
             raise IncompleteRunError(
                 f"{self.path} lacks {n_missing:,} of {self.spec.n_rows:,} models; "
-                f"train them with `dmpipeline run {quoted(self.path)}`",
+                f"train them with `dmpipeline run {quoted(self.path)}`, or in Python with "
+                f"dmpipeline.Run.open({str(self.path)!r}).train()",
                 path=self.path,
                 n_missing=n_missing,
             )

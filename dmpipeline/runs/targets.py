@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dmpipeline.errors import SpecError, quoted
+from dmpipeline.errors import IncompleteRunError, SpecError, quoted
 from dmpipeline.runs.cataloguing import datamodels_of_train
 from dmpipeline.runs.store import Run
 
@@ -70,6 +70,18 @@ def datamodels_path(run: Run, targets: TargetsName = "test") -> Path:
     """Return where a run's datamodels of these targets belong."""
     path = run.datamodels_path
     return path if check_targets(targets) == "test" else datamodels_of_train(path)
+
+
+def require_datamodels(run: Run, targets: TargetsName = "test") -> None:
+    """Raise IncompleteRunError, which says how they are fitted, where a run has no datamodels of these targets yet."""
+    if datamodels_path(run, targets).exists():
+        return
+    of_train, own = ("", "") if targets == "test" else (" of training examples", f", targets={targets!r}")
+    raise IncompleteRunError(
+        f"{run.path} has no datamodels{of_train} yet; fit them with `{command(run.path, 'fit', targets)}`, "
+        f"or in Python with dmpipeline.fit_run({str(run.path)!r}{own})",
+        path=run.path,
+    )
 
 
 def place_of(run: Run, name: str, targets: TargetsName = "test") -> Path:

@@ -6,6 +6,7 @@ So a run killed at any moment loses the blocks in flight and nothing else, and a
 by the next. Several processes may train one run; `claims` decides which of them trains a block.
 """
 
+import logging
 import time
 import uuid
 from collections import deque
@@ -36,6 +37,8 @@ from dmpipeline.training.train import Trainer, Way
 
 Measured = tuple[RowArrays, npt.NDArray[np.float64]]
 """A block that was trained, and its models' scores: see `scores.SCORES`."""
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -257,7 +260,9 @@ class RowTrainer:
         try:
             yield
         except Exception as error:
-            directory.record_failure(self.run.path, block, self.run.spec.blocks[block], error)
+            rows = self.run.spec.blocks[block]
+            directory.record_failure(self.run.path, block, rows, error)
+            _log.info("rows %d to %d of %s could not be trained", rows.start, rows.stop - 1, self.run.path)
             raise
 
     def _finish(self, block: int, trained: Callable[[], Measured]) -> bool:
@@ -277,6 +282,7 @@ class RowTrainer:
             return False
         self._write("block_digests", range(block, block + 1), np.frombuffer(digest.result(), np.uint8)[None])
         directory.forget_failure(self.run.path, block)
+        _log.info("stored rows %d to %d of %s", rows.start, rows.stop - 1, self.run.path)
         return True
 
     def _write(self, name: str, rows: range, data: npt.NDArray[Any]) -> None:

@@ -28,6 +28,7 @@ from dmpipeline.scoring.evaluation import (
     readable_score,
     readable_table,
 )
+from dmpipeline.tables import dicts_as_html
 
 Floats = NDArray[np.float64]
 
@@ -245,6 +246,10 @@ class Comparison:
 
     def __str__(self) -> str:
         return readable_table(self.table())
+
+    def _repr_html_(self) -> str:
+        rows = [{name.replace("_", " "): value for name, value in row.items()} for row in self.as_rows()]
+        return dicts_as_html(f"Comparison of {len(rows)} estimates", rows, n_rows=len(rows))
 
     def __repr__(self) -> str:
         return f"<Comparison: {', '.join(self.evaluations)}>"

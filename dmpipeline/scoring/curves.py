@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from dmpipeline.errors import SpecError
+from dmpipeline.scoring.decomposition import TRAIN_MORE, Decomposition, ErrorLaw
 from dmpipeline.scoring.evaluation import readable_score, readable_table
-from dmpipeline.shown import number_or_none
+from dmpipeline.tables import dicts_as_html, number, number_or_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,12 @@ class CurvePoint:
     nonzero_weights : float
         Mean number a target.
     prior_strength : float or None
-        How far the prior was trusted; None if there was none.
+        How far the prior was trusted, from 0 to 1; None if there was none.
+    mse : float
+        As in `Evaluation`.
+    estimation : float
+        What of it is of too few models, as a share of each target's variance, averaged over targets: the error above
+        what is of chance and not linear by `LearningCurve.decomposition`. nan where that is not known.
     """
 
     n_models: int
@@ -38,6 +44,8 @@ class CurvePoint:
     r2: float
     nonzero_weights: float
     prior_strength: float | None = None
+    mse: float = math.nan
+    estimation: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +60,37 @@ class LearningCurve:
         The highest LDS that the noise in the held-out averages allows; nan with a single retraining.
     level : float
         Of the intervals.
+    decomposition : Decomposition or None
+        Where the error of the last point comes from.
+    law : ErrorLaw or None
+        How `estimation` falls with the number of models; None where fewer than `LEAST_POINTS` points tell.
     """
 
     points: tuple[CurvePoint, ...]
     lds_ceiling: float
     level: float
+    decomposition: Decomposition | None = None
+    law: ErrorLaw | None = None
+
+    def foreseen(self, n_models: float) -> float:
+        """Return the LDS that is foreseen for another number of models; nan where no law is known."""
+        if self.law is None or self.decomposition is None:
+            return math.nan
+        return self.decomposition.lds_with(self.law.estimation(n_models))
+
+    @property
+    def advice(self) -> str | None:
+        """One sentence: train how many more models, use pairs, or stop; None where the error was not taken apart."""
+        if self.decomposition is None:
+            return None
+        advice, n_models = self.decomposition.advice, self.counts[-1]
+        if self.law is None or not self.law.holds or not advice.startswith(TRAIN_MORE):
+            return advice
+        goal = (self.points[-1].lds + self.decomposition.lds_without_estimation.value) / 2
+        factors = (2, 4)  # no further than the law was tested, by about as much
+        factor = next((factor for factor in factors if self.foreseen(factor * n_models) >= goal), factors[-1])
+        more, lds = (factor - 1) * n_models, self.foreseen(factor * n_models)
+        return advice.replace(TRAIN_MORE, f"train {more:,} more models, for an LDS of about {lds:.3f}", 1)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -97,8 +131,12 @@ class LearningCurve:
         return [{name: number_or_none(value) for name, value in asdict(point).items()} for point in self.points]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything, ready for JSON: `lds_ceiling`, `level`, and `points` as `as_rows` returns them."""
-        return {"lds_ceiling": number_or_none(self.lds_ceiling), "level": self.level, "points": self.as_rows()}
+        """Return everything, ready for JSON: the attributes, `points` as `as_rows` has them, and the advice."""
+        found: dict[str, Any] = {"lds_ceiling": number_or_none(self.lds_ceiling), "level": self.level}
+        found |= {"points": self.as_rows()}
+        if self.decomposition is not None:
+            found |= {"decomposition": self.decomposition.as_dict(), "advice": self.advice}
+        return found | ({} if self.law is None else {"law": self.law.as_dict()})
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -111,8 +149,15 @@ class LearningCurve:
         """
         try:
             points = tuple(_point_of(row) for row in data["points"])
-            curve = cls(points, _number(data["lds_ceiling"]), _number(data["level"]))
-        except (TypeError, KeyError) as error:
+            parts, law = data.get("decomposition"), data.get("law")
+            curve = cls(
+                points,
+                number(data["lds_ceiling"]),
+                number(data["level"]),
+                None if parts is None else Decomposition.from_dict(parts),
+                None if law is None else ErrorLaw.from_dict(law),
+            )
+        except (TypeError, KeyError, AttributeError) as error:
             raise SpecError(f"not a learning curve: {type(error).__name__} {error}") from error
         if not 0 < curve.level < 1:
             raise SpecError(f"not a learning curve: level {curve.level}")
@@ -124,6 +169,7 @@ class LearningCurve:
         has_prior = any(point.prior_strength is not None for point in self.points)
         columns = ["LDS", f"{self.level:.0%} interval", "of its ceiling", "R2", "nonzero weights"]
         columns += ["prior strength"] if has_prior else []
+        columns += ["error of too few"] if self.decomposition is not None else []
         table = Table("models", *columns, box=None, header_style="bold")
         for column in table.columns:
             column.justify = "right"
@@ -131,12 +177,18 @@ class LearningCurve:
             interval = f"{readable_score(point.lds_low)} to {readable_score(point.lds_high)}"
             share = point.lds / self.lds_ceiling if self.lds_ceiling > 0 else math.nan
             scores = (readable_score(point.lds), interval, readable_score(share), readable_score(point.r2))
-            strength = () if point.prior_strength is None else (f"{point.prior_strength:g}",)
-            table.add_row(f"{point.n_models:,}", *scores, f"{point.nonzero_weights:,.1f}", *strength)
+            strength = () if point.prior_strength is None else (f"{point.prior_strength:.2f}",)
+            few = () if self.decomposition is None else (f"{point.estimation:.1%}",)
+            table.add_row(f"{point.n_models:,}", *scores, f"{point.nonzero_weights:,.1f}", *strength, *few)
         return table
 
     def __str__(self) -> str:
         return readable_table(self.table())
+
+    def _repr_html_(self) -> str:
+        rows = [{name.replace("_", " "): value for name, value in row.items()} for row in self.as_rows()]
+        title = f"LearningCurve: LDS by the number of models, of at most {readable_score(self.lds_ceiling)}"
+        return dicts_as_html(title, rows, n_rows=len(rows))
 
     def __repr__(self) -> str:
         return f"<LearningCurve: {len(self.points)} points, {self.counts[0]:,} to {self.counts[-1]:,} models>"
@@ -154,18 +206,10 @@ def check_rising(counts: Sequence[int]) -> None:
 
 def _point_of(row: Any) -> CurvePoint:
     """Take a row of `as_rows`; TypeError or KeyError for anything else."""
-    scores = {name: _number(row[name]) for name in ("lds", "lds_low", "lds_high", "r2", "nonzero_weights")}
-    strength = None if row["prior_strength"] is None else _number(row["prior_strength"])
+    scores = {name: number(row[name]) for name in ("lds", "lds_low", "lds_high", "r2", "nonzero_weights")}
+    strength = None if row["prior_strength"] is None else number(row["prior_strength"])
+    scores |= {name: number(row.get(name)) for name in ("mse", "estimation")}
     return CurvePoint(n_models=_count(row["n_models"]), prior_strength=strength, **scores)
-
-
-def _number(value: Any) -> float:
-    """Read a number of JSON, None for what is not defined."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
 
 
 def _count(value: Any) -> int:

@@ -11,7 +11,7 @@ datamodel that predicts the same for every subset, although the truth varies, co
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from dmdata.shown import Shown
 from dmpipeline.errors import DataWarning, SpecError
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.moments.arrays import RowSliceable, as_rows, check_shapes, read_masks, read_outputs
 from dmpipeline.moments.identity import keys_of_masks
 from dmpipeline.moments.overlaps import Possible, repeats_beyond_chance, shared_beyond_chance
 from dmpipeline.scoring.correlation import Floats, lds_interval, lds_of_targets, mean_of_known
+from dmpipeline.scoring.decomposition import Decomposition, decompose
 from dmpipeline.scoring.retrainings import LEAST_SUBSETS, Retrainings, adjacent_groups, groups_of
-from dmpipeline.shown import Shown, number_or_none
+from dmpipeline.tables import number_or_none
 
 _SCORES_BYTES = 2**26
 """A block of scores in float64 takes no more, unless a row does."""
@@ -79,6 +81,10 @@ class Evaluation(Shown):
         Targets left out of the averages because their true output never varies.
     level : float
         Of the interval.
+    lds_linear : float or None
+        `lds` of the linear part alone, where datamodels have pair terms.
+    decomposition : Decomposition or None
+        Where the error comes from; None for scores without units, and for datamodels whose `limit` is not known.
     """
 
     lds: float
@@ -98,6 +104,8 @@ class Evaluation(Shown):
     n_targets: int
     n_constant: int
     level: float
+    lds_linear: float | None = None
+    decomposition: Decomposition | None = None
 
     def _facts(self) -> tuple[str, dict[str, object]]:
         interval = f"{readable_score(self.lds_low)} to {readable_score(self.lds_high)}"
@@ -117,12 +125,14 @@ class Evaluation(Shown):
         """
         return self.lds / self.lds_ceiling if self.lds_ceiling > 0 else math.nan
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the scalars, ready for JSON: None stands for what is not defined."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the scalars and the decomposition, ready for JSON: None stands for what is not defined."""
         names = ("lds", "lds_low", "lds_high", "lds_single", "lds_ceiling", "lds_ratio", "mse", "r2", "level")
         scores = {name: number_or_none(getattr(self, name)) for name in names}
         counts = {name: getattr(self, name) for name in ("n_subsets", "n_retrainings", "n_targets", "n_constant")}
-        return scores | counts
+        linear = {} if self.lds_linear is None else {"lds_linear": number_or_none(self.lds_linear)}
+        parts = {} if self.decomposition is None else {"decomposition": self.decomposition.as_dict()}
+        return scores | linear | counts | parts
 
 
 def evaluate(
@@ -174,36 +184,16 @@ def evaluate(
         datamodels = as_rows(datamodels, "scores")
     n_models, n_train, n_targets = check_shapes(masks, outputs)
     _check_fit(datamodels, (n_models, n_train), (n_models, n_targets))
-    rows = read_masks(as_rows(masks, "masks"), 0, n_models)
-    truth = read_outputs(as_rows(outputs, "outputs"), 0, n_models)
-    keys, possible = keys_of_masks(rows), Possible.subsets(n_train, float(rows.mean() * n_train))
-    _warn_of_fitted(datamodels, masks, keys, possible)
-    if n_retrainings is None:
-        groups = groups_of(keys)
-    else:
-        groups = adjacent_groups(rows, n_retrainings)
-        if n_repeats := repeats_beyond_chance(keys[::n_retrainings], possible):
-            n_different = n_models // n_retrainings - n_repeats
-            warnings.warn(
-                f"n_retrainings is {n_retrainings}, but {n_models:,} rows hold {n_different:,} different subsets, so "
-                "that retrainings of one count as subsets of their own and the LDS is too low; leave n_retrainings "
-                "out, and rows with the same mask are taken together",
-                DataWarning,
-                stacklevel=2,
-            )
-    firsts = rows[[group[0] for group in groups]]
-    is_fitted = isinstance(datamodels, Datamodels)
-    predicted = datamodels.predict(firsts) if isinstance(datamodels, Datamodels) else _summed_scores(datamodels, firsts)
-    return score(
-        predicted,
-        truth[np.concatenate(groups)],
-        sizes=[len(group) for group in groups],
-        has_units=is_fitted,
+    held_out = HeldOut.read(
+        masks,
+        outputs,
+        n_retrainings=n_retrainings,
         n_bootstraps=n_bootstraps,
         n_splits=n_splits,
         level=level,
         seed=seed,
     )
+    return held_out.scores_of(datamodels)
 
 
 def score(
@@ -231,55 +221,164 @@ def score(
     n_bootstraps, n_splits, level, seed
         As for `evaluate`.
     """
-    n_subsets, n_targets = predicted.shape
+    n_subsets = len(predicted)
     is_whole = len(outputs) % n_subsets == 0 if sizes is None and n_subsets else sum(sizes or ()) == len(outputs)
     if n_subsets < LEAST_SUBSETS or not is_whole or outputs.shape[1:] != predicted.shape[1:]:
         raise SpecError(
             f"predictions {predicted.shape} and outputs {outputs.shape} cannot be compared; expected at least "
             f"{LEAST_SUBSETS} subsets, the same targets, and a whole number of retrainings for each subset"
         )
-    if not 0 < level < 1:
-        raise SpecError(f"level {level} is not a coverage; choose between 0 and 1, such as 0.95")
     retrainings = Retrainings.of(outputs, sizes or [len(outputs) // n_subsets] * n_subsets)
-    finite = np.isfinite(retrainings.outputs).all(axis=1)
-    if not (finite.all() and np.isfinite(predicted).all()):
-        where = f" ({int((~finite).sum())} rows of outputs)" if not finite.all() else ""
+    truth = _Truth.of(retrainings, n_bootstraps=n_bootstraps, n_splits=n_splits, level=level, seed=seed)
+    return truth.score(predicted, has_units=has_units)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """Held-out models, read once, that any number of datamodels are scored on: what `evaluate` does, in two steps.
+
+    Memory holds the masks, a byte an entry, and the outputs in float64.
+    """
+
+    masks: RowSliceable
+    rows: NDArray[np.int8]  # (n_models, n_train)
+    keys: NDArray[np.uint64]  # of the rows
+    possible: Possible
+    firsts: NDArray[np.intp]  # a row of each subset
+    truth: "_Truth"
+
+    @classmethod
+    def read(
+        cls,
+        masks: RowSliceable,
+        outputs: RowSliceable,
+        *,
+        n_retrainings: int | None = None,
+        n_bootstraps: int = 500,
+        n_splits: int = 50,
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> "HeldOut":
+        """Read all rows; arguments and errors are those of `evaluate`."""
+        n_models, n_train, _ = check_shapes(masks, outputs)
+        rows = read_masks(as_rows(masks, "masks"), 0, n_models)
+        found = read_outputs(as_rows(outputs, "outputs"), 0, n_models)
+        keys, possible = keys_of_masks(rows), Possible.subsets(n_train, float(rows.mean() * n_train))
+        if n_retrainings is None:
+            groups = groups_of(keys)
+        else:
+            groups = adjacent_groups(rows, n_retrainings)
+            if n_repeats := repeats_beyond_chance(keys[::n_retrainings], possible):
+                n_different = n_models // n_retrainings - n_repeats
+                warnings.warn(
+                    f"n_retrainings is {n_retrainings}, but {n_models:,} rows hold {n_different:,} different subsets, "
+                    "so that retrainings of one count as subsets of their own and the LDS is too low; leave "
+                    "n_retrainings out, and rows with the same mask are taken together",
+                    DataWarning,
+                    stacklevel=3,
+                )
+        if len(groups) < LEAST_SUBSETS:
+            raise SpecError(
+                f"{n_models} held-out models are of {len(groups)} subsets; expected at least {LEAST_SUBSETS} subsets"
+            )
+        retrainings = Retrainings.of(found[np.concatenate(groups)], [len(group) for group in groups])
+        truth = _Truth.of(retrainings, n_bootstraps=n_bootstraps, n_splits=n_splits, level=level, seed=seed)
+        return cls(masks, rows, keys, possible, np.array([group[0] for group in groups]), truth)
+
+    def scores_of(self, datamodels: Datamodels | RowSliceable, *, in_parts: bool = True) -> Evaluation:
+        """Score datamodels, or an array of scores, of the same examples and targets; see `evaluate`.
+
+        Without `in_parts` nothing is said of where the error comes from, which takes resamples of its own.
+        """
+        _warn_of_fitted(datamodels, self.masks, self.keys, self.possible)
+        firsts, truth = self.rows[self.firsts], self.truth
+        if not isinstance(datamodels, Datamodels):
+            return truth.score(_summed_scores(datamodels, firsts), has_units=False)
+        predicted, linear = datamodels.predict(firsts), None
+        evaluation = truth.score(predicted, has_units=True)
+        if datamodels.pairs is not None:
+            linear = datamodels.linear.predict(firsts).astype(np.float64)
+            of_linear = mean_of_known(lds_of_targets(linear, truth.averages))
+            evaluation = replace(evaluation, lds_linear=float(of_linear))
+        if datamodels.limit is None or not in_parts:
+            return evaluation
+        parts = decompose(
+            datamodels.limit,
+            predicted.astype(np.float64),
+            linear,
+            truth.retrainings,
+            lds=evaluation.lds,
+            lds_interval=(evaluation.lds_low, evaluation.lds_high),
+            n_draws=truth.n_bootstraps,
+            level=truth.level,
+            seed=truth.seed,
+        )
+        return replace(evaluation, decomposition=parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Truth:
+    """What held-out subsets were found to give, and how far chance goes in it: the same for whatever is scored."""
+
+    retrainings: Retrainings
+    averages: Floats  # (n_subsets, n_targets)
+    ceiling: Floats  # (n_targets,)
+    n_bootstraps: int
+    level: float
+    seed: int
+
+    @classmethod
+    def of(cls, retrainings: Retrainings, *, n_bootstraps: int, n_splits: int, level: float, seed: int) -> "_Truth":
+        if not 0 < level < 1:
+            raise SpecError(f"level {level} is not a coverage; choose between 0 and 1, such as 0.95")
+        finite = np.isfinite(retrainings.outputs).all(axis=1)
+        _require_finite(f" ({int((~finite).sum())} rows of outputs)", is_finite=bool(finite.all()))
+        ceiling = retrainings.noise_ceiling(n_splits=n_splits, seed=seed)
+        return cls(retrainings, retrainings.averages(), ceiling, n_bootstraps, level, seed)
+
+    def score(self, predicted: NDArray[Any], *, has_units: bool) -> Evaluation:
+        """Score predictions, (n_subsets, n_targets)."""
+        _require_finite("", is_finite=bool(np.isfinite(predicted).all()))
+        retrainings, averages = self.retrainings, self.averages
+        n_subsets, n_targets = predicted.shape
+        predicted = predicted.astype(np.float64)
+        varies = (averages != averages[0]).any(axis=0)
+        target_lds = lds_of_targets(predicted, averages)
+        replicates = [lds_of_targets(predicted, retrainings.replicate(r)) for r in range(max(retrainings.sizes))]
+        target_lds_single = mean_of_known(np.stack(replicates), axis=0)
+        target_lds_single[~varies] = np.nan
+        target_mse = ((retrainings.outputs - predicted[retrainings.subsets]) ** 2).mean(axis=0)
+        variance = retrainings.outputs.var(axis=0)
+        target_r2 = 1 - np.divide(target_mse, variance, out=np.full(n_targets, np.nan), where=varies & (variance > 0))
+        target_mse = np.where(varies & has_units, target_mse, np.nan)
+        target_r2 = np.where(has_units, target_r2, np.nan)
+        low, high = lds_interval(predicted, averages, n_bootstraps=self.n_bootstraps, level=self.level, seed=self.seed)
+        return Evaluation(
+            lds=float(mean_of_known(target_lds)),
+            lds_low=low,
+            lds_high=high,
+            lds_single=float(mean_of_known(target_lds_single)),
+            lds_ceiling=float(mean_of_known(self.ceiling)),
+            mse=float(mean_of_known(target_mse)),
+            r2=float(mean_of_known(target_r2)),
+            target_lds=target_lds,
+            target_lds_single=target_lds_single,
+            target_lds_ceiling=self.ceiling,
+            target_mse=target_mse,
+            target_r2=target_r2,
+            n_subsets=n_subsets,
+            n_retrainings=min(retrainings.sizes),
+            n_targets=n_targets,
+            n_constant=int((~varies).sum()),
+            level=self.level,
+        )
+
+
+def _require_finite(where: str, *, is_finite: bool) -> None:
+    if not is_finite:
         raise SpecError(
             f"held-out outputs or predictions are not finite{where}; train those rows again, or leave them out"
         )
-    predicted = predicted.astype(np.float64)
-    averages = retrainings.averages()
-    varies = (averages != averages[0]).any(axis=0)
-    target_lds = lds_of_targets(predicted, averages)
-    replicates = [lds_of_targets(predicted, retrainings.replicate(r)) for r in range(max(retrainings.sizes))]
-    target_lds_single = mean_of_known(np.stack(replicates), axis=0)
-    target_lds_single[~varies] = np.nan
-    target_mse = ((retrainings.outputs - predicted[retrainings.subsets]) ** 2).mean(axis=0)
-    variance = retrainings.outputs.var(axis=0)
-    target_r2 = 1 - np.divide(target_mse, variance, out=np.full(n_targets, np.nan), where=varies & (variance > 0))
-    target_mse = np.where(varies & has_units, target_mse, np.nan)
-    target_r2 = np.where(has_units, target_r2, np.nan)
-    ceiling = retrainings.noise_ceiling(n_splits=n_splits, seed=seed)
-    low, high = lds_interval(predicted, averages, n_bootstraps=n_bootstraps, level=level, seed=seed)
-    return Evaluation(
-        lds=float(mean_of_known(target_lds)),
-        lds_low=low,
-        lds_high=high,
-        lds_single=float(mean_of_known(target_lds_single)),
-        lds_ceiling=float(mean_of_known(ceiling)),
-        mse=float(mean_of_known(target_mse)),
-        r2=float(mean_of_known(target_r2)),
-        target_lds=target_lds,
-        target_lds_single=target_lds_single,
-        target_lds_ceiling=ceiling,
-        target_mse=target_mse,
-        target_r2=target_r2,
-        n_subsets=n_subsets,
-        n_retrainings=min(retrainings.sizes),
-        n_targets=n_targets,
-        n_constant=int((~varies).sum()),
-        level=level,
-    )
 
 
 def readable_score(value: float, *, digits: int = 3) -> str:
@@ -337,5 +436,5 @@ def _warn_of_fitted(
             f"{n_shared:,} of {len(np.unique(keys)):,} subsets to score on were fitted on, so that these scores say "
             f"little of subsets that were not; score on held-out models alone: {which}",
             DataWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

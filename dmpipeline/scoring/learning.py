@@ -8,23 +8,31 @@ import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
 
+from dmdata.reading.long_work import shows_stages
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitting import split_rows
+from dmpipeline.fitting.limits import LinearLimit
 from dmpipeline.fitting.settings import VALIDATION, StageProgress
-from dmpipeline.moments.arrays import RowSliceable, check_shapes, read_masks, read_outputs
+from dmpipeline.moments.arrays import RowSliceable, check_shapes
 from dmpipeline.moments.moments import BLOCK_ROWS, Moments
 from dmpipeline.scoring.curves import CurvePoint, LearningCurve, check_rising
-from dmpipeline.scoring.evaluation import Evaluation, ScoreKeywords, check_keywords, evaluate
+from dmpipeline.scoring.decomposition import ErrorLaw
+from dmpipeline.scoring.evaluation import Evaluation, HeldOut, ScoreKeywords, check_keywords
 
 Estimator = Callable[[Moments, Moments], Datamodels]
 """Fits datamodels from the moments of the rows to fit on and of those that choose lam, as `fit_moments` does."""
 
 
+_STAGES = {"moments": "models", "points": "fits"}
+
+
+@shows_stages(_STAGES)
 def learning_curves(
     masks: RowSliceable,
     outputs: RowSliceable,
@@ -84,30 +92,41 @@ def learning_curves(
     if not estimates:
         raise SpecError("there are no estimates to draw a curve of; hand in at least one, by name")
     n_models, *columns = check_shapes(masks, outputs)
-    n_held_out, *held_out_columns = check_shapes(held_out_masks, held_out_outputs)
+    _, *held_out_columns = check_shapes(held_out_masks, held_out_outputs)
     if columns != held_out_columns:
         raise SpecError(
             f"held-out masks {held_out_masks.shape} and outputs {held_out_outputs.shape} do not fit masks "
             f"{masks.shape} and outputs {outputs.shape}; hand in held-out models of the same run"
         )
     splits = split_counts(counts, n_models=n_models, validation=validation)
-    rows, truth = read_masks(held_out_masks, 0, n_held_out), read_outputs(held_out_outputs, 0, n_held_out)
-    scores: dict[str, list[tuple[CurvePoint, Evaluation]]] = {name: [] for name in estimates}
+    scored_on = HeldOut.read(held_out_masks, held_out_outputs, **scoring)
+    scores: dict[str, list[tuple[CurvePoint, Evaluation, LinearLimit | None]]] = {name: [] for name in estimates}
     total = len(splits) * len(estimates)
     for fitting, held_out in _moments_of_points(
         masks, outputs, splits, block_rows=block_rows, threads=threads, progress=progress
     ):
         for name, estimate in estimates.items():
             datamodels = estimate(fitting, held_out)
-            evaluation = evaluate(datamodels, rows, truth, **scoring)
-            scores[name].append((_point(datamodels, evaluation, fitting.n + held_out.n), evaluation))
+            n_fitted = fitting.n + held_out.n
+            evaluation = scored_on.scores_of(datamodels, in_parts=n_fitted == splits[-1][1])
+            scores[name].append((_point(datamodels, evaluation, n_fitted), evaluation, datamodels.limit))
             if progress is not None:
                 progress("points", sum(map(len, scores.values())), total)
         del fitting, held_out  # or they would be held while further rows are read
-    return {
-        name: LearningCurve(tuple(point for point, _ in scored), scored[0][1].lds_ceiling, scored[0][1].level)
-        for name, scored in scores.items()
-    }
+    return {name: _curve(scored) for name, scored in scores.items()}
+
+
+def _curve(scored: Sequence[tuple[CurvePoint, Evaluation, LinearLimit | None]]) -> LearningCurve:
+    """Put evaluations on a curve; what more models cannot take away is told from the most of them."""
+    points = tuple(point for point, _, _ in scored)
+    _, last, limit = scored[-1]
+    parts = last.decomposition
+    if parts is None or limit is None:
+        return LearningCurve(points, last.lds_ceiling, last.level)
+    errors = [parts.estimation_of(evaluation.target_mse, limit) for _, evaluation, _ in scored]
+    points = tuple(replace(point, estimation=error) for point, error in zip(points, errors, strict=True))
+    law = ErrorLaw.of([point.n_models for point in points], errors)
+    return LearningCurve(points, last.lds_ceiling, last.level, parts, law)
 
 
 def split_counts(counts: Sequence[int], *, n_models: int, validation: float) -> list[tuple[int, int]]:
@@ -215,4 +234,4 @@ def _count_on(progress: StageProgress, before: int, total: int, done: int, _: in
 def _point(datamodels: Datamodels, evaluation: Evaluation, n_models: int) -> CurvePoint:
     e = evaluation
     nonzero = float(np.count_nonzero(datamodels.weight) / datamodels.n_targets)
-    return CurvePoint(n_models, e.lds, e.lds_low, e.lds_high, e.r2, nonzero, datamodels.prior_strength)
+    return CurvePoint(n_models, e.lds, e.lds_low, e.lds_high, e.r2, nonzero, datamodels.prior_strength, e.mse)

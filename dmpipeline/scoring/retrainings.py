@@ -54,6 +54,25 @@ class Retrainings:
         rows: Floats = self.outputs[self.starts + nth % np.array(self.sizes)]
         return rows
 
+    def mean_squares(self, predicted: Floats) -> Floats:
+        """Mean squared difference of each subset's retrainings from a prediction, both (n_subsets, n_targets)."""
+        squares = (self.outputs - predicted[self.subsets]) ** 2
+        sums: Floats = np.add.reduceat(squares, self.starts, axis=0)
+        return sums / np.array(self.sizes, np.float64)[:, None]
+
+    def variances(self) -> Floats | None:
+        """Estimate the variance of a subset's retrainings, (n_subsets, n_targets), without bias.
+
+        Subsets that were trained once have the mean of the others; None where these are fewer than half of all.
+        """
+        sizes = np.array(self.sizes)
+        several = sizes >= 2
+        if several.sum() < max(LEAST_SUBSETS, len(sizes) / 2):
+            return None
+        variances: Floats = self.mean_squares(self.averages()) * (sizes / np.maximum(sizes - 1, 1))[:, None]
+        variances[~several] = variances[several].mean(axis=0)
+        return variances
+
     def noise_ceiling(self, *, n_splits: int, seed: int) -> Floats:
         """As `noise_ceiling`; of unequal groups each is split in halves of its own, and singles are left out.
 

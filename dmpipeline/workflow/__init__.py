@@ -1,4 +1,4 @@
-"""The steps from a trained run to its report: fit, evaluate, report. Each leaves its result in the run's directory.
+"""The steps from a trained run to scored datamodels: fit, evaluate, curve. Each leaves its result in the run.
 
 ::
 
@@ -8,7 +8,7 @@
       fitting/                     fit_run: second moments, kept for further fits
       evaluation.json              evaluate_run
       curve.json, curve.svg        curve_run
-      report.html                  report_run
+      report.html                  dmpipeline.report.of_run.report_run
       made_from/                   each: what its result was made from, see `dmpipeline.runs.derivation`
 
 Of datamodels of training examples the same, with ``train_`` in front: see `dmpipeline.runs.targets`.
@@ -27,7 +27,6 @@ from dmpipeline.errors import explain_missing_extra
 if TYPE_CHECKING:
     from dmpipeline.fitting.fitted import fit_facts, load_datamodels
     from dmpipeline.workflow.fit_step import FIT_STAGES, PriorName, fit_run
-    from dmpipeline.workflow.report_step import download_price, report_run
     from dmpipeline.workflow.run_arrays import RowsOf, artifact_name
     from dmpipeline.workflow.score_steps import (
         COMPARE_STAGES,
@@ -53,13 +52,11 @@ __all__ = [
     "compare_run",
     "curve_picture",
     "curve_run",
-    "download_price",
     "evaluate_run",
     "fit_facts",
     "fit_run",
     "load_curves",
     "load_datamodels",
-    "report_run",
 ]
 
 _MODULE_OF = {
@@ -74,13 +71,11 @@ _MODULE_OF = {
     "compare_run": "dmpipeline.workflow.score_steps",
     "curve_picture": "dmpipeline.workflow.score_steps",
     "curve_run": "dmpipeline.workflow.score_steps",
-    "download_price": "dmpipeline.workflow.report_step",
     "evaluate_run": "dmpipeline.workflow.score_steps",
     "fit_facts": "dmpipeline.fitting.fitted",
     "fit_run": "dmpipeline.workflow.fit_step",
     "load_curves": "dmpipeline.workflow.score_steps",
     "load_datamodels": "dmpipeline.fitting.fitted",
-    "report_run": "dmpipeline.workflow.report_step",
 }
 
 

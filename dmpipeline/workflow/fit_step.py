@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Literal, Unpack
@@ -9,6 +10,7 @@ from typing import Literal, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.reading.long_work import shows_stages
 from dmpipeline.data.examples import Dataset
 from dmpipeline.fitting.checkpoints import Checkpoints
 from dmpipeline.fitting.counting import counted_moments
@@ -19,11 +21,11 @@ from dmpipeline.fitting.settings import VALIDATION, FitKeywords, FitSettings, St
 from dmpipeline.moments.moments import BLOCK_ROWS, Moments
 from dmpipeline.runs.derivation import sources_of, take_note
 from dmpipeline.runs.directory import write_beside
-from dmpipeline.runs.store import Run
+from dmpipeline.runs.store import Run, opened
 from dmpipeline.runs.targets import TargetsName, datamodels_path, fitted_array, place_of
 from dmpipeline.workflow.run_arrays import open_rows
 
-FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets"}
+FIT_STAGES = {"gradients": "models", "moments": "models", "paths": "targets", "refit": "targets", "pairs": "models"}
 """Stages that `fit_run` reports, and what each counts."""
 
 PriorName = Literal["none", "gradient"]
@@ -31,13 +33,15 @@ PriorName = Literal["none", "gradient"]
 _FITTING = "fitting"
 
 
+@shows_stages(FIT_STAGES)
 def fit_run(
-    run: Run,
+    run: Run | str | os.PathLike[str],
     *,
     targets: TargetsName = "test",
     validation: float = VALIDATION,
     folds: int | None = None,
     prior: PriorName = "none",
+    pairs: bool = False,
     directory: Path | None = None,
     scheduler: str | None = None,
     progress: StageProgress | None = None,
@@ -50,12 +54,12 @@ def fit_run(
 
     Parameters
     ----------
-    run : Run
+    run : Run or path
         Complete.
     targets : {"test", "train"}
         Whose outputs to predict: test examples', or training examples'. Of the latter, the weight of a target on
         itself is what its own presence adds: it stands out where an example is only remembered.
-    validation, folds, scheduler, settings, **changes
+    validation, folds, pairs, scheduler, settings, **changes
         As for `dmpipeline.fit`.
     prior : {"none", "gradient"}
         Scores to guide the fit by: gradients of the run's first models, `dmpipeline.gradient_scores`.
@@ -72,7 +76,14 @@ def fit_run(
         If the arrays are damaged, or the results cannot be written.
     SpecError, ConvergenceError
         As for `dmpipeline.fit`; SpecError also if the run stores no outputs of these targets, before any is read.
+
+    Examples
+    --------
+    >>> import dmpipeline
+    >>> dmpipeline.fit_run("wine-run")  # doctest: +SKIP
+    >>> print(dmpipeline.explain("wine-run", 0))  # doctest: +SKIP
     """
+    run = opened(run)
     settings = (settings or FitSettings()).with_changes(**changes)
     array = fitted_array(run, targets)
     run.require_complete()
@@ -86,6 +97,7 @@ def fit_run(
         validation=validation,
         folds=folds,
         prior=gradient_prior(run, dataset, targets, progress) if prior == "gradient" else None,
+        pairs=pairs,
         directory=directory or place_of(run, _FITTING, targets),
         scheduler=scheduler,
         progress=progress,
@@ -95,11 +107,13 @@ def fit_run(
     facts: dict[str, float] = {"n_models": run.spec.n_models}
     facts |= {"validation": validation} if folds is None else {"folds": folds}
     facts |= {"seconds": round(time.monotonic() - started, 3)} | _facts_of(datamodels)
+    facts |= _facts_of_pairs(datamodels) if pairs else {}
     facts |= {name: value for name, value in settings.changed().items() if name not in ("threads", "device")}
     write_beside(fit_notes_path(run, targets), json.dumps(facts, indent=2) + "\n")
     options = [] if folds is None else ["--folds", str(folds)]
     options += ["--validation", str(validation)] if folds is None and validation != VALIDATION else []
     options += ["--prior", prior] if prior != "none" else []
+    options += ["--pairs"] if pairs else []
     options += ["--positive"] if settings.is_positive else []
     take_note(run, "datamodels", targets, sources, options)
     run.write_catalog(datamodels="sound", dataset=dataset)
@@ -113,6 +127,20 @@ def _facts_of(datamodels: Datamodels) -> dict[str, float]:
     if datamodels.certificate is not None:
         facts["worst_gap"] = float(datamodels.certificate.gap.max())
         facts["worst_kkt"] = float(datamodels.certificate.kkt.max())
+    return facts
+
+
+def _facts_of_pairs(datamodels: Datamodels) -> dict[str, float]:
+    """Say how many pairs a target has, none where validation models do not speak for them, and what they are worth."""
+    terms = datamodels.pairs
+    facts: dict[str, float] = {"pair_terms": 0 if terms is None else terms.weight.shape[1]}
+    if terms is not None and datamodels.validation_error is not None:
+        alone, both = float(datamodels.validation_error.mean()), float(terms.validation_error.mean())
+        facts |= {
+            "validation_error": alone,
+            "validation_error_with_pairs": both,
+            "worst_pair_gap": float(terms.gap.max()),
+        }
     return facts
 
 

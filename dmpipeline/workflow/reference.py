@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
-from dmdata.array import estimate_read
+from dmdata.bodies import estimate_read
 from dmdata.errors import CatalogError
 from dmdata.layout.selection import select
 from dmdata.release.catalogs import in_force
-from dmdata.release.opening import is_paid
+from dmdata.release.opening import read_is_paid
 from dmdata.release.pricing import claimed_layout, named_prices, price_reads
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels, price_load
@@ -130,7 +130,7 @@ class Reference:
         """Whether reading it is charged, as far as is known before."""
         terms, _ = in_force(self._to, self._catalog)
         weights = (self._catalog.find(f"{self.datamodels_name()}/weight"),) if self.has_weights else ()
-        return any(is_paid(artifact, terms) for artifact in (*self.arrays, *weights))
+        return any(read_is_paid(artifact, terms) for artifact in (*self.arrays, *weights))
 
     def open(self, artifact: str) -> dmdata.LazyArray:
         """Open one of its arrays, as "test_margins" or "test_datamodels/weight"."""
@@ -143,8 +143,8 @@ class Reference:
     def rows(self) -> "ReferenceRows":
         """Open what is compared; headers are read now."""
         terms, _ = in_force(self._to, self._catalog)
-        opened = [self.open(artifact.name.removeprefix(f"{self.prefix}/")) for artifact in self.arrays]
-        paid = tuple(is_paid(artifact, terms) for artifact in self.arrays)
+        opened = [self.open(artifact.name.removeprefix(f"{self.prefix}/")).read_header() for artifact in self.arrays]
+        paid = tuple(read_is_paid(artifact, terms) for artifact in self.arrays)
         return ReferenceRows(opened[-1], opened[0] if self.masks is not None else None, self.part, paid)
 
 

@@ -2,19 +2,21 @@
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dmdata.reading.long_work import shows_stages
 from dmpipeline.errors import RunError, SpecError
+from dmpipeline.figures.curve_picture import draw_curves
 from dmpipeline.fitting.fitted import fit_facts, load_datamodels
 from dmpipeline.fitting.fitting import fit_moments
 from dmpipeline.fitting.settings import VALIDATION, StageProgress
-from dmpipeline.report.curve_picture import draw_curves
 from dmpipeline.runs.derivation import result_path, sources_of, take_note, warn_of_old_datamodels
 from dmpipeline.runs.directory import write_beside
-from dmpipeline.runs.store import Run
-from dmpipeline.runs.targets import TargetsName, command, fitted_array
+from dmpipeline.runs.store import Run, opened
+from dmpipeline.runs.targets import TargetsName, command, fitted_array, require_datamodels
 from dmpipeline.scoring.alternatives import Comparison, compare, debiased, difference_of_means, ridge
 from dmpipeline.scoring.curves import LearningCurve
 from dmpipeline.scoring.evaluation import Evaluation, evaluate
@@ -32,12 +34,12 @@ PLAIN, GRADIENT = "plain", "gradient scores"
 """Names of the curves that `curve_run` returns."""
 
 
-def evaluate_run(run: Run, targets: TargetsName = "test") -> Evaluation:
+def evaluate_run(run: Run | str | os.PathLike[str], targets: TargetsName = "test") -> Evaluation:
     """Score a run's datamodels on its held-out models.
 
     Parameters
     ----------
-    run : Run
+    run : Run or path
     targets : {"test", "train"}
         Which datamodels.
 
@@ -54,12 +56,20 @@ def evaluate_run(run: Run, targets: TargetsName = "test") -> Evaluation:
     -----
     OldResultWarning
         If the datamodels were fitted on other models than the run has now: the scores are those of that fit.
+
+    Examples
+    --------
+    >>> import dmpipeline
+    >>> evaluation = dmpipeline.evaluate_run("wine-run")  # doctest: +SKIP
+    >>> dmpipeline.report_run("wine-run", evaluation)  # doctest: +SKIP
     """
+    run = opened(run)
     array, held_out, sources = (
         fitted_array(run, targets),
         run.spec.rows.held_out,
         sources_of(run, "evaluation", targets),
     )
+    require_datamodels(run, targets)
     datamodels = load_datamodels(run, targets)
     warn_of_old_datamodels(run, targets)
     evaluation = evaluate(
@@ -74,6 +84,7 @@ def evaluate_run(run: Run, targets: TargetsName = "test") -> Evaluation:
     return evaluation
 
 
+@shows_stages(COMPARE_STAGES)
 def compare_run(run: Run, *, targets: TargetsName = "test", progress: StageProgress | None = None) -> Comparison:
     """Score a run's datamodels next to other estimates from the same models, on its held-out models.
 
@@ -98,6 +109,7 @@ def compare_run(run: Run, *, targets: TargetsName = "test", progress: StageProgr
     RunError
         If arrays, datamodels or the notes on their fit are damaged.
     """
+    require_datamodels(run, targets)
     array, saved, held_out = fitted_array(run, targets), load_datamodels(run, targets), run.spec.rows.held_out
     share = fit_facts(run, targets).get("validation", VALIDATION)
     fitting, validation = moments_of_run(run, targets, share, progress=progress)
@@ -112,6 +124,7 @@ def compare_run(run: Run, *, targets: TargetsName = "test", progress: StageProgr
     return compare(estimates, masks, margins, n_retrainings=run.spec.held_out.n_retrainings)
 
 
+@shows_stages(CURVE_STAGES)
 def curve_run(
     run: Run,
     counts: Sequence[int] | None = None,

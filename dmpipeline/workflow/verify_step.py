@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.reading.long_work import shows_count
 from dmpipeline.checks.agreement import LEAST_MODELS, Agreement, compare_outputs
 from dmpipeline.checks.findings import Finding, VerdictName, Verification, worst_first
 from dmpipeline.checks.mask_law import MaskLaw
@@ -183,6 +184,7 @@ def replayed(run: Run, n_rows: int, *, seed: int) -> Iterator[Finding]:
     yield Finding("replays", passed=not wrong, detail=told, effect=largest)
 
 
+@shows_count("comparing", "rows")
 def compared(
     run: Run,
     findings: Sequence[Finding],

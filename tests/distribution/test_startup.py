@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from dmdata.cli.copy_commands import DEFAULT_MEMORY_MIB, DESTINATIONS
+from dmdata.cli.money_commands import SETTINGS
 from dmdata.copying.mirror import DEFAULT_MEMORY_BYTES
 from dmdata.money.prices import Destination
+from dmdata.settings import names_of_settings
+from dmpipeline.cli.train_commands import RECIPES
+from dmpipeline.models.recipes import type_of_recipe
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"numpy", "pydantic", "yaml", "rich", "zarr", "fsspec", "obstore", "boto3", "urllib3", "torch", "numba"}
@@ -141,3 +145,5 @@ def test_fsspec_finds_a_checkout_that_is_only_on_the_path_whichever_is_imported_
 def test_what_options_know_without_loading_it_is_so() -> None:
     assert tuple(str(destination) for destination in Destination) == DESTINATIONS
     assert DEFAULT_MEMORY_MIB << 20 == DEFAULT_MEMORY_BYTES
+    assert list(SETTINGS) == names_of_settings()
+    assert list(RECIPES) == list(dict.fromkeys(name for name, _ in type_of_recipe))

@@ -9,8 +9,10 @@ import pytest
 from cluster_runs import write_letters
 
 import dmpipeline
+from dmpipeline.checks.findings import Finding, Verification
 from dmpipeline.runs.store import Run
-from dmpipeline.shown import as_html
+from dmpipeline.scoring.alternatives import Comparison
+from dmpipeline.scoring.curves import CurvePoint, LearningCurve
 from dmpipeline.spec import RunSpec
 from dmpipeline.training.train import Way
 
@@ -46,7 +48,7 @@ class Cells(HTMLParser):
         assert self.depth == 0
 
     def handle_starttag(self, tag, attrs):
-        assert tag in ("table", "caption", "tr", "th", "td", "tbody"), tag
+        assert tag in ("div", "table", "tr", "th", "td", "thead", "tbody"), tag
         self.depth += 1
 
     def handle_endtag(self, tag):
@@ -79,11 +81,30 @@ def test_each_says_what_matters_in_a_line_and_in_a_table(shown, kind, words):
         assert word in text, text
 
 
-def test_whatever_a_name_holds_is_no_markup():
-    table = as_html("<i>", {"<script>": "</table><b>&", "none": None, "n": 12_345, "share": 0.12345, "is": True})
-    assert Cells(table).cells[0] == "<i>"
-    assert "<script>" not in table
-    assert Cells(table).cells == ["<i>", "<script>", "</table><b>&", "n", "12,345", "share", "0.123", "is", "True"]
+def test_answers_of_any_kind_are_tables_in_a_notebook(shown):
+    run, fitted, scored = shown["Run"], shown["Datamodels"], shown["Evaluation"]
+    verified = dmpipeline.verify(run)
+    point = CurvePoint(30, lds=0.5, lds_low=0.4, lds_high=0.6, r2=0.25, nonzero_weights=3.0)
+    tables = {
+        "spec": verified,
+        "what was found": verified[0],
+        "Comparison of 1 estimates": Comparison({"lasso": scored}, {"lasso": 3.0}),
+        "of at most 0.900": LearningCurve((point,), lds_ceiling=0.9, level=0.95),
+        "2 removed, 0 added": dmpipeline.counterfactual(fitted, 0, remove=[1, 2]),
+        "index 0": dmpipeline.explain(fitted, 0, top=3),
+    }
+    for words, thing in tables.items():
+        assert words in " ".join(Cells(thing._repr_html_()).cells), words
+    columns = Cells(tables["index 0"]._repr_html_()).cells[1:3]
+    assert columns == ["index", "weight"]
+    assert "rank low" not in tables["index 0"]._repr_html_(), "nothing is known of it"
+
+
+def test_findings_say_what_was_found_and_cost_what_it_did_in_a_notebook():
+    found = Finding("digests", False, "row 3 is <damaged>")
+    shown = Cells(Verification((found,), verdict="differs", usd=0.00012)._repr_html_()).cells
+    assert shown[1:] == ["level", "check", "what was found", "bytes", "digests", "differs", "row 3 is <damaged>"]
+    assert "cost $0.00012" in shown[0]
 
 
 def test_a_run_that_is_gone_from_disk_can_still_be_shown(tmp_path, shown):

@@ -4,18 +4,13 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from documentation.pages import Reader
 from servers.loopback import LoopbackS3
-
-import dmdata
+from servers.release import released
 
 # pages are about both packages
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["test_*.py"]
-
-ARRAYS = ("cifar/50pct/train_masks", "cifar/50pct/test_margins")
-"""What the pages read of the release."""
 
 
 @pytest.fixture
@@ -31,11 +26,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
 @pytest.fixture
 def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackS3]:
     """The release's bucket with some objects of their true sizes: headers, and zeros that take no room on the disk."""
-    with LoopbackS3("madrylab-datamodels") as server:
-        for artifact in dmdata.load_catalog().match(ARRAYS):
-            path = tmp_path / artifact.stored.key.replace("/", "-")
-            np.lib.format.open_memmap(path, "w+", artifact.schema.dtype, artifact.schema.shape)
-            server.put(artifact.stored.key, path)
+    with released(tmp_path) as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         yield server

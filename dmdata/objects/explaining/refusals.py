@@ -180,7 +180,7 @@ def encoded(address: Address, encoding: str) -> SourceError:
     """State that an object is sent compressed, so that its ranges are not those of its elements."""
     return SourceError(
         f"{address} is stored or sent with Content-Encoding {encoding}, so its elements cannot be read by ranges; "
-        "download it as it is (dmdata get), unpack it, and read the file, or ask its publisher for another",
+        "download it as it is (dmdata get URL), unpack it, and read the file, or ask its publisher for another",
         url=str(address),
         cause="encoded",
         by_download=True,

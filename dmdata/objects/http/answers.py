@@ -57,7 +57,7 @@ def require_range(target: Target, answer: Answer, start: int, stop: int) -> None
     if coding := coding_of(answer):
         raise target.failed(
             f"is sent compressed (Content-Encoding: {coding}), so ranges of it are not ranges of the file; "
-            "download it with dmdata get and open the copy",
+            "download it (dmdata get URL) and open the copy",
             whole=answer.status == 200,
             by_download=True,
         )
@@ -68,14 +68,14 @@ def require_range(target: Target, answer: Answer, start: int, stop: int) -> None
         require_file(target, answer)
         raise target.failed(
             "cannot be read by ranges, because its server does not answer ranges but sends the whole object; "
-            "download it with dmdata get and open the copy",
+            "download it (dmdata get URL) and open the copy",
             whole=True,
             by_download=True,
         )
     if answer.headers.get("Content-Type", "").lower().startswith("multipart/byteranges"):
         raise target.failed(
-            "was answered with several ranges (multipart/byteranges) where one was asked for; download it with "
-            "dmdata get and open the copy",
+            "was answered with several ranges (multipart/byteranges) where one was asked for; download it "
+            "(dmdata get URL) and open the copy",
             by_download=True,
         )
     found = re.fullmatch(r"\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*", answer.headers.get("Content-Range", ""))
@@ -83,7 +83,7 @@ def require_range(target: Target, answer: Answer, start: int, stop: int) -> None
         raise target.failed("was answered with another range than was asked for; try again", transient=True)
     if found[3] == "*":
         raise target.failed(
-            "is sent without its size (Content-Range: */*), so its end is not known; download it with dmdata get "
+            "is sent without its size (Content-Range: */*), so its end is not known; download it (dmdata get URL) "
             "and open the copy",
             by_download=True,
         )

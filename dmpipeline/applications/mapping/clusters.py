@@ -14,21 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 import dmdata
+from dmdata.reading.long_work import shows_count
 from dmpipeline.applications.evidence import Evidence, find_evidence
+from dmpipeline.applications.halves import run_to_halve, weights_of_halves
 from dmpipeline.applications.mapping.embeddings import EmbeddedName, cosine_neighbours, labels_of, weight_vectors
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels, SpaceName
-from dmpipeline.fitting.fitting import fit
 from dmpipeline.runs.store import Run
-from dmpipeline.runs.targets import TargetsName, fitted_array, place_of
+from dmpipeline.runs.targets import TargetsName
 from dmpipeline.tables import Table
-from dmpipeline.workflow.run_arrays import RowsOf, open_rows
 
 MOST_CLUSTERS = 20
 """As many are considered where their number is chosen here."""
-
-_PLACE = "halves"
-_LEAST_HALF = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,7 @@ class Clusters(Table[Cluster]):
     name: ClassVar[str] = "clusters"
 
 
+@shows_count("fitting halves", "steps")
 def clusters(
     asked: "Run | Evidence | Datamodels | str | os.PathLike[str]",
     *,
@@ -102,6 +100,7 @@ def clusters(
     columns: Sequence[int] | None = None,
     n_neighbours: int = 10,
     stability: bool | None = None,
+    halves: Sequence[npt.NDArray[np.float32]] | None = None,
     seed: int = 0,
     catalog: dmdata.CatalogLike = None,
     space: SpaceName | None = None,
@@ -127,6 +126,8 @@ def clusters(
         Whether to fit datamodels to each half of the models and compare their clusters; left out, where a run of 40
         models or more is on disk. The second moments of the halves are kept in the run's folder `halves`, which may be
         removed.
+    halves : sequence of two arrays of float32, shape (n_train, n_targets)
+        Weights of such fits where they are at hand, as `weights_of_halves` returns them; nothing is fitted then.
     seed : int
         Of the spectral embedding and of k-means.
     catalog, space
@@ -168,7 +169,7 @@ def clusters(
             field="n_clusters",
             value=n_clusters,
         )
-    run = _run_to_halve(evidence, stability)
+    run = None if halves is not None else run_to_halve(evidence, stability)
     vectors, indices, _ = weight_vectors(evidence, of, columns)
     parts, n_found = _spectral_clusters(vectors, n_clusters, n_neighbours, seed)
     if len(_by_falling_size(parts)) < 2:
@@ -178,9 +179,12 @@ def clusters(
         )
     ari, overlaps = None, None
     if run is not None:
-        of_halves = _vectors_of_halves(run, evidence.targets, of, columns, progress)
-        halves = [_spectral_clusters(half, n_found, n_neighbours, seed)[0] for half in of_halves]
-        ari, overlaps = _agreement(parts, halves)
+        halves = weights_of_halves(run, evidence.targets, columns, progress)
+    if halves is not None:
+        of_halves = [weight if of == "train" else np.ascontiguousarray(weight.T) for weight in halves]
+        ari, overlaps = _agreement(
+            parts, [_spectral_clusters(half, n_found, n_neighbours, seed)[0] for half in of_halves]
+        )
     rows = _described(parts, indices, *labels_of(evidence, of), overlaps)
     return Clusters(
         rows=rows,
@@ -192,30 +196,6 @@ def clusters(
         unclustered=tuple(indices[parts < 0].tolist()),
         seed=seed,
     )
-
-
-def _run_to_halve(evidence: Evidence, stability: bool | None) -> Run | None:
-    """Return the run whose halves are to be fitted, or None.
-
-    Raises
-    ------
-    SpecError
-        If stability is asked for where it cannot be measured.
-    """
-    if stability is False or (stability is None and evidence.run is None):
-        return None
-    run = evidence.require_run("models to fit halves of are")
-    if run.spec.n_models < 2 * _LEAST_HALF:
-        if stability is None:
-            return None
-        raise SpecError(
-            f"{run.spec.n_models} models are too few to fit halves of; train {2 * _LEAST_HALF} or more, or ask for no "
-            "stability",
-            field="stability",
-            n_models=run.spec.n_models,
-        )
-    run.require_complete()
-    return run
 
 
 def _described(
@@ -286,53 +266,6 @@ def _eigengap(values: npt.NDArray[np.float64]) -> int:
     """Return after how many of the falling eigenvalues, from two, the gap is largest; of two, there is none to see."""
     gaps = -np.diff(values)[1:]
     return 2 + int(gaps.argmax()) if len(gaps) else 2
-
-
-def _vectors_of_halves(
-    run: Run,
-    targets: TargetsName,
-    of: EmbeddedName,
-    columns: Sequence[int] | None,
-    progress: Callable[[int, int], None] | None,
-) -> list[npt.NDArray[np.float32]]:
-    """Fit datamodels to the first and to the second half of a run's models, and return both sets of embeddings."""
-    models = run.spec.rows.models
-    middle = models.start + (models.stop - models.start) // 2
-    vectors = []
-    for nth, rows in enumerate((slice(models.start, middle), slice(middle, models.stop))):
-        masks = open_rows(run, "train_masks", rows)
-        outputs = open_rows(run, fitted_array(run, targets), rows)
-        some = outputs if columns is None else _Columns(outputs, np.asarray(columns, np.intp))
-        weight = fit(
-            masks,
-            some,
-            directory=place_of(run, _PLACE, targets),
-            progress=_of_half(nth, progress),
-        ).weight
-        vectors.append(weight if of == "train" else np.ascontiguousarray(weight.T))
-    return vectors
-
-
-def _of_half(nth: int, progress: Callable[[int, int], None] | None) -> Callable[[str, int, int], None] | None:
-    """Count the targets of a half's refit after those of the halves before."""
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(nth * total + done, 2 * total) if stage == "refit" else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """Some columns of a run's array, still lazy."""
-
-    array: RowsOf
-    columns: npt.NDArray[np.intp]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.array.shape[0], len(self.columns))
-
-    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
-        return self.array[rows][:, self.columns]
 
 
 def _by_falling_size(parts: npt.NDArray[np.int64]) -> list[int]:

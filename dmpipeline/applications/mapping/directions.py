@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from dmdata.reading.long_work import shows_count
 from dmpipeline.applications.evidence import checked_indices
 from dmpipeline.applications.mapping.embeddings import Embedding, EndName, end_of
 from dmpipeline.applications.retraining import TrainingSet, retrain
@@ -70,6 +71,7 @@ class Removals(Table[Removal]):
     name: ClassVar[str] = "removals"
 
 
+@shows_count("retraining", "models")
 def what_removal_does(
     embedding: Embedding,
     directions: int | Sequence[int] = 0,

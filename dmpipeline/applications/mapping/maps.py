@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dmpipeline.applications.mapping.embeddings import Embedding
 from dmpipeline.errors import SpecError
-from dmpipeline.report.figures import LIGHT, Palette, blank, file_bytes
+from dmpipeline.figures.drawing import LIGHT, Palette, blank, file_bytes
 from dmpipeline.runs.directory import write_beside
 
 # Paul Tol's bright scheme, which colour-blind readers tell apart too (Colour Schemes, SRON/EPS/TN/09-002, 2021).

@@ -119,6 +119,23 @@ def test_the_list_names_everything_with_shape_size_and_price(dm: Any) -> None:
     assert as_json(dm("ls", "**/bias", "--json"))["artifacts"][0]["shape"] == [10_000]
 
 
+@pytest.mark.parametrize("command", ["ls", "estimate", "info"])
+@pytest.mark.parametrize(("name", "glob"), [("cifar/50pct", "cifar/50pct/**"), ("cifar/50pct/", "cifar/50pct/**")])
+def test_the_name_of_an_alpha_stands_for_all_below_it(dm: Any, command: str, name: str, glob: str) -> None:
+    wanted = as_json(dm("ls" if command == "info" else command, glob, "--json"))
+    assert as_json(dm(command, name, "--json")) == wanted
+    assert len(wanted["artifacts"]) == 7
+
+
+def test_the_name_of_a_dataset_stands_for_all_below_it_also_where_it_is_left_out(dm: Any) -> None:
+    for name in ("cifar", "cifar/", "cifar/*pct"):
+        assert as_json(dm("ls", name, "--json")) == as_json(dm("ls", "cifar/**", "--json"))
+    some = as_json(dm("estimate", "cifar", "--exclude", "cifar/10pct", "--json"))
+    assert some == as_json(dm("estimate", "cifar/**", "--exclude", "cifar/10pct/**", "--json"))
+    assert as_json(dm("info", "cifar/", "--json")) == as_json(dm("info", "cifar", "--json"))
+    assert dm("ls", "")[0] == dm("ls", "cifar/30pct")[0] == 2
+
+
 def test_the_facts_of_an_artifact_come_with_how_they_are_known(dm: Any) -> None:
     facts = as_json(dm("info", "cifar/50pct/train_logits", "--json"))
     assert facts["basis"]["dtype"] == "published"
@@ -184,7 +201,7 @@ def test_a_mirror_spends_what_was_estimated_and_spend_shows_it(
 
 def test_a_download_by_command(dm: Any, s3: LoopbackS3, catalog: str, tmp_path: Path) -> None:
     outcome = as_json(dm("get", SMALL, "-o", tmp_path / "x.npy", "--catalog", catalog, "-y", "--json"))
-    assert outcome == {"path": str(tmp_path / "x.npy"), "bytes": len(npy(MASKS))}
+    assert outcome == {"path": str(tmp_path / "x.npy"), "bytes": len(npy(MASKS)), "present": False}
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), MASKS)
 
 
@@ -391,6 +408,20 @@ def test_a_reader_that_goes_away_is_no_crash() -> None:
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
     assert done.stdout
+
+
+def test_options_of_all_commands_are_taken_before_or_after_the_command(dm: Any, catalog: str, tmp_path: Path) -> None:
+    after = dm("ls", MARGINS, "--json", "--catalog", catalog)
+    assert after[0] == 0
+    assert (
+        dm("--json", "--catalog", catalog, "ls", MARGINS) == dm("--catalog", catalog, "ls", "--json", MARGINS) == after
+    )
+    assert dm("config", "--json", "get", "max_cost") == dm("config", "get", "max_cost", "--json")
+    assert dm("--json", "config") == dm("config", "--json")
+    assert dm("-q", "cache") == dm("cache", "-q") != dm("cache")
+    assert dm("--catalog", catalog, "catalog", "show") == dm("catalog", "--catalog", catalog, "show")
+    assert dm("--catalog", "elsewhere", "ls", MARGINS, "--catalog", catalog) == dm("ls", MARGINS, "--catalog", catalog)
+    assert "Traceback" in dm("--debug", "ls", "--catalog", tmp_path / "none.yaml")[2]
 
 
 def test_every_command_has_help_with_an_explanation(dm: Any) -> None:

@@ -238,6 +238,44 @@ def test_the_config_command_sets_shows_and_unsets(capsys: pytest.CaptureFixture[
     assert settings() == type(settings())()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("max_cost", "2.5", "2.5"),
+        ("offline", "true", "true"),
+        ("to", "same-region", "same-region"),
+        ("prices.usd_per_get", "0.000001", "0.000001"),
+        ("prices.internet_tiers", "[[500, 0.09], [.inf, 0.02]]", "[[500.0, 0.09], [.inf, 0.02]]"),
+    ],
+)
+def test_config_get_prints_what_config_set_takes(
+    capsys: pytest.CaptureFixture[str], name: str, value: str, shown: str
+) -> None:
+    assert run(capsys, "config", "set", name, value)[0] == 0
+    code, out, _ = run(capsys, "config", "get", name)
+    assert (code, out) == (0, f"{shown}\n")
+    before = settings()
+    assert run(capsys, "config", "set", name, out.strip())[0] == 0
+    assert settings() == before
+    facts = json.loads(run(capsys, "config", "get", name, "--json")[1])
+    assert (facts["name"], facts["from"]) == (name, str(config_path()))
+
+
+def test_config_get_of_what_is_not_set_or_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "config", "get", "max_cost") == (0, "\n", "max_cost is not set\n")
+    assert run(capsys, "config", "get", "prices.free_gib", "--json")[1].count("null") == 1
+    code, _, err = run(capsys, "config", "get", "max_cots")
+    assert (code, "no setting max_cots; choose max_cost" in err) == (2, True)
+
+
+def test_help_lists_the_names_that_can_be_set_and_prices_alone_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("set", "get"):
+        shown = run(capsys, "config", command, "--help")[1].split()
+        assert {"max_cost,", "prices.usd_per_get,", "link.n_connections."} <= set(shown)
+    assert run(capsys, "prices") == run(capsys, "prices", "show")
+    assert json.loads(run(capsys, "prices", "--json")[1])["usd_per_get"] == pytest.approx(4e-7)
+
+
 def test_tiers_of_ones_own_are_shown_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     tiers = "[[500, 0.09], [.inf, 0.02]]"
     assert run(capsys, "config", "set", "prices.internet_tiers", tiers)[0] == 0

@@ -1,9 +1,7 @@
-"""doctor, cache, catalog, completion: what a person is told before anything goes wrong, and what may be forgotten."""
+"""doctor, cache, catalog: what a person is told before anything goes wrong, and what may be forgotten."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +119,7 @@ def test_doctor_says_that_a_local_release_is_free(tmp_path: Path, capsys: pytest
 def test_the_cache_is_counted_and_cleared_and_the_ledger_stays(
     s3: LoopbackS3, catalog: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    dmdata.open(NAME, catalog=catalog)
+    dmdata.open(NAME, catalog=catalog).read_header()
     (tmp_path / "precious").write_text("dear")
     (home() / "headers" / "link").symlink_to(tmp_path / "precious")
     folders = json.loads(run(capsys, "cache", "--json")[1])["folders"]
@@ -130,14 +128,14 @@ def test_the_cache_is_counted_and_cleared_and_the_ledger_stays(
     assert json.loads(run(capsys, "cache", "clear", "--json")[1])["files"] == 2
     assert (tmp_path / "precious").read_text() == "dear"
     assert dmdata.spend().n_requests == 1
-    dmdata.open(NAME, catalog=catalog)
+    dmdata.open(NAME, catalog=catalog).read_header()
     assert s3.n_requests == 2, "the header is read anew"
 
 
 def test_what_paid_reads_keep_is_shown_with_what_it_saved_and_cleared(
     s3: LoopbackS3, catalog: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0:10]
     paid = dmdata.spend()
     array[0:10]
@@ -176,31 +174,3 @@ def test_what_catalog_show_prints_is_a_catalog_and_the_schema_is_json(
         dmdata.load_catalog(tmp_path / "copy.yaml").find(NAME).url == f"s3://{BUCKET}/toy/data/test_margins_50pct.npy"
     )
     assert json.loads(run(capsys, "catalog", "schema")[1])["title"] == "Catalog"
-
-
-def completions(command: str, *words: str) -> list[str]:
-    """What bash would be offered for the last of the words."""
-    environment = os.environ | {
-        f"_{command.upper()}_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join([command, *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    program = f"from {command}.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
-
-
-def test_commands_options_and_names_complete() -> None:
-    assert {"estimate", "doctor", "cache"} <= set(completions("dmdata", ""))
-    assert completions("dmdata", "estimate", "cif") == ["cifar"]
-    assert completions("dmdata", "info", "cifar/50pct/test_d") == ["cifar/50pct/test_datamodels"]
-    assert "--max-cost" in completions("dmdata", "get", "--m")
-    assert "fit" in completions("dmpipeline", "f")
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_script_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "completion", shell)
-    assert code == 0
-    assert "_DMDATA_COMPLETE" in out

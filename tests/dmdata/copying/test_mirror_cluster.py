@@ -57,7 +57,7 @@ def test_workers_hold_the_callers_budget(s3: LoopbackS3, cluster: Any, tmp_path:
     with dmdata.budget(usd=whole):
         mirror_on(cluster, catalog, tmp_path / "m.zarr")
         with pytest.raises(BudgetError):
-            dmdata.open(MARGINS, catalog=catalog)[:200]
+            dmdata.open(MARGINS, catalog=catalog, local=False)[:200]
 
 
 def test_a_block_whose_worker_dies_is_copied_by_another(s3: LoopbackS3, cluster: Any, tmp_path: Path) -> None:

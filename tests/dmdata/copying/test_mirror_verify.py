@@ -248,13 +248,13 @@ def test_the_command_tells_by_words_and_exit_code(copy: Path, catalog: str, dm: 
     code, out, err = dm("verify", copy, "--catalog", catalog)
     assert code == 3
     assert "not the same" in out
-    assert "1 of 16 blocks are damaged (5); run dmdata verify --repair, then dmdata mirror again" in err
+    assert f"1 of 16 blocks are damaged (5); run dmdata verify {copy} --repair, then mirror it again" in err
     code, out, _ = dm("verify", copy, "--catalog", catalog, "--repair", "--json")
     assert code == 3
     assert json.loads(out)["artifacts"][0]["damaged"] == [5]
     code, _, err = dm("verify", copy, "--catalog", catalog)
     assert code == 3
-    assert "1 of 16 blocks are not mirrored yet; run dmdata mirror again" in err
+    assert "1 of 16 blocks are not mirrored yet; to resume, mirror it again" in err
     assert dm("mirror", MARGINS, copy, "--catalog", catalog, "-y")[0] == 0
     assert dm("verify", copy, MARGINS, "--catalog", catalog)[0] == 0
 

@@ -42,7 +42,7 @@ def catalog(live_s3: "LiveS3", prefix: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_array_is_opened_and_sliced(catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     assert (array.shape, array.dtype) == (VALUES.shape, VALUES.dtype)
     np.testing.assert_array_equal(array[3], VALUES[3])
     np.testing.assert_array_equal(array[::40, 7], VALUES[::40, 7])
@@ -59,7 +59,7 @@ def test_the_ledger_holds_what_was_estimated(catalog: str) -> None:
 
 
 def test_a_budget_holds(catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     with dmdata.budget(usd=array.estimate().usd * 0.9), pytest.raises(BudgetError):
         array[...]
 
@@ -79,7 +79,7 @@ def test_an_object_is_downloaded(catalog: str, tmp_path: Path) -> None:
 
 
 def test_an_object_that_changed_is_noticed(live_s3: "LiveS3", catalog: str, prefix: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     key = f"{prefix}/{key_of(NAME, VALUES)}"
     live_s3.owner.put_object(Bucket=live_s3.bucket, Key=key, Body=npy(VALUES + 1), ACL="authenticated-read")
     with pytest.raises(IntegrityError):
@@ -99,7 +99,7 @@ def test_wrong_credentials_are_named_without_showing_them(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(AccessError, match=code) as caught:
-        dmdata.open(NAME, catalog=catalog)
+        dmdata.open(NAME, catalog=catalog).read_header()
     assert caught.value.cause == "bad_credentials"
     assert value not in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_missing_offer_to_pay_is_named(catalog: str) -> None:
     text = Path(catalog).read_text()
     Path(catalog).write_text(text.replace("requester_pays: true", "requester_pays: false"))
     with pytest.raises(AccessError, match="requester_pays: true") as caught:
-        dmdata.open(NAME, catalog=catalog)
+        dmdata.open(NAME, catalog=catalog).read_header()
     assert caught.value.cause == "requester_pays"
 
 
@@ -117,7 +117,7 @@ def test_a_missing_key_is_told_from_missing_rights_as_far_as_can_be(live_s3: "Li
         dmdata.open(f"s3://{live_s3.bucket}/no/such/key.npy")
     assert caught.value.cause == "not_in_release"
     with pytest.raises(AccessError) as caught:
-        dmdata.open(GONE, catalog=catalog)
+        dmdata.open(GONE, catalog=catalog).read_header()
     assert caught.value.cause == "denied"
 
 
@@ -125,6 +125,6 @@ def test_an_object_of_the_owner_alone_is_denied(live_s3: "LiveS3", catalog: str,
     key = f"{prefix}/{key_of(GONE, VALUES)}"
     live_s3.owner.put_object(Bucket=live_s3.bucket, Key=key, Body=npy(VALUES))
     with pytest.raises(AccessError, match="s3:GetObject") as caught:
-        dmdata.open(GONE, catalog=catalog)
+        dmdata.open(GONE, catalog=catalog).read_header()
     assert caught.value.cause == "denied"
     live_s3.owner.delete_object(Bucket=live_s3.bucket, Key=key)

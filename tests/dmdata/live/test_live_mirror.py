@@ -67,7 +67,7 @@ def test_a_mirror_in_a_bucket_is_gone_on_with_and_verified(
         if len(done) == 2:
             raise KeyboardInterrupt
 
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     with pytest.raises(KeyboardInterrupt):
         array.mirror(url, memory_bytes=1 << 20, progress=stop)
     assert "zarr.json" in keys_in(live_s3, "one.zarr/")

@@ -52,7 +52,7 @@ def catalog(s3: LoopbackS3, tmp_path: Path) -> str:
 
 @pytest.fixture
 def lazy(s3: LoopbackS3, catalog: str) -> LazyArray:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     s3.reset_log()
     return array
 
@@ -310,7 +310,7 @@ def test_a_data_loader_with_persistent_workers_started_before_is_held(
     s3: LoopbackS3, lazy: LazyArray, catalog: str
 ) -> None:
     data = pytest.importorskip("torch.utils.data")
-    masks = dmdata.open(MASKS, catalog=catalog)
+    masks = dmdata.open(MASKS, catalog=catalog).read_header()
     batches = torch_dataset(masks, lazy, batch_rows=10)
     loader = data.DataLoader(
         batches, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
@@ -370,7 +370,7 @@ def test_reads_that_were_never_sent_are_not_booked(lazy: LazyArray, shut: str) -
 
 def test_a_header_that_was_never_asked_for_is_not_booked(catalog: str, shut: str) -> None:
     with pytest.raises(SourceError) as caught:
-        dmdata.open(NAME, catalog=catalog)
+        dmdata.open(NAME, catalog=catalog).read_header()
     assert caught.value.n_tries > 1
     total = dmdata.spend()
     assert (total.usd, total.n_bytes, total.n_requests) == (0, 0, 0)
@@ -438,7 +438,7 @@ def test_what_is_asked_for_consent_is_priced_by_the_prices_that_are_named(
     both = dmdata.estimate([NAME, MASKS], catalog=str(catalog))
     assert both.usd == pytest.approx(0.05 * both.n_requests)
     one = dmdata.estimate(NAME, select="0:2", catalog=str(catalog))
-    assert one.usd == pytest.approx(0.10), "the header and the rows"
+    assert one.usd == pytest.approx(0.05), "the header and the rows in one request"
 
 
 def test_prices_of_a_catalog_count_where_nobody_is_charged_by_s3(own_store: LoopbackS3, tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_prices_of_a_catalog_count_where_nobody_is_charged_by_s3(own_store: Loop
     text = catalog.read_text().replace("requester_pays: true", "requester_pays: false\n  prices: {usd_per_get: 0.05}")
     catalog.write_text(text)
     dmdata.open(NAME, catalog=str(catalog))[0]
-    assert dmdata.spend().usd == pytest.approx(0.10)
+    assert dmdata.spend().usd == pytest.approx(0.05)
 
 
 def test_on_aws_itself_an_address_always_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +484,7 @@ def test_consent_is_asked_until_an_endpoint_of_ones_own_has_said_that_it_does_no
 ) -> None:
     url, empty, terms = f"s3://{BUCKET}/x.npy", load_catalog(None), Terms.in_force()
     assert reader_pays(url, empty, terms)
-    dmdata.open(url)
+    dmdata.open(url).read_header()
     assert not reader_pays(url, empty, terms)
 
 

@@ -358,7 +358,7 @@ def test_a_damaged_ledger_stops_all_spending(s3: LoopbackS3, tmp_path: Path) -> 
     home().mkdir()
     (home() / "ledger.sqlite").write_bytes(b"this is no database, " * 100)
     with pytest.raises(DmdataError, match="nothing is spent; set DMDATA_HOME"):
-        dmdata.open("toy/50pct/test_margins", catalog=catalog)
+        dmdata.open("toy/50pct/test_margins", catalog=catalog)[0]
     with pytest.raises(DmdataError, match="damaged ledger"):
         dmdata.spend()
     assert s3.n_requests == 0
@@ -369,7 +369,7 @@ def test_a_home_that_is_a_file_stops_all_spending(s3: LoopbackS3, tmp_path: Path
     catalog = publish(s3, {"toy/50pct/test_margins": np.zeros((4, 3), np.float16)}, tmp_path)
     home().write_text("a file")
     with pytest.raises(DmdataError, match="cannot be used"):
-        dmdata.open("toy/50pct/test_margins", catalog=catalog)
+        dmdata.open("toy/50pct/test_margins", catalog=catalog)[0]
     assert s3.n_requests == 0
 
 

@@ -168,7 +168,7 @@ def test_bytes_are_readable_however_many(n_bytes: int, text: str) -> None:
     assert readable_bytes(n_bytes) == text
 
 
-@pytest.mark.parametrize("module", ["dmdata", "dmdata.money.prices", "dmdata.array"])
+@pytest.mark.parametrize("module", ["dmdata", "dmdata.shown", "dmdata.array"])
 def test_the_examples_in_the_documentation_are_true(module: str) -> None:
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0

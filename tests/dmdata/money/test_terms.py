@@ -37,7 +37,7 @@ def catalog(s3: LoopbackS3, tmp_path: Path, dmdata_home: Path) -> str:
 
 @pytest.fixture
 def lazy(catalog: str) -> LazyArray:
-    return dmdata.open(NAME, catalog=catalog)
+    return dmdata.open(NAME, catalog=catalog).read_header()
 
 
 def test_reading_rows_looks_at_the_config_file_once(lazy: LazyArray) -> None:
@@ -55,7 +55,7 @@ def test_pricing_looks_at_the_config_file_once(lazy: LazyArray) -> None:
 def test_an_operation_that_spends_looks_at_the_config_file_once_and_for_the_budget_at_each_request(
     s3: LoopbackS3, catalog: str, tmp_path: Path
 ) -> None:
-    assert n_config_reads(lambda: dmdata.open(NAME, catalog=catalog)) == 1 + s3.n_requests
+    assert n_config_reads(lambda: dmdata.open(NAME, catalog=catalog).read_header()) == 1 + s3.n_requests
     s3.reset_log()
     # whether all of a copy fits the budget is asked once, too, before its first request
     assert n_config_reads(lambda: dmdata.mirror(OTHER, tmp_path / "m.zarr", catalog=catalog)) == 2 + s3.n_requests

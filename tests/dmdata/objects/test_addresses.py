@@ -1,6 +1,7 @@
 """Whatever takes a name takes an address: priced and asked first, and booked as it was served."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,16 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
-from servers.loopback import BUCKET, LoopbackS3
+from servers.loopback import BUCKET, Fault, LoopbackS3, Request
 from small_release import Pt, npy, pt, publish, write_locally
 
 import dmdata
 from dmdata.cli.command import main
 from dmdata.cli.completion import complete_artifacts
 from dmdata.errors import BudgetError, CatalogError, FormatError
+from dmdata.home import home
 from dmdata.money.prices import Terms
-from dmdata.release import opening
+from dmdata.release import catalogs, opening
 from dmdata.release.pricing import place_of
 
 VALUES = np.arange(900 * 40, dtype=np.float32).reshape(900, 40)
@@ -263,7 +265,7 @@ def test_completion_offers_files_for_an_address_and_pays_for_no_catalog(
     context, argument = click.Context(click.Command("info")), click.Argument(["name"])
     [item] = complete_artifacts(context, argument, "./x")
     assert (item.value, item.type) == ("./x", "file")
-    assert [item.value for item in complete_artifacts(context, argument, "cif")] == ["cifar"]
+    assert [item.value for item in complete_artifacts(context, argument, "cif")] == ["cifar/"]
     monkeypatch.setenv("DMDATA_CATALOG", f"s3://{BUCKET}/run")
     assert complete_artifacts(context, argument, "to") == []
     assert bucket.n_requests == 0
@@ -305,6 +307,30 @@ def test_threads_that_need_a_catalog_at_once_fetch_it_once(bucket: LoopbackS3, r
     assert lists_of(bucket) == 1
 
 
+def test_a_catalog_that_is_slow_to_come_holds_up_no_other_and_no_fork(
+    bucket: LoopbackS3, remote: str, tmp_path: Path
+) -> None:
+    bucket.put("other/catalog.yaml", Path(publish(bucket, {NAME: VALUES}, tmp_path / "other")).read_bytes())
+    begun = threading.Event()
+
+    def is_slow(request: Request) -> bool:
+        if request.key == "run/catalog.yaml":
+            begun.set()
+        return request.key == "run/catalog.yaml"
+
+    bucket.inject(Fault(stall_seconds=3), when=is_slow)
+    slow = threading.Thread(target=dmdata.load_catalog, args=(remote,))
+    slow.start()
+    assert begun.wait(10)
+    assert dmdata.load_catalog(f"s3://{BUCKET}/other").has(NAME)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert slow.is_alive(), "both were done before the slow one came"
+    slow.join()
+
+
 def test_a_catalog_is_looked_at_again_after_a_while_and_read_again_if_it_changed(
     bucket: LoopbackS3, remote: str, tmp_path: Path
 ) -> None:
@@ -316,6 +342,26 @@ def test_a_catalog_is_looked_at_again_after_a_while_and_read_again_if_it_changed
     bucket.put("run/catalog.yaml", Path(other).read_bytes())
     assert not dmdata.load_catalog(remote, max_age_seconds=0).has(NAME)
     assert_booked_as_served(bucket)
+
+
+def test_another_process_reads_one_byte_of_a_catalog_that_is_the_same(
+    bucket: LoopbackS3, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dmdata.load_catalog(remote)
+    for served in (1, 1):
+        monkeypatch.setattr(catalogs, "_CATALOGS", {})
+        bucket.reset_log()
+        assert dmdata.load_catalog(remote).has(NAME)
+        assert (lists_of(bucket), bucket.n_object_bytes) == (1, served)
+    other = publish(bucket, {"toy/50pct/other": VALUES}, tmp_path / "other")
+    bucket.put("run/catalog.yaml", Path(other).read_bytes())
+    monkeypatch.setattr(catalogs, "_CATALOGS", {})
+    assert dmdata.load_catalog(remote).has("toy/50pct/other")
+    (kept,) = (home() / "catalogs").iterdir()
+    for damage in (kept.read_text().replace("toy", "boy"), "[]", ""):
+        kept.write_text(damage)
+        monkeypatch.setattr(catalogs, "_CATALOGS", {})
+        assert dmdata.load_catalog(remote).has("toy/50pct/other")
 
 
 def test_another_endpoint_is_another_catalog(

@@ -34,7 +34,7 @@ def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_all(catalog: str) -> dmdata.LazyArray:
     """Open by boto3, and read by obstore."""
-    opened = dmdata.open(NAME, catalog=catalog)
+    opened = dmdata.open(NAME, catalog=catalog).read_header()
     np.testing.assert_array_equal(opened[...], VALUES)
     return opened
 
@@ -320,7 +320,7 @@ def test_what_a_public_bucket_answers_without_keys_is_told_as_it_is(
     aws: PlayedAws, public: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget_keys(monkeypatch)
-    opened = dmdata.open(public)
+    opened = dmdata.open(public).read_header()
     aws.inject(Fault(status=503, code="SlowDown"), times=2)
     np.testing.assert_array_equal(opened[5], VALUES[5])
     aws.inject(Fault(status=404, code="NoSuchKey"), times=1)
@@ -337,7 +337,7 @@ def test_who_may_not_write_for_an_ended_session_is_told_so(
     aws.identity.sign_out()
     sign_in(aws, tmp_path, legacy=False, seconds=-60)
     aws.identity.sign_out()
-    opened = dmdata.open(public)
+    opened = dmdata.open(public).read_header()
     with pytest.raises(AccessError, match="aws sso login"):
         opened.mirror("s3://open-to-all/copy.zarr")
 

@@ -292,7 +292,7 @@ def test_what_keeps_an_array_from_being_opened_is_named(world: World, case: Case
     catalog = world.catalog(case.bucket)
     case.break_it(world)
     with pytest.raises(DmdataError) as caught:
-        dmdata.open(NAME, catalog=catalog)
+        dmdata.open(NAME, catalog=catalog).read_header()
     assert_said(world, case, caught.value)
     asked = [request for request in world.aws.log if request.key]
     assert len(asked) <= 2, "what does not pass by itself is not tried again"
@@ -317,7 +317,7 @@ BY_THE_SERVER = {
     ids=lambda case: case.name.replace(" ", "-"),
 )
 def test_what_keeps_an_open_array_from_being_read_is_named(world: World, case: Case) -> None:
-    opened = dmdata.open(NAME, catalog=world.catalog())
+    opened = dmdata.open(NAME, catalog=world.catalog()).read_header()
     n_bytes, n_asked = dmdata.spend().n_bytes, len(world.aws.log)
     case.break_it(world)
     with pytest.raises(DmdataError) as caught:
@@ -330,7 +330,7 @@ def test_what_keeps_an_open_array_from_being_read_is_named(world: World, case: C
 @pytest.mark.parametrize("how", ["expired", "deleted", "not trusted", "dead proxy"])
 def test_what_ends_between_opening_and_reading_is_named(world: World, how: str) -> None:
     key = world.use(world.aws.keys.issue(READER, seconds=3600 if how == "expired" else None))
-    opened = dmdata.open(NAME, catalog=world.catalog())
+    opened = dmdata.open(NAME, catalog=world.catalog()).read_header()
     spent = dmdata.spend()
     if how in ("expired", "deleted"):
         world.aws.keys.expire(key)
@@ -347,7 +347,7 @@ def test_what_ends_between_opening_and_reading_is_named(world: World, how: str) 
 
 
 def test_a_bucket_that_slows_readers_down_may_be_tried_again(world: World) -> None:
-    opened = dmdata.open(NAME, catalog=world.catalog())
+    opened = dmdata.open(NAME, catalog=world.catalog()).read_header()
     world.refuse(503, "SlowDown")
     with pytest.raises(SourceError, match=r"SlowDown|slow") as caught:
         opened[...]
@@ -386,7 +386,7 @@ def test_a_server_that_is_not_s3_is_named(world: World, status: int) -> None:
     try:
         world.endpoint(f"http://127.0.0.1:{server.server_address[1]}")
         with pytest.raises(SourceError, match="S3") as caught:
-            dmdata.open(NAME, catalog=world.catalog())
+            dmdata.open(NAME, catalog=world.catalog()).read_header()
     finally:
         server.shutdown()
         thread.join()

@@ -59,7 +59,10 @@ def asked_as_at_aws(aws: PlayedAws) -> Iterator[None]:
 
 
 def test_rows_columns_and_parts_are_numpys(aws: PlayedAws, catalog: str) -> None:
-    margins, logits = dmdata.open(MARGINS, catalog=catalog), dmdata.open(LOGITS, catalog=catalog)
+    margins, logits = (
+        dmdata.open(MARGINS, catalog=catalog).read_header(),
+        dmdata.open(LOGITS, catalog=catalog).read_header(),
+    )
     np.testing.assert_array_equal(margins[3], VALUES[MARGINS][3])
     np.testing.assert_array_equal(margins[:, 7], VALUES[MARGINS][:, 7])
     np.testing.assert_array_equal(margins.oindex[[9, 3], [699, 0]], VALUES[MARGINS][np.ix_([9, 3], [699, 0])])
@@ -125,7 +128,7 @@ def test_a_bucket_in_another_region_is_found_and_read(aws: PlayedAws, tmp_path: 
     far = aws.make("a-lab-far-away", region="eu-central-1", requester_pays=True)
     far.put(key_of(MARGINS, VALUES[MARGINS]), npy(VALUES[MARGINS]))
     about = document({MARGINS: VALUES[MARGINS]}, url=f"s3://{far.name}", requester_pays=True)
-    opened = dmdata.open(MARGINS, catalog=write_catalog(about, tmp_path))
+    opened = dmdata.open(MARGINS, catalog=write_catalog(about, tmp_path)).read_header()
     np.testing.assert_array_equal(opened[3], VALUES[MARGINS][3])
     np.testing.assert_array_equal(opened[:, 3], VALUES[MARGINS][:, 3])
     reads = [request for request in aws.log if request.key]
@@ -150,7 +153,7 @@ def test_a_bucket_whose_name_has_dots_is_read_and_written(aws: PlayedAws, tmp_pa
 
 
 def test_a_budget_holds_before_a_byte(aws: PlayedAws, catalog: str) -> None:
-    opened = dmdata.open(MARGINS, catalog=catalog)
+    opened = dmdata.open(MARGINS, catalog=catalog).read_header()
     n_requests = len(aws.log)
     with dmdata.budget(usd=opened.estimate().usd * 0.9), pytest.raises(BudgetError):
         opened[...]
@@ -158,7 +161,7 @@ def test_a_budget_holds_before_a_byte(aws: PlayedAws, catalog: str) -> None:
 
 
 def test_what_broke_is_tried_again_and_each_try_is_in_the_ledger(aws: PlayedAws, catalog: str) -> None:
-    opened = dmdata.open(MARGINS, catalog=catalog)
+    opened = dmdata.open(MARGINS, catalog=catalog).read_header()
     aws.inject(Fault(status=503, code="SlowDown"), times=1)
     np.testing.assert_array_equal(opened[3], VALUES[MARGINS][3])
 
@@ -181,7 +184,10 @@ def test_workers_of_a_cluster_read_and_write_for_their_caller(aws: PlayedAws, ca
 @pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_workers_of_a_data_loader_read(aws: PlayedAws, catalog: str, start: str) -> None:
     data = pytest.importorskip("torch.utils.data")
-    masks, margins = dmdata.open(MASKS, catalog=catalog), dmdata.open(MARGINS, catalog=catalog)
+    masks, margins = (
+        dmdata.open(MASKS, catalog=catalog).read_header(),
+        dmdata.open(MARGINS, catalog=catalog).read_header(),
+    )
     batches = dmdata.torch_dataset(masks, margins, batch_rows=100)
     loader = data.DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context=start)
     np.testing.assert_array_equal(np.concatenate([part.numpy() for _, part in loader]), VALUES[MARGINS])

@@ -7,6 +7,7 @@ kind is printed when all tests have run.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -17,7 +18,6 @@ import re
 import shutil
 import sqlite3
 import struct
-import sys
 import time
 import warnings
 import zipfile
@@ -501,7 +501,7 @@ def test_a_damaged_memory_of_a_header_never_says_what_the_object_does_not(fuzz: 
 def test_a_damaged_part_of_a_download_never_ends_in_another_file(
     fuzz: Fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["dmdata.copying.download"], "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(importlib.import_module("dmdata.copying.download"), "_BLOCK_BYTES", 1000)
     values = np.random.default_rng(0).random((10, 61))
     catalog = dmdata.load_catalog(write_locally({NAME: values}, tmp_path / "release"))
     path = tmp_path / "x.npy"

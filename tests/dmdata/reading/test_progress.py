@@ -1,5 +1,6 @@
 """A read from Python that takes longer than two seconds is shown where somebody is looking, and nowhere else."""
 
+import io
 import re
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from servers.loopback import LoopbackS3
 from small_release import publish
 from terminals import run_at_terminal
+
+from dmdata.reading.one_line import Bytes, Dollars, OneLine, Speed
 
 NAME = "toy/50pct/test_margins"
 VALUES = np.zeros((64, 1 << 15), np.float32)
@@ -47,7 +51,9 @@ def test_a_long_read_shows_bytes_dollars_and_time_and_leaves_a_clean_terminal(sl
     assert all(NAME in state for state in states)
     assert re.search(r"[1-9][\d.]*/8\.4 MB|[1-9][\d.]*/8\.0 MiB", states[0]), states[0]
     assert re.search(r"\$0\.000\d+ of \$0\.000\d+", states[0]), states[0]
-    assert re.search(r"\d [kM]?B/s 0:00:\d\d", states[-1]), states[-1]
+    assert any(re.search(r"\d [kM]?B/s 0:00:\d\d", state) for state in states), states
+    if " of $" not in states[-1]:  # the last is drawn when all is there
+        assert re.search(r"8\.0 MiB \$0\.000\d+ .*in [3-9]\.\d s$", states[-1]), states[-1]
     # the line is wiped before anything else is written
     assert re.search(r"\x1b\[2K[^━]*then \(64, 32768\)", written), written
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1, "the cursor is back"
@@ -60,7 +66,7 @@ def test_nothing_is_shown_of_short_reads_and_where_it_is_off_or_nobody_looks(
     all_at_once = f"""
 from concurrent.futures import ThreadPoolExecutor
 from dmdata.layout.selection import select
-lazy = dmdata.open({NAME!r})
+lazy = dmdata.open({NAME!r}).read_header()
 all_rows = select(..., lazy.shape, orthogonal=False)
 ways = [
     lambda: lazy[:2],
@@ -118,13 +124,13 @@ def test_get_mirror_and_verify_show_one_bar_each(
         states = bars(part)
         assert states, call
         assert all(state.count(NAME) == 1 for state in states), states
-        assert all(re.search(r"/8\.[04] M", state) for state in states), states
+        assert all(re.search(r"[/ ]8\.[04] M", state) for state in states), states
 
 
 def test_reads_of_several_threads_share_one_bar(slow: LoopbackS3) -> None:
     program = (
         "from concurrent.futures import ThreadPoolExecutor\n"
-        f"lazy = dmdata.open({NAME!r})\n"
+        f"lazy = dmdata.open({NAME!r}).read_header()\n"
         "with ThreadPoolExecutor(2) as pool: list(pool.map(lambda rows: lazy[rows], [slice(0, 32), slice(32, 64)]))"
     )
     states = bars(at_terminal(program))
@@ -135,7 +141,7 @@ def test_reads_of_several_threads_share_one_bar(slow: LoopbackS3) -> None:
 def test_an_interrupted_read_leaves_the_terminal_clean(slow: LoopbackS3) -> None:
     program = (
         "import os, signal, threading\n"
-        f"lazy = dmdata.open({NAME!r})\n"
+        f"lazy = dmdata.open({NAME!r}).read_header()\n"
         "threading.Timer(3.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: lazy[...]\n"
         "except KeyboardInterrupt: print('stopped')"
@@ -144,6 +150,44 @@ def test_an_interrupted_read_leaves_the_terminal_clean(slow: LoopbackS3) -> None
     assert bars(written)
     assert re.search(r"\x1b\[2K[^━]*stopped", written), written
     assert written.endswith("stopped\r\n")
+
+
+def test_bars_take_one_line_at_a_narrow_terminal_and_end_with_bytes_dollars_and_time(
+    slow: LoopbackS3, tmp_path: Path
+) -> None:
+    longer = "cifar/50pct/train_datamodels"
+    folder = tmp_path / "two"
+    folder.mkdir()
+    catalog = publish(slow, {NAME: VALUES, longer: np.ones_like(VALUES)}, folder)
+
+    def states_at(width: int) -> list[str]:
+        command = [sys.executable, "-m", "dmdata", "mirror", NAME, longer, str(tmp_path / f"{width}.zarr"), "-y"]
+        env = {"DMDATA_CATALOG": catalog, "COLUMNS": str(width), "DMDATA_HOME": str(tmp_path / f"home{width}")}
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", run_at_terminal(command, **env))
+        return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.startswith((NAME, longer, "total"))]
+
+    with ThreadPoolExecutor(2) as pool:
+        for width, states in zip((60, 80), pool.map(states_at, (60, 80)), strict=True):
+            assert max(map(len, states)) < width
+            assert all(re.search(r" [\d.]+(/[\d.]+)? MiB( |$)", state) for state in states), states
+            for state, size in zip(states[-3:], ("8.0", "8.0", "16.0"), strict=True):
+                done = rf"{size} MiB +\$0\.00\d+ .*in \d+\.\d s$"
+                assert re.search(done, state), states[-3:]
+
+
+@pytest.mark.parametrize("width", range(20, 140, 8))
+def test_a_bar_gives_way_before_what_it_says(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True)
+    bars = OneLine(Bytes(), Dollars(), Speed(), console=console)
+    for name, done in (("cifar/50pct/train_datamodels", 1 << 20), ("total", 1 << 30)):
+        bars.add_task(name, total=1 << 30, completed=done, n_bytes=1 << 30, usd=0.09)
+    lines = console.render_lines(bars.make_tasks_table(bars.tasks), pad=False)
+    texts = ["".join(segment.text for segment in line).rstrip() for line in lines]
+    assert len(texts) == 2
+    assert all(len(text) < width for text in texts)
+    assert "1.0/1.0 GiB" in texts[1] or "1.0 GiB" in texts[1]
+    assert (" of $0.09" in texts[0]) == (width >= 60)
+    assert ("━" in texts[0]) == (width >= 84)
 
 
 def test_a_command_shows_its_own_bars_alone_and_none_when_set_so(

@@ -84,7 +84,7 @@ def fresh_process() -> None:
 
 
 def test_what_was_read_once_is_not_fetched_again(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     assert served(s3, lambda: array[10:20]) == (1, 10 * 100)
     spent = dmdata.spend()
     for anew in (False, True):
@@ -96,7 +96,7 @@ def test_what_was_read_once_is_not_fetched_again(s3: LoopbackS3, catalog: str) -
 
 
 def test_of_more_rows_only_the_missing_ones_are_fetched_planned_and_booked(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     whole = array.estimate(np.s_[0:200])
     array[0:100]
     plan, price, booked = array.plan(np.s_[0:200]), array.estimate(np.s_[0:200]), dmdata.spend()
@@ -110,26 +110,26 @@ def test_of_more_rows_only_the_missing_ones_are_fetched_planned_and_booked(s3: L
 
 
 def test_what_lies_between_two_missing_parts_is_not_fetched_again(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[5]
     assert served(s3, lambda: np.testing.assert_array_equal(array[0:10], VALUES[0:10])) == (2, 9 * 100)
 
 
 def test_a_column_after_rows_fetches_its_missing_cells_alone(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open("toy/50pct/train_margins", catalog=catalog)
+    array = dmdata.open("toy/50pct/train_margins", catalog=catalog).read_header()
     array[10:20]
     assert served(s3, lambda: np.testing.assert_array_equal(array[:, 77], LONG_ROWS[:, 77])) == (30, 30)
 
 
 def test_bytes_fetched_to_save_requests_are_kept_too(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     n_requests, n_bytes = served(s3, lambda: array[:, 7])
     assert (n_requests, n_bytes) == (1, 399 * 100 + 2)
     assert served(s3, lambda: np.testing.assert_array_equal(array[1:399], VALUES[1:399])) == (0, 0)
 
 
 def test_many_holes_are_filled_again_where_requests_would_cost_more(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     for row in range(0, 400, 4):
         array[row]
     whole = dmdata.open(NAME, catalog=catalog, cache=False).estimate()
@@ -154,12 +154,12 @@ def test_a_read_from_what_is_kept_needs_no_network_budget_or_credentials(
 
 
 def test_a_changed_object_is_never_read_from_what_was_kept_of_the_old(s3: LoopbackS3, catalog: str) -> None:
-    old = dmdata.open(NAME, catalog=catalog)
+    old = dmdata.open(NAME, catalog=catalog).read_header()
     old[0:50]
     s3.put(KEY, npy(VALUES + 1))
     with pytest.raises(IntegrityError):
         old[0:60]
-    new = dmdata.open(NAME, catalog=catalog)
+    new = dmdata.open(NAME, catalog=catalog).read_header()
     np.testing.assert_array_equal(new[0:60], VALUES[0:60] + 1)
 
 
@@ -170,7 +170,7 @@ def test_the_cache_can_be_turned_off(s3: LoopbackS3, catalog: str, monkeypatch: 
     if how == "config":
         home().mkdir(parents=True)
         (home() / "config.yaml").write_text("cache_gib: 0\n")
-    array = dmdata.open(NAME, catalog=catalog, cache=how != "parameter")
+    array = dmdata.open(NAME, catalog=catalog, cache=how != "parameter").read_header()
     array = pickle.loads(pickle.dumps(array))  # as it travels to workers
     assert served(s3, lambda: array[0:3]) == served(s3, lambda: array[0:3]) == (1, 300)
     assert not kept_files()
@@ -203,7 +203,7 @@ def test_a_column_of_short_ranges_is_one_small_file(s3: LoopbackS3, catalog: str
 
 @pytest.mark.parametrize("damage", ["byte", "tail", "head", "gone", "other"])
 def test_damaged_files_are_dropped_and_never_served(s3: LoopbackS3, catalog: str, damage: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0:50]
     (path,) = kept_files()
     stored = bytearray(path.read_bytes())
@@ -249,7 +249,7 @@ def test_a_read_too_large_for_the_bound_is_not_kept(
     s3: LoopbackS3, catalog: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DMDATA_CACHE_GIB", str(100_000 / 2**30))
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0:300]
     assert not kept_files()
     array[0:200]
@@ -259,7 +259,7 @@ def test_a_read_too_large_for_the_bound_is_not_kept(
 def test_a_folder_that_cannot_be_written_costs_one_warning_and_no_read(s3: LoopbackS3, catalog: str) -> None:
     home().mkdir(parents=True)
     (home() / "ranges").write_text("a file is in the way")
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     with pytest.warns(RuntimeWarning, match="DMDATA_CACHE_GIB=0") as said:
         got = [array[0:50], array[0:50]]
     assert len(said) == 1
@@ -270,7 +270,7 @@ def test_a_full_disk_costs_one_warning_and_no_read(catalog: str, tmp_path: Path)
     program = f"""
 import resource, warnings, signal
 import numpy as np, dmdata
-array = dmdata.open("toy/50pct/train_margins", catalog={catalog!r})
+array = dmdata.open("toy/50pct/train_margins", catalog={catalog!r}).read_header()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond fails, as on a full disk
 with warnings.catch_warnings(record=True) as said:
@@ -296,12 +296,12 @@ def test_what_a_failed_read_received_is_kept(s3: LoopbackS3, tmp_path: Path) -> 
 
 
 def read_rows(catalog: str, rows: range, answers: Any) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     answers.put(all(np.array_equal(array[row], VALUES[row]) for row in rows))
 
 
 def test_many_processes_at_once_share_what_they_read(s3: LoopbackS3, catalog: str) -> None:
-    dmdata.open(NAME, catalog=catalog)
+    dmdata.open(NAME, catalog=catalog).read_header()
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     workers = [context.Process(target=read_rows, args=(catalog, range(n * 20, n * 20 + 60), answers)) for n in range(6)]
@@ -310,12 +310,12 @@ def test_many_processes_at_once_share_what_they_read(s3: LoopbackS3, catalog: st
     assert [answers.get(timeout=60) for _ in workers] == [True] * 6
     for worker in workers:
         worker.join()
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     assert served(s3, lambda: np.testing.assert_array_equal(array[0:160], VALUES[0:160])) == (0, 0)
 
 
 def test_threads_that_read_single_rows_are_all_right(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     with ThreadPoolExecutor(16) as pool:
         for _ in range(2):
             rows = list(pool.map(lambda row: array[row], range(100)))
@@ -327,10 +327,10 @@ def test_whoever_is_killed_while_storing_leaves_nothing_wrong(s3: LoopbackS3, tm
     values = np.random.default_rng(3).integers(0, 255, (24, 1 << 20)).astype(np.uint8)
     s3.put("killed.npy", npy(values))
     url = f"s3://{BUCKET}/killed.npy"
-    dmdata.open(url)
+    dmdata.open(url).read_header()
     program = f"""
 import dmdata
-array = dmdata.open({url!r})
+array = dmdata.open({url!r}).read_header()
 for row in range(24):
     array[row]
     print(row, flush=True)
@@ -342,14 +342,14 @@ for row in range(24):
                 process.stdout.readline()
             time.sleep(seconds)
             os.kill(process.pid, signal.SIGKILL)
-        array = dmdata.open(url)
+        array = dmdata.open(url).read_header()
         missing = array.plan().n_bytes
         assert missing <= array.nbytes - (n_rows << 20)
     assert served(s3, lambda: np.testing.assert_array_equal(array[...], values))[1] == missing
 
 
 def test_a_record_cut_at_any_byte_is_passed_over(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0:2]
     array[2:4]
     (path,) = kept_files()
@@ -362,7 +362,7 @@ def test_a_record_cut_at_any_byte_is_passed_over(s3: LoopbackS3, catalog: str) -
 
 
 def test_many_small_files_become_one(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     for row in range(60):
         fresh_process()
         array[row]
@@ -424,7 +424,7 @@ def test_ranges_are_intersected_and_subtracted_as_sets_of_bytes_are(ours: np.nda
 
 
 def test_a_budget_refuses_a_huge_read_before_memory_is_claimed(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0]
     layout = Layout((1 << 50,), np.dtype(np.uint8), 128, (1,))
     with dmdata.budget(usd=1), pytest.raises(BudgetError):
@@ -447,7 +447,7 @@ def test_any_reads_in_turn_are_right_and_few_bytes_are_served_twice(
 ) -> None:
     for path in kept_files():
         path.unlink()
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     since = len(s3.log)
     for key, is_new in zip(keys, anew, strict=False):
         if is_new:
@@ -463,7 +463,7 @@ def test_any_reads_in_turn_are_right_and_few_bytes_are_served_twice(
 
 
 def test_mirror_and_get_and_verify_go_past_what_is_kept(s3: LoopbackS3, catalog: str, tmp_path: Path) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[...]
     files = kept_files()
     assert served(s3, lambda: array.mirror(tmp_path / "copy.zarr"))[1] == VALUES.nbytes
@@ -472,7 +472,7 @@ def test_mirror_and_get_and_verify_go_past_what_is_kept(s3: LoopbackS3, catalog:
 
 
 def test_progress_is_told_of_the_bytes_of_the_plan(s3: LoopbackS3, catalog: str) -> None:
-    array = dmdata.open(NAME, catalog=catalog)
+    array = dmdata.open(NAME, catalog=catalog).read_header()
     array[0:100]
     told: list[int] = []
     plan = array.plan(np.s_[0:150])

@@ -288,7 +288,7 @@ def test_a_true_catalog_is_confirmed_by_headers_that_are_paid_for_and_asked_firs
     assert (s3.n_requests, len(priced["artifacts"])) == (0, 2)
     assert dm("catalog", "check", catalog)[0] == 0
     assert s3.n_requests == 0, "without the option nothing is asked"
-    dmdata.open(NAME, catalog=catalog)
+    dmdata.open(NAME, catalog=catalog).read_header()
     code, facts, _ = against_bucket(dm, catalog)
     assert (code, facts["confirmed"]) == (0, 2)
     assert len([request for request in s3.log if "margins" in request.key]) == 2, "what is remembered is no answer"

@@ -1,6 +1,8 @@
 """A view is a Zarr store like any other, but for writing, and reads through the budget what its reader asks for."""
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,14 @@ def server(s3: LoopbackS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback
 
 @pytest.fixture
 def array(server: LoopbackS3, tmp_path: Path) -> dmdata.LazyArray:
-    opened = dmdata.open(NAME, catalog=publish(server, {NAME: VALUES}, tmp_path))
+    opened = dmdata.open(NAME, catalog=publish(server, {NAME: VALUES}, tmp_path)).read_header()
     server.reset_log()
     return opened
 
 
 def stored(folder: Path, values: Any) -> dmdata.LazyArray:
     np.save(folder / "x.npy", values)
-    return dmdata.open(folder / "x.npy")
+    return dmdata.open(folder / "x.npy").read_header()
 
 
 class PublishedValues:
@@ -392,3 +394,35 @@ def test_an_array_of_a_zarr_store_is_itself(tmp_path: Path) -> None:
     view = dmdata.open(tmp_path / "x.zarr").to_zarr("rows")
     np.testing.assert_array_equal(view[...], np.arange(12).reshape(3, 4))
     assert view.read_only
+
+
+OVER_BUDGET = """
+import sys
+import dmdata
+name, catalog, way = sys.argv[1:]
+array = dmdata.open(name, catalog=catalog).read_header()
+with dmdata.budget(usd=2e-6):
+    if way in ("blocks", "rows"):
+        array.to_zarr(way, block_rows=8)[...]
+    elif way == "dask":
+        array.to_dask(chunks=8).compute()
+    else:
+        array.to_xarray(chunks=8).values
+"""
+
+
+@pytest.mark.parametrize("way", ["blocks", "rows", "dask", "xarray"])
+def test_a_view_that_a_budget_refuses_shows_one_short_traceback_and_nothing_else(
+    server: LoopbackS3, tmp_path: Path, way: str
+) -> None:
+    for needed in {"blocks": [], "rows": [], "dask": ["dask"], "xarray": ["dask", "xarray"]}[way]:
+        pytest.importorskip(needed)
+    catalog = publish(server, {NAME: VALUES}, tmp_path)
+    command = [sys.executable, "-c", OVER_BUDGET, NAME, catalog, way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("dmdata.errors.BudgetError: reading toy/50pct/test_margins would")
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert "was destroyed" not in done.stderr
+    assert "never retrieved" not in done.stderr
+    ours = [line for line in done.stderr.splitlines() if "/dmdata/" in line]
+    assert len(ours) <= 3, done.stderr

@@ -98,7 +98,7 @@ def test_a_table_is_json_a_frame_and_a_page(run, close):
     assert list(scored.by_name()) == [OWN, "close"]
     assert "name" not in scored.by_name()["close"]
     assert scored.to_pandas().set_index("name").loc["close", "lds"] == scored[1].lds
-    assert "<td>close</td>" in scored._repr_html_()
+    assert ">close</td>" in scored._repr_html_()
     titles = [column.header for column in scored.table().columns]
     assert titles[:3] == ["attribution", "LDS", "95% interval"]
     assert "mislabel AUC" not in titles

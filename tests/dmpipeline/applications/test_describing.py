@@ -36,7 +36,7 @@ def test_a_table_has_no_picture_but_its_first_columns():
         "rows", (rows, np.array([0, 1, 0, 1])), (rows, np.array([0, 1, 0, 1])), source="here", example_order="as made"
     )
     assert shades(dataset, rows[0]) == []
-    assert example_in_words(dataset, rows[1]) == "0 6, 1 7, 2 8, 3 9, 4 10, ..."
+    assert example_in_words(dataset, rows[1]) == "column 0: 6, column 1: 7, column 2: 8, column 3: 9, column 4: 10, ..."
 
 
 def test_a_flat_picture_is_drawn_flat():
@@ -45,3 +45,18 @@ def test_a_flat_picture_is_drawn_flat():
         "series", (rows, np.array([0, 1, 0, 1])), (rows, np.array([0, 1, 0, 1])), source="here", example_order="as made"
     )
     assert len(shades(dataset, rows[0])) <= 1
+
+
+def test_of_a_row_that_is_mostly_zero_the_largest_values_are_named():
+    rows = np.zeros((2, 12), np.float32)
+    rows[:, [3, 7, 9]] = 0.25, 0.5, -1
+    words = tuple(f"word{i}" for i in range(12))
+    dataset = checked_dataset(
+        "own",
+        (rows, np.arange(2)),
+        (rows, np.arange(2)),
+        source="own",
+        example_order="as drawn",
+        feature_names=words,
+    )
+    assert example_in_words(dataset, rows[0]) == "word9 -1, word7 0.5, word3 0.25"

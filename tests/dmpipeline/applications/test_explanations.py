@@ -93,7 +93,7 @@ def test_datamodels_alone_are_explained_too(planted):
         ({"train_example": 60}, "no training example 60"),
         ({"target": 0, "top": 0}, "top is 0"),
         ({"target": 0, "n_fits": 3}, "an even number"),
-        ({"target": "3"}, "not a list of whole numbers"),
+        ({"target": "3"}, "not one whole number"),
     ],
 )
 def test_what_is_not_there_is_refused(planted, wanted, words):
@@ -126,3 +126,35 @@ def test_a_table_is_shown_in_a_notebook_and_in_pandas(planted):
     assert frame["index"].tolist() == [row.index for row in found]
     assert "<table>" in found._repr_html_()
     assert str(found[0].index) in found._repr_html_()
+
+
+@pytest.mark.parametrize("wrong", [np.array([1, 2, 3]), [], [0], 1.0, "1", None, True])
+def test_a_target_that_is_not_one_whole_number_is_refused_with_what_to_do(planted, wrong):
+    calls = [dmpipeline.counterfactual, dmpipeline.similar]
+    refused = [lambda ask=ask: ask(planted, wrong, [1]) if ask is calls[0] else ask(planted, wrong) for ask in calls]
+    if wrong is not None:
+        refused += [
+            lambda: dmpipeline.explain(planted, wrong),
+            lambda: dmpipeline.explain(planted, train_example=wrong),
+        ]
+    for ask in refused:
+        with pytest.raises(SpecError, match=r"is not one whole number; give the number of one .* example, from 0 to "):
+            ask()
+
+
+def test_several_targets_are_refused_with_a_loop_and_one_from_the_end_with_how_they_count(planted):
+    with pytest.raises(SpecError, match="for several call it once for each"):
+        dmpipeline.explain(planted, [0, 1])
+    with pytest.raises(SpecError, match="not counted from the end"):
+        dmpipeline.explain(planted, -1)
+
+
+def test_what_is_printed_has_a_line_for_each_row(planted):
+    found = dmpipeline.explain(planted, 0, top=3)
+    title, head, *lines = str(found).splitlines()
+    assert title.startswith("Influences: ")
+    assert head.split()[:2] == ["index", "weight"]
+    assert [int(line.split()[0]) for line in lines] == [row.index for row in found.rows]
+    printed = str(dmpipeline.counterfactual(planted, 0, [1, 2]))
+    assert printed.splitlines()[0] == "Counterfactual of target 0"
+    assert max(map(len, printed.split())) < 16

@@ -1,12 +1,13 @@
 """Copies of test examples that are planted in a training set are found, others are not, and labels are not believed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dmpipeline.applications.evidence import Evidence
-from dmpipeline.applications.leakage import largest_weights, leakage, p_values
+from dmpipeline.applications.leakage import duplicates, largest_weights, leakage, p_values
 from dmpipeline.data.datasets import load_dataset
 from dmpipeline.data.examples import checked_dataset
 from dmpipeline.errors import IncompleteRunError, SpecError
@@ -171,7 +172,7 @@ def test_copies_within_the_training_set_do_not_hide_those_of_test_examples(tmp_p
     assert {(pair.train, pair.test) for pair in found} >= truth
     natural = leakage(run, null="all")
     assert natural.n_null == N_TRAIN
-    assert not {(pair.train, pair.test) for pair in natural} & truth
+    assert all(pair.identical for pair in natural)  # which are listed whatever is usual
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,9 @@ def _evidence(train, test):
 
 
 class _Known:
-    """A run's examples."""
+    """A run's examples; it has no datamodels."""
+
+    datamodels_path = Path("nowhere/test_50pct.pt")
 
     def __init__(self, dataset):
         self._dataset = dataset
@@ -212,9 +215,9 @@ def test_a_relabelled_copy_is_found_and_said_to_bear_another_label(planted_evide
 def test_pairs_are_json_best_first_with_what_was_controlled(planted_evidence):
     found = leakage(planted_evidence[0], q=0.05, candidates=20)
     said = json.loads(json.dumps(found.as_dict()))
-    scores = [pair["score"] for pair in said["pairs"]]
-    assert scores == sorted(scores, reverse=True)
-    assert set(said["pairs"][0]) == {"train", "test", "score", "p", "distance", "weight", "same_label"}
+    order = [(not pair["identical"], -pair["score"]) for pair in said["pairs"]]
+    assert order == sorted(order)
+    assert set(said["pairs"][0]) == {"train", "test", "score", "p", "distance", "weight", "same_label", "identical"}
     assert said["q"] == 0.05
     assert 0 < said["expected_false_share"] <= 0.05
     assert said["n_tested"] == N_TEST
@@ -281,3 +284,62 @@ def test_series_of_one_row_are_compared_and_their_copies_found():
     copies = {(i, i) for i in range(8)}
     assert copies <= found
     assert len(found - copies) <= 3  # a tenth of what is found on average, of eight and a small null
+
+
+def of_examples(train, test):
+    """Return evidence that knows no weights, of examples alone."""
+    dataset = checked_dataset("own", train, test, source="own", example_order="as drawn")
+    n = (dataset.n_train, dataset.n_test)
+    known = Datamodels(np.zeros(n, np.float32), np.zeros(n[1], np.float32), np.zeros(n[1], np.float32))
+    return Evidence("own", "test", *n, run=_Known(dataset), _known=known)
+
+
+@pytest.fixture(scope="module")
+def four_sentences():
+    """Twenty times four rows, and two of each to test on: nothing of it is unusual, and all of it is repeated."""
+    rows = np.eye(4, 12, dtype=np.float32)
+    inputs, labels = np.tile(rows, (22, 1)), np.tile([0, 0, 1, 1], 22)
+    labels[79] = 0  # of a sentence that is labelled 1 elsewhere
+    return of_examples((inputs[:80], labels[:80]), (inputs[80:], labels[80:]))
+
+
+def test_identical_inputs_are_listed_where_the_whole_set_repeats_itself(four_sentences):
+    found = leakage(four_sentences)
+    assert (found.n_leaked, found.n_identical, found.n_tested) == (8, 8, 8)
+    assert all(pair.identical and pair.distance == 0 for pair in found)
+    assert {pair.train % 4 == pair.test % 4 for pair in found} == {True}
+    assert not found.is_sure
+    assert "8 of 8 test examples have an identical training example" in found.in_words()
+
+
+def test_identical_training_examples_are_listed_with_the_first_of_them(four_sentences):
+    found = duplicates(four_sentences, candidates=0)
+    pairs = {(pair.train, pair.train2) for pair in found if pair.identical}
+    assert pairs >= {(index % 4, index) for index in range(4, 80)}
+    assert any(not pair.same_label for pair in found if pair.train2 == 79)
+    assert found.n_conflicting
+    assert "identical training examples" in found.in_words()
+
+
+def test_pictures_of_independent_noise_are_no_copies_whatever_their_brightness():
+    rng = np.random.default_rng(0)
+    labels = np.arange(72) % 2
+    noise = rng.normal(90 + 60 * labels[:, None, None], 25, (72, 16, 16))
+    pictures = np.clip(noise, 0, 255).astype(np.uint8)
+    evidence = of_examples((pictures[:60], labels[:60]), (pictures[60:], labels[60:]))
+    found = duplicates(evidence, candidates=0)
+    assert len(found) == 0
+    assert found.in_words() == "no copies found"
+
+
+def test_with_few_examples_what_is_not_identical_is_called_alike():
+    pictures, labels = digits(80)
+    pictures[60:63] = np.clip(pictures[:3] + 0.02, 0, 1)
+    pictures[63] = pictures[3]
+    found = leakage(of_examples((pictures[:60], labels[:60]), (pictures[60:], labels[60:])), q=0.3)
+    assert not found.is_sure
+    assert found.n_identical == 1
+    assert "1 of 20 test examples has an identical training example" in found.in_words()
+    if found.n_leaked > 1:
+        assert "alike beyond what is usual here" in found.in_words()
+        assert "a copy" not in found.in_words()

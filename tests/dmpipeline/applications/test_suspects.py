@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dmpipeline.applications.leakage import duplicates, suspects
+from dmpipeline.applications.inspecting.suspects import suspects
+from dmpipeline.applications.leakage import duplicates
 from dmpipeline.data.datasets import load_dataset
 from dmpipeline.errors import IncompleteRunError, SpecError
 from dmpipeline.runs.store import Run

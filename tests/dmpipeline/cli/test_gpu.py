@@ -181,10 +181,11 @@ def test_products_of_int8_count_what_packed_bits_count(benchmarks):
     from gpu_ways import int8_counts
 
     masks = np.random.default_rng(0).random((10_001, 40)) < 0.5
-    codes, counts = code_rows(masks), np.zeros((40, 40), np.int32)
-    bits = Bits(40, len(codes))
-    bits.append(codes)
+    counts = np.zeros((40, 40), np.int32)
     with ThreadPoolExecutor(1) as pool:
+        codes = code_rows(masks, pool)
+        bits = Bits(40, len(codes))
+        bits.append(codes, pool)
         bits.add_counts(counts, pool)
     assert np.array_equal(int8_counts(torch.from_numpy(masks).to(DEVICE)).cpu().numpy(), counts)
 

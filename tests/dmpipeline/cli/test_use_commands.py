@@ -1,6 +1,7 @@
 """`explain`, `counterfactual`, `support`, `embed --remove`: what people and scripts see; what a release costs."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -43,10 +44,12 @@ def test_explain_lists_helpers_and_harmers_with_labels_features_and_stability(ru
     assert {row["same_sign"] for row in found["helpers"]} == {1.0}
     code, out, err = call(capsys, "explain", run.path, 4, "--top", 3)
     assert code == 0
-    lines = out.splitlines()
+    own, *lines = out.splitlines()[1:]
+    assert own.split()[0] == "4"  # the target itself, and its row
+    assert "column 0: " in own
     assert lines[1].split()[0] == str(found["helpers"][0]["index"])
     assert "100%" in lines[1]
-    assert "0 " in lines[1].rpartition("to")[2]  # the first columns of the example's table
+    assert "column 0: " in lines[1].rpartition("to")[2]  # the first columns of the example's table
     assert "--remove-top 3" in err
 
 
@@ -80,6 +83,35 @@ def test_counterfactual_predicts_and_measures(run, capsys):
     assert (by_hand["measured_change"], by_hand["basis"]) == (None, "estimated")
     code, out, err = call(capsys, "counterfactual", run.path, 4, "--remove", "1:4")
     assert (code, "estimated" in out, "--retrain" in err) == (0, True, True)
+
+
+def test_counterfactual_says_what_is_removed_and_where_what_is_predicted_is_not_what_happens(run, capsys, monkeypatch):
+    from dmpipeline.applications.counterfactuals import Counterfactual
+
+    asked = ("counterfactual", run.path, 4, "--remove", "7,3", "--retrain", 10)
+    code, _, err = call(capsys, *asked)
+    assert (code, "removed: 3, 7" in err, "next: dmpipeline support" in err) == (0, True, True)
+    known = {"target": 4, "removed": (3,), "added": (), "predicted_before": 0.0, "predicted_after": -1.0}
+    known |= {"predicted_change": -1.0, "linear_change": -1.0, "measured_change": -3.0, "n_retrainings": 9}
+    within, outside = ({"measured_low": -4.0, "measured_high": high} for high in (-0.5, -2.0))
+    assert not Counterfactual(**known, **within).is_far_off
+    assert Counterfactual(**known, **outside).is_far_off
+    assert not Counterfactual(**known).is_far_off
+    monkeypatch.setattr(Counterfactual, "is_far_off", True)
+    assert "lies outside the interval of the measured one" in call(capsys, *asked)[2]
+
+
+def test_a_target_without_weights_is_called_that(tmp_path, capsys):
+    run = planted_run(tmp_path)
+    whole = Datamodels.load(run.datamodels_path)
+    weight = whole.weight.copy()
+    weight[:, 4] = 0
+    dataclasses.replace(whole, weight=weight, certificate=None).save(run.datamodels_path)
+    assert "no training example has a weight" in call(capsys, "explain", run.path, 4)[2]
+    code, out, err = call(capsys, "evaluate", run.path)
+    assert code == 0, err
+    assert "1 without weights, whose LDS counts as 0" in out
+    assert data(capsys, "evaluate", run.path)["n_without_weights"] == 1
 
 
 def test_support_prints_sizes_and_which_are_certified(run, capsys):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dmpipeline.data.datasets import as_features, load_dataset
+from dmpipeline.data.datasets import as_features, load_dataset, save_dataset
 from dmpipeline.errors import SpecError
+from dmpipeline.spec import RunSpec
 
 ARRAYS = {
     "train_inputs": np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 4),
@@ -199,9 +200,31 @@ def test_unknown_and_missing_datasets_say_what_there_is(tmp_path):
             load_dataset(wrong)
     with pytest.raises(SpecError, match="choose cifar10:PATH, digits, fmow:PATH, or"):
         load_dataset("imagenet")
-    with pytest.raises(SpecError, match="no folder is there; correct the path"):
+    with pytest.raises(SpecError, match="there is no such folder; correct the path"):
         load_dataset(str(tmp_path / "nowhere"))
-    with pytest.raises(SpecError, match="correct the path"):
+    with pytest.raises(SpecError, match=r"there is no such file; correct the path, .*docs/how-to/own-data\.md"):
         load_dataset(str(tmp_path / "none.npz"))
     with pytest.raises(SpecError, match="rename the file"):
         load_dataset(save(tmp_path / "my data.npz"))
+
+
+def test_what_is_in_another_form_is_refused_with_where_to_read_how_it_is_handed_over(tmp_path):
+    table, pictures = tmp_path / "bc.csv", tmp_path / "pictures"
+    table.write_text("a,b,label\n1,2,0\n")
+    (pictures / "train").mkdir(parents=True)
+    np.savez(tmp_path / "raw.npz", X=np.zeros((3, 2)), y=np.zeros(3))
+    for wrong in (table, pictures, tmp_path / "raw.npz"):
+        with pytest.raises(SpecError, match=r"docs/how-to/own-data\.md shows the lines for a CSV"):
+            load_dataset(str(wrong))
+    texts = ["a good film", "a bad one"]
+    for given in (texts, np.array(texts, object)):
+        with pytest.raises(SpecError, match=r"a text; make each text a row of numbers, .*own-data\.md"):
+            save_dataset(tmp_path / "texts", (given, [0, 1]), (given, [0, 1]))
+    with pytest.raises(SpecError, match=r"single str; give a pair \(inputs, labels\) of arrays; .*own-data\.md"):
+        save_dataset(tmp_path / "pngs", "pngs/train", "pngs/test")
+
+
+def test_a_spec_that_is_handed_arrays_names_what_writes_them_and_does_not_repeat_them():
+    with pytest.raises(SpecError, match=r"written by dmpipeline\.save_dataset first") as refused:
+        RunSpec(dataset=(np.zeros((300, 20)), np.zeros(300)))
+    assert len(str(refused.value)) < 400

@@ -13,10 +13,11 @@ from dmpipeline.data.examples import checked_dataset
 from dmpipeline.draws.masks import subset_masks
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.models.recipes import find_recipe
+from dmpipeline.report.of_run import report_run
 from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
 from dmpipeline.training.train import Way, make_trainer
-from dmpipeline.workflow import evaluate_run, fit_run, report_run
+from dmpipeline.workflow import evaluate_run, fit_run
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (7, 4, 5, 3), np.uint8)
@@ -212,4 +213,20 @@ def test_pictures_of_any_channels_go_from_training_to_the_report(tmp_path, chann
     run = Run.create(tmp_path / "run", RunSpec(dataset=str(folder), n_models=40, held_out=held_out, recipe=recipe))
     run.train()
     fit_run(run)
-    assert report_run(run, evaluate_run(run)).read_text().count("data:image/png;base64,") > 6
+    assert report_run(run, evaluate_run(run)).read_text().count("text/plain") == 3  # numbers, and a sheet of each part
+
+
+def test_a_dataset_is_replaced_only_where_that_is_asked_for_and_nothing_else_ever(tmp_path):
+    rows, labels = np.arange(12, dtype=np.float32).reshape(6, 2), [0, 1, 0, 1, 0, 1]
+    folder = save_dataset(tmp_path / "mine", (rows, labels), (rows, labels))
+    with pytest.raises(SpecError, match=r"a dataset is there already; .* overwrite=True"):
+        save_dataset(folder, (rows + 1, labels), (rows, labels))
+    assert save_dataset(folder, (rows + 1, labels), (rows, labels), overwrite=True) == folder
+    assert np.array_equal(load_dataset(str(folder)).train_inputs, rows + 1)
+    with pytest.raises(SpecError):  # which leaves what was there
+        save_dataset(folder, (rows, labels[:3]), (rows, labels), overwrite=True)
+    assert np.array_equal(load_dataset(str(folder)).train_inputs, rows + 1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+    (folder / "notes.txt").write_text("of my own")
+    with pytest.raises(SpecError, match="something is there already; choose another folder"):
+        save_dataset(folder, (rows, labels), (rows, labels), overwrite=True)

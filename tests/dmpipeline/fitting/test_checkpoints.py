@@ -6,15 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import Child
 
 from dmdata.errors import FormatError
+from dmpipeline.draws.masks import draw_masks
 from dmpipeline.errors import ConvergenceError, RunError, SpecError
 from dmpipeline.fitting.checkpoints import Checkpoints, Sizes
 from dmpipeline.fitting.fitting import fit
+from dmpipeline.fitting.forecast import Forecast, Rates
 
 SMALL_BLOCKS = {
     "block_targets": 3,
@@ -100,7 +103,7 @@ def test_more_models_are_added_to_those_that_were_counted(problem, work):
     fit(masks[:500], outputs[:500], directory=work, **SMALL_BLOCKS)
     grown, reports = (Counted(masks), Counted(outputs)), Reports()
     got = fit(*grown, directory=work, progress=reports, **SMALL_BLOCKS)
-    assert reports.of["moments"] == [500, 600, 800, 810, 900]
+    assert reports.of["moments"] == [500, 600, 810, 900]  # rows 800 to 810 join the piece before
     assert sorted(grown[0].rows) == sorted(grown[1].rows) == list(range(900)), "each row once"
     assert_same(got, fit(masks, outputs, block_targets=3))
 
@@ -175,6 +178,80 @@ def test_moments_resume_from_the_last_piece_that_was_counted(problem, work):
     assert_same(got, fit(masks, outputs, block_targets=3))
 
 
+@pytest.mark.parametrize("how", [{}, {"folds": 3}, {"is_positive": True}])
+def test_a_fit_of_some_targets_is_that_of_their_columns_and_others_need_no_mask(problem, work, how):
+    masks, outputs = problem
+    first = fit(masks, outputs, directory=work, targets=slice(0, 4), **how)
+    assert_same(first, fit(masks, outputs[:, :4], **how))
+    again = Counted(masks), Counted(outputs)
+    reports = Reports()
+    others = fit(*again, directory=work, targets=slice(4, None), progress=reports, **how)
+    assert_same(others, fit(masks, outputs[:, 4:], **how))
+    assert reports.of["moments"] == [900], "nothing was counted again"
+
+
+def test_a_prior_is_of_all_targets_and_some_are_fitted(problem):
+    masks, outputs = problem
+    prior = np.random.default_rng(0).standard_normal((40, 10))
+    got = fit(masks, outputs, prior=prior, targets=slice(2, 5))
+    assert_same(got, fit(masks, outputs[:, 2:5], prior=prior[:, 2:5]))
+
+
+def test_pairs_of_some_targets_are_refused_with_what_to_hand_in(problem):
+    with pytest.raises(SpecError, match="hand in these columns"):
+        fit(*problem, pairs=True, targets=slice(2, 5))
+
+
+def test_the_disk_that_a_fit_takes_is_what_was_foreseen(tmp_path):
+    n_models, n_train, n_targets = 600, 3000, 20
+    masks = draw_masks(0, np.arange(n_models, dtype=np.uint64), n_train, 0.5)
+    outputs = np.random.default_rng(0).standard_normal((n_models, n_targets)).astype(np.float16)
+    rates = Rates(pairs=1, sums=1, path_numbers=1, gram_numbers=1)
+    foreseen = Forecast(n_models, n_train, n_targets, 10, 1, 0, 0, rates).disk_bytes
+    most, over = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not over.wait(0.001):
+            most = max(most, _bytes_under(tmp_path))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        fit(masks, outputs, directory=tmp_path, sizes=Sizes(rows_of_a_piece=200, mapped_bytes=2**20))
+    finally:
+        over.set()
+        watching.join()
+    assert 0.8 * foreseen < most < 1.02 * foreseen
+
+
+def _bytes_under(folder):
+    """What files take there, and those that are unlinked and still mapped; arrays of a file's holes take nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    for fields in (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()):
+        if len(fields) == 6 and fields[5].startswith(str(folder)) and fields[5].endswith("(deleted)"):
+            start, end = (int(number, 16) for number in fields[0].split("-"))
+            total += end - start
+    return total
+
+
+def test_what_a_killed_process_was_writing_is_removed_before_anything_is_written(problem, work):
+    masks, outputs = problem
+    fit(masks[:500], outputs[:500], directory=work, **SMALL_BLOCKS)
+    (folder,) = work.glob("moments-*")
+    left = folder / ".0-200.x.partial"
+    left.write_bytes(b"half")
+    seen = []
+    fit(masks, outputs, directory=work, progress=lambda *_: seen.append(left.exists()), **SMALL_BLOCKS)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_damaged_checkpoint_is_named(problem, work):
     masks, outputs = problem
     fit(masks, outputs, directory=work)
@@ -244,7 +321,7 @@ def test_a_fit_outlives_its_workers(problem, cluster, work):
     killed = []
 
     def kill_one():
-        while not list(work.glob("fit-*/paths-0-0-1.pt")):
+        while not list(work.glob("fit-*/paths-0-1.pt")):
             time.sleep(0.005)
         pid = next(iter(cluster.workers.values())).pid
         os.kill(pid, signal.SIGKILL)

@@ -249,12 +249,15 @@ def test_a_saved_file_is_the_releases_form_and_loads_again(fitted, tmp_path):
         "kkt": ((4,), torch.float64),
         "validation_error": ((4,), torch.float64),
         "fitted_masks": ((len(fitted.fitted_masks),), torch.int64),
+        **{f"limit_{name}": ((4,), torch.float64) for name in ("variance", "linear", "error")},
     }
     loaded = Datamodels.load(path)
     for name in ("weight", "bias", "lam", "validation_error"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(fitted, name))
     np.testing.assert_array_equal(loaded.certificate.gap, fitted.certificate.gap)
     np.testing.assert_array_equal(loaded.certificate.kkt, fitted.certificate.kkt)
+    np.testing.assert_array_equal(loaded.limit.left, fitted.limit.left)
+    np.testing.assert_array_equal(Datamodels.load(path, targets=slice(1, 3)).limit.error, fitted.limit.error[1:3])
 
 
 def test_a_file_of_the_release_has_no_certificate(fitted, tmp_path):

@@ -142,6 +142,15 @@ def test_sums_of_half_precision_are_exact_however_large_and_small(exponents, n_m
     np.testing.assert_array_equal(got.y_sum * 2**24, grains.sum(axis=0))
 
 
+def test_small_outputs_among_large_ones_are_summed_in_every_column_and_target():
+    """The small ones have digits below what the large ones are counted in, and are added by themselves."""
+    masks, outputs = drawn(100, binary._PANEL_COLUMNS + 5, 2 * binary._RESTS_AT_ONCE + 3)
+    outputs[::7] = (np.arange(outputs.shape[1]) + 1) * 2.0**-24
+    outputs[0] = 60_000
+    got = Moments.of(masks, outputs, block_rows=64)
+    np.testing.assert_array_equal(got.cross, masks.astype(float).T @ outputs.astype(float))
+
+
 def test_moments_taken_off_leave_those_of_the_other_rows():
     masks, outputs = drawn(90, 12, 3)
     whole, last = Moments.of(masks, outputs), Moments.of(masks, outputs, start=61)
@@ -177,6 +186,46 @@ def test_saved_moments_are_extended_without_reading_old_rows(tmp_path):
     late.save(path)
     assert_same(Moments.open(path), late)
     assert [p.name for p in tmp_path.iterdir()] == ["moments.pt"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_moments_filled_into_a_file_are_those_that_are_saved(tmp_path, dtype):
+    masks, outputs = drawn(90, 7, 3, dtype=dtype)
+    whole = Moments.of(masks, outputs)
+    Moments.save_new(tmp_path / "a.pt", 7, 3, lambda zeros: Moments.of(masks, outputs, stop=40, zeros=zeros))
+    first, rest = Moments.open(tmp_path / "a.pt"), Moments.of(masks, outputs, start=40)
+    assert_same(first, Moments.of(masks, outputs, stop=40))
+    Moments.save_new(tmp_path / "sum.pt", 7, 3, lambda zeros: first.plus(rest, zeros=zeros))
+    assert_same(Moments.open(tmp_path / "sum.pt"), first + rest)
+    assert np.array_equal(Moments.open(tmp_path / "sum.pt").ones, whole.ones)
+    torch.load(tmp_path / "sum.pt", weights_only=True)
+
+
+def test_what_fails_while_a_file_is_filled_leaves_none(tmp_path):
+    masks, outputs = drawn(20, 7, 3)
+    outputs[11] = np.inf
+    with pytest.raises(SpecError, match="not finite in rows 11"):
+        Moments.save_new(tmp_path / "a.pt", 7, 3, lambda zeros: Moments.of(masks, outputs, zeros=zeros))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_larger_than_the_disk_is_refused_before_it_is_filled(tmp_path):
+    with pytest.raises(RunError, match=r"No space left|File too large"):
+        Moments.save_new(tmp_path / "a.pt", 2_000_000, 3, lambda _: pytest.fail("nothing is to be counted"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("chosen", [slice(1, 3), slice(2, None), slice(0, 5, 2), slice(-1, None)])
+def test_moments_of_some_targets_are_those_of_their_columns(chosen):
+    masks, outputs = drawn(50, 7, 5, dtype=np.float64)
+    whole = Moments.of(masks, outputs)
+    assert_same(whole.of_targets(chosen), Moments.of(masks, outputs[:, chosen]))
+    assert whole.of_targets(chosen).gram is whole.gram
+
+
+def test_no_targets_are_refused():
+    with pytest.raises(SpecError, match="none of 5; choose at least one"):
+        Moments.of(*drawn(9, 7, 5)).of_targets(slice(5, 9))
 
 
 def test_extended_moments_keep_their_shift_and_leave_the_old_ones_alone():

@@ -1,13 +1,17 @@
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
-from dmpipeline import fit
+from dmpipeline import fit, save_dataset
 from dmpipeline.draws.masks import subset_masks
 from dmpipeline.errors import SpecError
-from dmpipeline.fitting.attribution import gradient_scores, log_odds_gradients
+from dmpipeline.fitting import attribution
+from dmpipeline.fitting.attribution import Projection, gradient_scores, log_odds_gradients
 from dmpipeline.models.outputs import correct_class_margins
 from dmpipeline.runs.store import Run
 from dmpipeline.scoring.correlation import lds
@@ -57,12 +61,15 @@ def test_gradients_of_all_examples_are_those_of_each(run):
     dataset = run.dataset()
     network, (state,) = trained_again(run, range(1))
     inputs, labels = torch.tensor(dataset.test_inputs[:7]), torch.tensor(dataset.test_labels[:7], dtype=torch.int64)
-    got = log_odds_gradients(network, state, inputs, labels)
+    log_odds, by_name = log_odds_gradients(network, state, inputs, labels)
+    got = torch.cat([by_name[name].flatten(1) for name in state], dim=1)
     for example in range(7):
         own = {name: value.clone().requires_grad_() for name, value in state.items()}
         logits = torch.func.functional_call(network, own, (inputs[example : example + 1],))[0]
         p = torch.softmax(logits.double(), -1)[labels[example]]
-        torch.log(p / (1 - p)).backward()
+        expected = torch.log(p / (1 - p))
+        torch.testing.assert_close(log_odds[example].double(), expected, rtol=1e-4, atol=1e-4)
+        expected.backward()
         expected = torch.cat([value.grad.flatten() for value in own.values()])
         torch.testing.assert_close(got[example], expected, rtol=1e-3, atol=1e-5)
 
@@ -72,6 +79,76 @@ def test_scores_foresee_retrainings_and_do_not_depend_on_the_call(run, scores, h
     assert scores.shape == (run.dataset().n_train, run.dataset().n_test)
     assert lds(masks.astype(float) @ scores, margins) > 0.45
     np.testing.assert_allclose(gradient_scores(run), scores, rtol=1e-3, atol=1e-6)
+
+
+def test_scores_are_those_of_the_formula(run):
+    dataset = run.dataset()
+    network, states = trained_again(run, range(2))
+    inputs = torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs]))
+    labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
+    n_train, wrong, leverages = dataset.n_train, 0.0, 0.0
+    for state in states:
+        log_odds, by_name = log_odds_gradients(network, state, inputs, labels)
+        rows = torch.cat([by_name[name].flatten(1) for name in state], dim=1).double().numpy()
+        of_train, p = rows[:n_train], 1 / (1 + np.exp(-log_odds[:n_train].double().numpy()))
+        r = p * (1 - p) + 0.001
+        damping = 2.0 * (r * np.square(of_train).sum(1)).mean()
+        hessian = (of_train.T * r) @ of_train + damping * np.eye(rows.shape[1])
+        leverages += of_train @ np.linalg.solve(hessian, rows[n_train:].T) / 2
+        wrong += (1 - p) / 2
+    expected = wrong[:, None] * leverages
+    got = gradient_scores(run, n_models=2, damping=2.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_projected_scores_near_the_exact_ones_as_projections_widen(run, scores, held_out):
+    masks, margins = held_out
+    exact = gradient_scores(run, n_models=2)
+    n_parameters = sum(parameter.numel() for parameter in run.trainer().material.network.parameters())
+    correlations = []
+    for width in (128, 1000, 4000):  # the first two below the number of examples, the last one above
+        projected = gradient_scores(run, n_models=2, projection=width)
+        correlations.append(np.corrcoef(projected.ravel(), exact.ravel())[0, 1])
+    assert 0.5 < correlations[0] < correlations[1] < correlations[2]
+    assert correlations[2] > 0.95
+    np.testing.assert_array_equal(gradient_scores(run, n_models=2, projection=n_parameters), exact)
+    projected = gradient_scores(run, projection=np.int64(2048))
+    assert lds(masks.astype(float) @ projected, margins) > lds(masks.astype(float) @ scores, margins) - 0.01
+
+
+def test_projections_are_drawn_by_the_runs_seed_and_the_model(run):
+    scores = gradient_scores(run, n_models=1, projection=200)
+    np.testing.assert_allclose(gradient_scores(run, n_models=1, projection=200), scores, rtol=1e-3, atol=1e-6)
+    sizes = {"weight": 700, "bias": 30}
+    gradients = {name: torch.randn(3, size) for name, size in sizes.items()}
+
+    def sketched(seed, model, size=200):
+        into = torch.zeros(3, size)
+        Projection.drawn(sizes, size, seed, model).add(gradients, into)
+        return into
+
+    assert torch.equal(sketched(4, 9), sketched(4, 9))
+    for other in (sketched(5, 9), sketched(4, 10)):
+        assert not torch.equal(sketched(4, 9), other)
+    assert torch.equal(sketched(4, 9, 730), torch.cat([gradients["weight"], gradients["bias"]], dim=1))
+
+
+@pytest.mark.parametrize("size", [7, 64, 199])
+def test_products_of_projected_gradients_are_those_of_gradients_on_average(size):
+    """Their variance over draws is at most that of a dense projection: (|x|^2 |y|^2 + (x'y)^2) / size."""
+    sizes = {"first": 150, "second": 50}
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 200, generator=generator) for _ in range(2))
+    y += x / 2
+    products = []
+    for model in range(2000):
+        projection, into = Projection.drawn(sizes, size, 3, model), torch.zeros(2, size)
+        projection.add({"first": torch.cat([x, y])[:, :150], "second": torch.cat([x, y])[:, 150:]}, into)
+        products.append((into[0] @ into[1]).item())
+    truth = (x @ y.T).item()
+    variance = ((x @ x.T) * (y @ y.T) + truth**2).item() / size
+    assert abs(np.mean(products) - truth) < 4 * np.sqrt(variance / 2000)
+    assert np.var(products) < 1.15 * variance
 
 
 def test_scores_as_a_prior_are_worth_half_as_many_models_again(run, scores, held_out):
@@ -89,7 +166,7 @@ def test_progress_counts_the_models(run):
     assert seen == [(1, 2), (2, 2)]
 
 
-def test_networks_that_normalise_batches_are_trained_again_as_they_were(tmp_path):
+def test_networks_that_normalise_batches_are_trained_again_as_they_were(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     parts = {f"{part}_inputs": rng.integers(0, 256, (24, 9, 9, 3), np.uint8) for part in ("train", "test")}
     np.savez(tmp_path / "pictures.npz", **parts, train_labels=np.arange(24) % 3, test_labels=np.arange(24) % 3)
@@ -106,11 +183,66 @@ def test_networks_that_normalise_batches_are_trained_again_as_they_were(tmp_path
             for state in trainer.states(subset_masks(spec, rows, 24), spec.model_indices(rows))
         ]
     np.testing.assert_allclose(np.stack(learned), run.array("test_logits")[:], atol=0.01)
-    assert np.isfinite(gradient_scores(run, n_models=2)).all()
+    exact = gradient_scores(run, n_models=2)
+    assert np.isfinite(exact).all()
+    n_parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    projected = gradient_scores(run, n_models=2, projection=n_parameters - 1)
+    assert np.corrcoef(projected.ravel(), exact.ravel())[0, 1] > 0.9
+    monkeypatch.setattr(attribution, "_BLOCK_EXAMPLES", 23)  # and then a block of one example
+    np.testing.assert_allclose(gradient_scores(run, n_models=2), exact, rtol=1e-3, atol=1e-5 * np.abs(exact).max())
+
+
+def test_a_users_network_is_scored_by_projected_gradients_as_by_all(tmp_path):
+    inputs, labels = sklearn.datasets.load_wine(return_X_y=True)
+    is_test = np.arange(len(labels)) % 5 == 0
+    dataset = save_dataset(tmp_path / "wine", (inputs[~is_test], labels[~is_test]), (inputs[is_test], labels[is_test]))
+    recipe = {"name": "module", "network": "torch.nn:Linear", "arguments": {"in_features": 13, "out_features": 3}}
+    spec = RunSpec(dataset=str(dataset), n_models=4, held_out={"n_subsets": 0}, recipe=recipe)
+    run = Run.create(tmp_path / "run", spec)
+    exact = gradient_scores(run, n_models=4)
+    np.testing.assert_array_equal(gradient_scores(run, n_models=4, projection=42), exact)  # of 42 parameters
+    assert np.corrcoef(gradient_scores(run, n_models=4, projection=41).ravel(), exact.ravel())[0, 1] > 0.9
+
+
+MEASURED = """
+import resource, sys
+import numpy as np
+from dmpipeline import Run, RunSpec, gradient_scores
+
+recipe = {"name": "perceptron", "hidden": 5000, "epochs": 1}
+run = Run.create(sys.argv[1], RunSpec(n_models=1, held_out={"n_subsets": 0}, recipe=recipe))
+run.train()
+gradient_scores(run, n_models=1, projection=100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+alone = gradient_scores(run, n_models=1)
+rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+np.testing.assert_allclose(alone, gradient_scores(run, n_models=1, projection=4096), rtol=1e-3, atol=1e-5)
+print(before, rise)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_gradients_that_would_not_fit_are_projected_without_being_told(tmp_path):
+    """Those of digits by a perceptron of 375,010 parameters are 2.5 GiB, and no more than 1 GiB is kept as it is."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    before, rise = (int(number) * 1024 for number in done.stdout.split())
+    assert before + rise < 2 * 2**30
+    projected, solved = 4 * 1797 * 4096, 3 * 8 * 1437**2
+    assert rise < projected + solved + 200 * 2**20
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"n_models": 0}, "from 1 to the run's 300"), ({"damping": 0.0}, "above 0")]
+    ("wrong", "said"),
+    [
+        ({"n_models": 0}, "from 1 to the run's 300"),
+        ({"damping": 0.0}, "above 0"),
+        ({"projection": 0}, "projection is 0; choose a whole number from 1"),
+        ({"projection": 512.5}, "projection is 512.5; choose a whole number from 1"),
+        ({"projection": "4096"}, "projection is '4096'; choose a whole number from 1"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(run, wrong, said):
     with pytest.raises(SpecError, match=said):

@@ -15,6 +15,7 @@ from sklearn.datasets import load_wine
 from dmpipeline import workflow
 from dmpipeline.cli.command import main
 from dmpipeline.fitting.datamodels import Datamodels
+from dmpipeline.report.of_run import report_run
 from dmpipeline.runs.derivation import OldResultWarning, n_models_of, old_results
 from dmpipeline.runs.extension import extend
 from dmpipeline.runs.rows import block_digest
@@ -56,7 +57,7 @@ def finished(tmp_path_factory):
     run.train(way=WAY)
     workflow.fit_run(run)
     workflow.curve_run(run, [30, N_MODELS])
-    workflow.report_run(run, workflow.evaluate_run(run))
+    report_run(run, workflow.evaluate_run(run))
     shutil.copytree(run.path, folder / "longer")
     extend(Run.open(folder / "longer"), MORE).train(way=WAY)
     return folder
@@ -150,7 +151,7 @@ def test_python_is_warned_of_old_datamodels(longer):
     with pytest.warns(OldResultWarning, match=f"fitted on {N_MODELS} models, the run has {MORE}"):
         evaluation = workflow.evaluate_run(longer)
     with pytest.warns(OldResultWarning, match=f"dmpipeline fit {longer.path}"):
-        workflow.report_run(longer, evaluation)
+        report_run(longer, evaluation)
 
 
 def test_an_export_of_old_datamodels_says_so_here_and_in_its_catalog(run, longer, tmp_path, capsys):
@@ -210,7 +211,7 @@ def test_scores_of_datamodels_that_somebody_replaced_are_old(run):
     assert "other datamodels" in old(run)["evaluation"].why
     assert n_models_of(run) is None
     assert workflow.fit_facts(run) == {}
-    workflow.report_run(run, workflow.evaluate_run(run))
+    report_run(run, workflow.evaluate_run(run))
     assert old(run) == {}
     page = (run.path / "report.html").read_text()
     assert "From models trained" in page

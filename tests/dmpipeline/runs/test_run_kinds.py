@@ -15,6 +15,7 @@ from dmpipeline.checks.verification import replay
 from dmpipeline.errors import IncompleteRunError, RunError, RunExistsError, SpecError
 from dmpipeline.exporting.export import export_run
 from dmpipeline.models.outputs import log_likelihoods, squared_errors
+from dmpipeline.report.of_run import report_run
 from dmpipeline.runs.store import Run
 from dmpipeline.spec import RunSpec
 from dmpipeline.training.train import Way
@@ -120,7 +121,7 @@ def test_a_regression_goes_the_whole_circle(tmp_path, k):
     expected = squared_errors(predictions.reshape(28, 5, k), data.test_labels)
     assert (run.array("test_squared_errors")[:] == expected).all()
     assert exported.find("numbers/50pct/test_predictions").schema.dtype == "float32"
-    assert workflow.report_run(run, workflow.evaluate_run(run)).exists()
+    assert report_run(run, workflow.evaluate_run(run)).exists()
 
 
 def test_predictions_alone_of_one_number_are_what_is_fitted(tmp_path):
@@ -147,7 +148,7 @@ def test_a_run_of_sequences_goes_the_whole_circle(tmp_path, users):
     # the next token is learned
     right = logits.argmax(-1) == data.test_labels
     assert right[:, data.test_labels >= 0].mean() > 0.4
-    assert workflow.report_run(run, workflow.evaluate_run(run)).exists()
+    assert report_run(run, workflow.evaluate_run(run)).exists()
 
 
 @pytest.mark.parametrize("masks", ["bernoulli", "given"])

@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 import dmdata
+import dmpipeline
 from dmpipeline import workflow
 from dmpipeline.cli.command import main
 from dmpipeline.errors import IncompleteRunError, SpecError
@@ -191,5 +192,26 @@ def test_gradient_scores_of_training_examples_are_those_of_the_same_examples_as_
 def test_a_prior_of_gradients_guides_the_fit_of_training_examples(run, capsys):
     code, data, _ = call(capsys, "fit", run.path, "--targets", "train", "--prior", "gradient", "--json")
     assert code == 0
-    assert data["prior_strength"] in (0, 0.25, 0.5)
+    assert 0 <= data["prior_strength"] <= 1
     assert set(np.argsort(-np.diag(workflow.load_datamodels(run, "train").weight))[: len(WRONG)]) == set(WRONG)
+
+
+def test_from_python_a_run_without_datamodels_names_the_call_that_fits_them(iris, tmp_path):
+    run = made(tmp_path / "run", iris)
+    with pytest.raises(IncompleteRunError, match=r"dmpipeline\.Run\.open\('.*run'\)\.train\(\)"):
+        dmpipeline.fit_run(run.path)
+    for targets, own in (("test", ""), ("train", ", targets='train'")):
+        with pytest.raises(IncompleteRunError) as refused:
+            dmpipeline.explain(run.path, 0, targets=targets)
+        assert f"or in Python with dmpipeline.fit_run({str(run.path)!r}{own})" in str(refused.value)
+        with pytest.raises(IncompleteRunError, match=r"dmpipeline\.fit_run"):
+            dmpipeline.evaluate_run(str(run.path), targets)
+
+
+def test_from_python_a_run_is_fitted_scored_explained_and_shown_by_its_path(run):
+    path = str(run.path)
+    dmpipeline.fit_run(path)
+    evaluation = dmpipeline.evaluate_run(path)
+    assert evaluation.n_targets == run.dataset().n_test
+    assert dmpipeline.explain(path, 0).index == 0
+    assert dmpipeline.report_run(path, evaluation, parts=[]).is_file()

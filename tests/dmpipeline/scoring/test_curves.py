@@ -15,9 +15,9 @@ from one_curve import learning_curve
 import dmdata
 from dmpipeline.cli.command import main, saving_in_words
 from dmpipeline.errors import RunError, SpecError
+from dmpipeline.figures.curve_picture import curve_figure, draw_curves
 from dmpipeline.fitting.fitting import fit, fit_moments
 from dmpipeline.moments.moments import Moments
-from dmpipeline.report.curve_picture import curve_figure, draw_curves
 from dmpipeline.runs.store import Run
 from dmpipeline.scoring.alternatives import ridge
 from dmpipeline.scoring.curves import CurvePoint, LearningCurve
@@ -330,8 +330,8 @@ def run(made, tmp_path):
 
 
 def test_the_command_leaves_its_numbers_and_picture_and_the_report_shows_them(run, capsys):
-    assert call(capsys, "report", run)[0] == 0
-    assert 'id="curve"' not in (run / "report.html").read_text()
+    assert call(capsys, "report", run, "--parts", "support")[0] == 0
+    assert '"curves":[]' in (run / "report.html").read_text()
     code, data, _ = call(capsys, "curve", run, "--counts", "20,40,80", "--json", "-q")
     assert code == 0
     assert list(data["curves"]) == ["plain"]
@@ -341,11 +341,11 @@ def test_the_command_leaves_its_numbers_and_picture_and_the_report_shows_them(ru
     assert json.loads((run / "curve.json").read_text()) == data["curves"]
     assert ElementTree.parse(data["picture"]).getroot().tag.endswith("svg")  # noqa: S314, our own
     assert load_curves(Run.open(run))["plain"].counts == (20, 40, 80)
-    assert call(capsys, "report", run)[0] == 0
-    page = html.unescape((run / "report.html").read_text())
-    assert 'id="curve"' in page
-    assert re.search(r"plain from 0?-?[\d.]+ with 20 models", page)
-    assert not re.search("https?:|#0[1-6]0[1-6]0[1-6]", page)  # nothing of a server, and no stand-in for a colour
+    assert call(capsys, "report", run, "--parts", "support")[0] == 0
+    page = (run / "report.html").read_text()
+    facts = json.loads(re.search(r'id="facts">(.*?)</script>', page, re.DOTALL)[1])
+    [curve] = facts["curves"]
+    assert (curve["name"], curve["points"]) == ("plain", data["curves"]["plain"]["points"])
 
 
 def test_a_prior_is_drawn_beside_the_plain_curve_and_what_it_saves_is_said(run, capsys):
@@ -410,12 +410,12 @@ def test_a_run_without_datamodels_has_a_curve_and_one_without_models_does_not(ru
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"plain": {"points": 3}}', '{"plain": 1}', "\udcff"])
 def test_a_damaged_curve_is_said_and_mended_by_drawing_it_again(run, capsys, text):
     (run / "curve.json").write_bytes(text.encode(errors="surrogateescape"))
-    code, _, said = call(capsys, "report", run)
+    code, _, said = call(capsys, "report", run, "--parts", "support")
     assert code == 1
     assert "curve.json is damaged" in said
     assert f"dmpipeline curve {run}" in said
     assert call(capsys, "curve", run, "--counts", "80", "-q")[0] == 0
-    assert call(capsys, "report", run)[0] == 0
+    assert call(capsys, "report", run, "--parts", "support")[0] == 0
 
 
 @pytest.mark.parametrize("in_the_way", ["curve.json", "curve.svg"])

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
+from sklearn.datasets import load_diabetes
 
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
-from dmpipeline.scoring.correlation import Ranker, lds, spearman, weighted_correlation
+from dmpipeline.scoring.correlation import Ranker, lds, lds_interval, spearman, weighted_correlation
 from dmpipeline.scoring.evaluation import evaluate, score
 from dmpipeline.scoring.retrainings import noise_ceiling
 
@@ -106,6 +107,21 @@ def test_ranks_of_resamples_equal_those_of_the_repeated_rows():
     weight = rows.astype(float)
     got = weighted_correlation(Ranker.of(predicted).ranks(weight), Ranker.of(true).ranks(weight), weight)
     assert got.mean() == pytest.approx(expected)
+
+
+def test_the_interval_is_that_of_resampled_rows_ranked_by_scipy():
+    """Measures of 442 patients, full of ties, and a column of two values."""
+    true = load_diabetes(scaled=False).data[:, :9]
+    predicted = np.column_stack([true[:, 1:], true[:, 0] > 60])
+    n_bootstraps = 40  # more than one batch, and not a whole number of them
+    rng, scores = np.random.default_rng([1, 2]), []
+    for _ in range(n_bootstraps):
+        again = np.repeat(np.arange(len(true)), rng.multinomial(len(true), np.full(len(true), 1 / len(true))))
+        pairs = [stats.spearmanr(predicted[again, t], true[again, t]).statistic for t in range(true.shape[1])]
+        scores.append(np.mean(pairs))
+    low, high = np.quantile(np.array(scores) - np.mean(scores), [0.05, 0.95])
+    got = lds_interval(predicted, true, n_bootstraps=n_bootstraps, level=0.9, seed=1)
+    assert got == pytest.approx((lds(predicted, true) + low, lds(predicted, true) + high), abs=1e-12)
 
 
 def test_targets_that_never_vary_are_left_out_and_counted():

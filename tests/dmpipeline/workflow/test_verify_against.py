@@ -365,7 +365,13 @@ def test_a_paid_reference_is_priced_and_asked_for_before_anything_is_read(ours, 
     ("to", "tensors"),
     [
         ("internet", ("weight", "bias", "lam")),
-        ("same-region", ("weight", "bias", "lam", "gap", "kkt", "validation_error", "fitted_masks")),
+        (
+            "same-region",
+            (
+                *("weight", "bias", "lam", "gap", "kkt", "validation_error"),
+                *("limit_variance", "limit_linear", "limit_error", "fitted_masks"),
+            ),
+        ),
     ],
 )
 def test_the_price_of_a_comparison_with_datamodels_is_what_is_paid_in_the_end(

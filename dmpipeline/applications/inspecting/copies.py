@@ -6,6 +6,8 @@ independent noise of some variance on each number; or it is another example of t
 kernel estimate: around each example a Gaussian with the covariance of the differences of nearest neighbours. The score
 of a pair is the logarithm of the ratio of the two likelihoods, maximised over the noise. Noise spreads evenly over all
 directions, differences of examples do not: that is how a noisy copy is distinguished from an example that is as near.
+Where they do spread evenly, as between pictures of independent noise, or where few examples do not show how they
+spread, only what is nearer than usual may be a copy: an even spread of the usual size explains another example, too.
 
 What is held in memory: `_BLOCK_BYTES` of distances, as much of rows, and 64 numbers for each example that is asked
 about and each shift; inputs are read in blocks.
@@ -354,7 +356,11 @@ class InputSpace:
                 apart = np.square((ours - self.rows("train", nearest.index[places], shift)[:, kept]) @ axes)
                 whole, n_kept = apart.sum(1, dtype=np.float64), apart.shape[1]
                 copy = np.max([-0.5 * (whole / noise + n_kept * math.log(noise)) for noise in noises], 0)
-                other = np.full(len(apart), -np.inf)
+                # evenly, as large as usual, or as around this example where that is less
+                usual = max(float(variance.mean(dtype=np.float64)), 1e-6 * self.mean_variance)
+                least = usual * np.minimum(spread[places[0]], 1)
+                usual = np.clip(whole / n_kept, least, np.maximum(least, usual))
+                other = -0.5 * (whole / usual + n_kept * np.log(usual))
                 for noise in noises:
                     around = spread[places[0], None] * variance + noise
                     other = np.maximum(other, -0.5 * (apart / around + np.log(around)).sum(1))

@@ -1,8 +1,9 @@
 """What a prior says of the weights: which examples are likely to matter for a target, by any attribution score.
 
 A LASSO that penalises likely examples less, and shrinks weights towards what the scores lead to expect rather than
-towards zero, needs fewer models. How far to trust the prior is chosen on validation models from `TRUSTS` that include
-not at all, so a useless one costs time and nothing else.
+towards zero, needs fewer models. A fit is made with each of `TRUSTS`, and what comes out is a mixture that predicts the
+validation models best (`fitting.guides.mixing`). One of them is no trust, so a useless prior costs time and little
+else; scores that are better than any fit can be most of the mixture.
 """
 
 from typing import Any, NamedTuple
@@ -24,16 +25,21 @@ class Trust(NamedTuple):
         Exponent of the penalty factors; 0 is no prior.
     in_values : bool
         Whether weights are shrunk towards the scores, and not only their sizes taken for penalty factors.
+    of_others : bool
+        Whether they are shrunk towards a combination of the scores of many targets, and not only of their own.
     """
 
     strength: float
     in_values: bool
+    of_others: bool = False
 
 
-TRUSTS = (Trust(0.0, False), Trust(0.25, False), Trust(0.5, False), Trust(0.5, True))
-"""From which `fit` chooses."""
+TRUSTS = (Trust(0.0, False), Trust(0.5, False), Trust(0.5, True), Trust(0.25, True, of_others=True))
+"""Of whose weights `fit` makes a mixture. The first is none."""
 
 _FLOOR = 0.003
+_RIDGES = np.geomspace(1e-4, 1e3, 60)
+"""Among which that of `combined_weights` is looked for, as shares of the mean eigenvalue."""
 _BLOCK_ROWS = 4096
 
 
@@ -125,6 +131,66 @@ def expected_weights(
     reach, agreement = (np.einsum("tj,tj->t", scores, other, dtype=np.float64) for other in (pull, cross))
     factor = np.divide(agreement, reach, out=np.zeros_like(reach), where=reach > 0)[:, None]
     return (factor * scores).astype(np.float32), factor * pull
+
+
+def combined_weights(
+    scores: NDArray[np.float32],
+    gram: NDArray[Any],
+    cross: NDArray[np.float64],
+    square: NDArray[np.float64],
+    n_models: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Fit each target by a combination of the scores of all these targets, its own counting first.
+
+    With F the models' outputs that the scores predict, one column a target, each of unit length over its scores, the
+    coefficients of a target are b = c e + (F'F / n + l I)^-1 F'(y - c F e) / n, where e is its own column and c that of
+    `expected_weights`. One l serves all: that of least generalised cross-validation (Golub, Heath & Wahba, 1979),
+    summed over targets as shares of their variances, among those that take up no more than half of the models. Scores
+    of other targets help because those of few models are noisy, and because a target leans on examples that are known
+    from targets like it.
+
+    Parameters
+    ----------
+    scores, gram, cross
+        As for `expected_weights`.
+    square : array of float64, shape (n_targets,)
+        y'y / n.
+    n_models : int
+        n.
+
+    Returns
+    -------
+    expected, pull
+        As of `expected_weights`; dense where scores of other targets are.
+    """
+    length = np.sqrt(np.square(scores, dtype=np.float64).sum(axis=1))
+    of_unit = scores * np.divide(1, length, out=np.zeros_like(length), where=length > 0)[:, None].astype(np.float32)
+    pull = of_unit @ gram
+    among = (pull @ of_unit.T).astype(np.float64)
+    with_targets = (of_unit @ cross.T.astype(np.float32)).astype(np.float64)  # (n_scores, n_targets)
+    reach, agreement = np.diagonal(among).copy(), np.diagonal(with_targets).copy()
+    own = np.divide(agreement, reach, out=np.zeros_like(reach), where=reach > 0)
+    left = square - own * agreement
+    values, axes = np.linalg.eigh((among + among.T) / 2)
+    values = np.maximum(values, 0)
+    along = axes.T @ (with_targets - among * own)
+    known = square > 0
+    if not known.any() or not values.any():
+        return np.zeros_like(scores), np.zeros(scores.shape)
+    inverses = [1 / (values + share * values.mean()) for share in _RIDGES]
+    # of few models it would choose what interpolates them
+    inverses = [inverse for inverse in inverses if values @ inverse + 1 <= n_models / 2] or inverses[-1:]
+
+    def validated(inverse: NDArray[np.float64]) -> float:
+        error = left + (inverse * (values * inverse - 2)) @ np.square(along)
+        n_free = min(float(values @ inverse) + 1, n_models - 1)
+        return float(np.mean(error[known] / square[known])) / (1 - n_free / n_models) ** 2
+
+    inverse = min(inverses, key=validated)
+    coefficients = axes @ (along * inverse[:, None])
+    coefficients[np.diag_indices(len(own))] += own
+    of_targets = coefficients.T.astype(np.float32)
+    return of_targets @ of_unit, (of_targets @ pull).astype(np.float64)
 
 
 def pooled_scores(datamodels: Datamodels, outputs: RowSliceable) -> NDArray[np.float32]:

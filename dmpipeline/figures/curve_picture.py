@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 from numpy.typing import NDArray
 
 from dmpipeline.errors import SpecError
-from dmpipeline.report.figures import LIGHT, Palette, blank, file_bytes
+from dmpipeline.figures.drawing import LIGHT, Palette, blank, file_bytes
 from dmpipeline.runs.directory import write_beside
 from dmpipeline.scoring.curves import LearningCurve
 from dmpipeline.scoring.evaluation import readable_score

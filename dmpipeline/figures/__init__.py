@@ -1,0 +1,1 @@
+"""Figures in one style, as files of their own."""

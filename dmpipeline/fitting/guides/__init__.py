@@ -1,0 +1,1 @@
+"""What guides a fit: scores that say which examples are likely to matter, and mixtures of fits that trust them."""
