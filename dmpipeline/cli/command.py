@@ -260,8 +260,21 @@ def evaluate(
     talk.print_data(facts, *tables)
     warn_of(told)
     if evaluation.decomposition is not None:
-        talk.remark(f"advice: {evaluation.decomposition.advice}")
+        advice = evaluation.decomposition.advice
+        talk.remark(f"advice: {advice}{_how_to_follow(advice, directory, targets)}")
     talk.remark(next_to_report(directory, targets))
+
+
+def _how_to_follow(advice: str, directory: Path, targets: "TargetsName") -> str:
+    """Name the command for a sentence of advice that begins so, if there is one."""
+    from dmpipeline.runs.targets import command
+    from dmpipeline.scoring.decomposition import TRAIN_MORE, USE_PAIRS
+
+    if advice.startswith(TRAIN_MORE):
+        return f"; {command(directory, 'curve', targets)} tells how many"
+    if advice.startswith(USE_PAIRS):
+        return f"; {command(directory, 'fit', targets)} --pairs"
+    return ""
 
 
 def _checked_attributions(

@@ -136,7 +136,7 @@ class Decomposition:
         if by_models >= ENOUGH and (self.has_pairs or not by_models < by_terms / 2):
             return f"{TRAIN_MORE}: {reached}"
         if by_terms >= ENOUGH and not self.has_pairs:
-            return f"use pairs: {reached}; without what is not linear it would be {_of(linear)}"
+            return f"{USE_PAIRS}: {reached}; without what is not linear it would be {_of(linear)}"
         return f"stop: {reached}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -235,9 +235,10 @@ class ErrorLaw:
 
 
 LEAST_POINTS = 3
-"""So many points, and one that is held back, tell a law."""
+"""Points that a law is fitted to at least; one more is held back to test it."""
 
-TRAIN_MORE = "train more models"
+TRAIN_MORE, USE_PAIRS = "train more models", "use pairs"
+"""How two of the sentences of advice begin."""
 
 PARTS = {"noise": "chance of training", "estimation": "too few models", "nonlinear": "not linear"}
 """Of the mean squared error: attributes of `Decomposition`, and how people call them."""

@@ -323,7 +323,7 @@ def scheduler(tmp_path):
     arguments = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--dashboard-address", "127.0.0.1:0")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with started(sys.executable, "-c", program, *arguments, "--scheduler-file", str(file), **quiet) as process:
-        wait_until(file.exists)
+        wait_until(lambda: file.exists() and file.read_text().endswith("}"))  # it is written in place
         yield process, json.loads(file.read_text())["address"]
 
 
