@@ -66,11 +66,23 @@ class Examples:
                 n_done += len(of_some)
 
 
+def shares_missed(examples: Examples, network: nn.Module, state: State) -> Tensor:
+    """Return 1 - p of each training example's true class under a trained model, (n_train,)."""
+    missed = torch.empty(examples.n_train)
+    with examples.user_code(), torch.no_grad():
+        for rows, inputs, labels in examples.blocks(_BLOCK_EXAMPLES):
+            if rows.start >= examples.n_train:
+                break
+            logits = torch.func.functional_call(network, dict(state), (inputs,))
+            missed[rows] = torch.sigmoid(-log_odds_of(logits, labels))
+    return missed
+
+
 class Scorer(Protocol):
     """Scores by one trained model after the other, with room that all of them share."""
 
-    def add(self, leverages: Tensor, state: State, model_index: int, damping: float) -> Tensor:
-        """Add a model's leverages, (n_train, n_targets), and return 1 - p of the training examples, (n_train,)."""
+    def add(self, leverages: Tensor, state: State, model_index: int, curvatures: Tensor, damping: float) -> None:
+        """Add a model's leverages, (n_train, n_targets), at curvatures of training examples' losses, (n_train,)."""
 
 
 class Gradients:
@@ -87,7 +99,6 @@ class Gradients:
         To how many numbers gradients are projected; those of no more parameters are kept as they are.
     seed : int
         Of the projections.
-    least_curvature : float
     """
 
     def __init__(
@@ -98,24 +109,19 @@ class Gradients:
         *,
         width: int,
         seed: int,
-        least_curvature: float,
     ) -> None:
         self.examples, self.network, self.sizes, self.seed = examples, network, sizes, seed
         self.gradients = torch.empty(examples.n_all, min(width, sum(sizes.values())))
-        self.least_curvature = least_curvature
 
-    def add(self, leverages: Tensor, state: State, model_index: int, damping: float) -> Tensor:
+    def add(self, leverages: Tensor, state: State, model_index: int, curvatures: Tensor, damping: float) -> None:
         """Add a model's; see `Scorer`."""
-        gradients, n_train, log_odds = self.gradients, self.examples.n_train, torch.empty(self.examples.n_all)
+        gradients, n_train = self.gradients, self.examples.n_train
         projected = Projection.drawn(self.sizes, gradients.shape[1], self.seed, model_index)
         gradients.zero_()
         at_once = min(_BLOCK_EXAMPLES, max(1, _BLOCK_BYTES // (4 * sum(self.sizes.values()))))
         with self.examples.user_code():
             for rows, inputs, labels in self.examples.blocks(at_once):
-                log_odds[rows], of_each = log_odds_gradients(self.network, state, inputs, labels)
-                projected.add(of_each, gradients[rows])
-        wrong = torch.sigmoid(-log_odds[:n_train])
-        curvatures = wrong * (1 - wrong) + self.least_curvature
+                projected.add(log_odds_gradients(self.network, state, inputs, labels)[1], gradients[rows])
         of_train, of_targets = gradients[:n_train], gradients[self.examples.of_targets]
         if gradients.shape[1] > n_train:
             add_by_products(
@@ -123,7 +129,6 @@ class Gradients:
             )
         else:
             _add_by_gradients(leverages, of_train, of_targets, curvatures, damping)
-        return wrong
 
 
 def _add_by_gradients(

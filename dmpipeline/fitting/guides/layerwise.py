@@ -31,18 +31,15 @@ class LinearLayers:
     network : torch.nn.Module
         In evaluation mode.
     layers : list of torch.nn.Linear
-        That hold all it learned.
-    least_curvature : float
+        That hold all it learned, in the order in which they are used.
     """
 
-    def __init__(
-        self, examples: Examples, network: nn.Module, layers: list[nn.Linear], *, least_curvature: float
-    ) -> None:
-        self.examples, self.network, self.layers, self.least_curvature = examples, network, layers, least_curvature
+    def __init__(self, examples: Examples, network: nn.Module, layers: list[nn.Linear]) -> None:
+        self.examples, self.network, self.layers = examples, network, layers
         self.products = torch.empty(examples.n_train, examples.n_all)
 
     @classmethod
-    def of(cls, examples: Examples, network: nn.Module, state: State, *, least_curvature: float) -> Self | None:
+    def of(cls, examples: Examples, network: nn.Module, state: State) -> Self | None:
         """Return it if the network learns by linear layers alone, each used once for an example by itself; else None.
 
         Whether an example's layers depend on other examples cannot be seen from outside: the products of the first few
@@ -55,12 +52,12 @@ class LinearLayers:
             return None
         with examples.user_code():
             _, inputs, labels = next(iter(examples.blocks(_EXAMPLES_AT_ONCE)))
-            _, used, factors = _factors(network, layers, state, inputs, labels)
+            used, factors = _factors(network, layers, state, inputs, labels)
             is_one_each = sorted(map(id, used)) == sorted(map(id, layers))
             if not is_one_each or any(len(a) != len(labels) or a.ndim != 2 for a, _ in factors):
                 return None
             _, gradients = log_odds_gradients(network, state, inputs[:_TRIED], labels[:_TRIED])
-        found = cls(examples, network, used, least_curvature=least_curvature)
+        found = cls(examples, network, used)
         each = torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
         right = each @ each.T
         some = [(a[:_TRIED], d[:_TRIED]) for a, d in factors]
@@ -69,14 +66,21 @@ class LinearLayers:
         )
         return found if is_right else None
 
-    def add(self, leverages: Tensor, state: State, model_index: int, damping: float) -> Tensor:  # noqa: ARG002 - see `Scorer`
+    def add(
+        self,
+        leverages: Tensor,
+        state: State,
+        model_index: int,  # noqa: ARG002 - nothing is drawn
+        curvatures: Tensor,
+        damping: float,
+    ) -> None:
         """Add a model's; see `Scorer`."""
         examples, n_train = self.examples, self.examples.n_train
-        log_odds, parts = torch.empty(examples.n_all), []
         with examples.user_code():
-            for rows, inputs, labels in examples.blocks(_EXAMPLES_AT_ONCE):
-                log_odds[rows], _, factors = _factors(self.network, self.layers, state, inputs, labels)
-                parts.append(factors)
+            parts = [
+                _factors(self.network, self.layers, state, inputs, labels)[1]
+                for _, inputs, labels in examples.blocks(_EXAMPLES_AT_ONCE)
+            ]
         whole = [
             (torch.cat([a for a, _ in of_layer]), torch.cat([d for _, d in of_layer]))
             for of_layer in zip(*parts, strict=True)
@@ -84,11 +88,8 @@ class LinearLayers:
         for start in range(0, n_train, _EXAMPLES_AT_ONCE):
             some = slice(start, min(start + _EXAMPLES_AT_ONCE, n_train))
             self.products[some] = self._products([(a[some], d[some]) for a, d in whole], whole)
-        wrong = torch.sigmoid(-log_odds[:n_train])
         with_targets = self.products[:, examples.of_targets]
-        curvatures = wrong * (1 - wrong) + self.least_curvature
         add_by_products(leverages, self.products[:, :n_train], lambda some: with_targets[:, some], curvatures, damping)
-        return wrong
 
     def _products(self, left: Factors, right: Factors) -> Tensor:
         """Multiply the gradients of some examples with those of others, (n_left, n_right)."""
@@ -103,8 +104,8 @@ class LinearLayers:
 
 def _factors(
     network: nn.Module, layers: list[nn.Linear], state: State, inputs: Tensor, labels: Tensor
-) -> tuple[Tensor, list[nn.Linear], Factors]:
-    """Return examples' log odds, the layers in the order in which they are used, and each one's factors."""
+) -> tuple[list[nn.Linear], Factors]:
+    """Return the layers in the order in which they are used, and each one's factors."""
     used: list[nn.Linear] = []
     given, probes = [], []
 
@@ -121,4 +122,4 @@ def _factors(
         own = {name: tensor.clone() for name, tensor in state.items()}
         log_odds = log_odds_of(torch.func.functional_call(network, own, (inputs.clone(),)), labels)
         slopes = torch.autograd.grad(log_odds.sum(), probes, allow_unused=True, materialize_grads=True)
-    return log_odds.detach(), used, list(zip(given, slopes, strict=True))
+    return used, list(zip(given, slopes, strict=True))

@@ -89,17 +89,17 @@ def test_scores_are_those_of_the_formula(run):
     network, states = trained_again(run, range(2))
     inputs = torch.tensor(np.concatenate([dataset.train_inputs, dataset.test_inputs]))
     labels = torch.tensor(np.concatenate([dataset.train_labels, dataset.test_labels]), dtype=torch.int64)
-    n_train, wrong, leverages = dataset.n_train, 0.0, 0.0
-    for state in states:
-        log_odds, by_name = log_odds_gradients(network, state, inputs, labels)
-        rows = torch.cat([by_name[name].flatten(1) for name in state], dim=1).double().numpy()
-        of_train, p = rows[:n_train], 1 / (1 + np.exp(-log_odds[:n_train].double().numpy()))
-        r = p * (1 - p) + 0.001
+    n_train, leverages = dataset.n_train, 0.0
+    each = [log_odds_gradients(network, state, inputs, labels) for state in states]
+    p = np.stack([1 / (1 + np.exp(-log_odds[:n_train].double().numpy())) for log_odds, _ in each])
+    r = (p * (1 - p)).mean(0) + 0.001
+    for _, by_name in each:
+        rows = torch.cat([by_name[name].flatten(1) for name in states[0]], dim=1).double().numpy()
+        of_train = rows[:n_train]
         damping = 2.0 * (r * np.square(of_train).sum(1)).mean()
         hessian = (of_train.T * r) @ of_train + damping * np.eye(rows.shape[1])
         leverages += of_train @ np.linalg.solve(hessian, rows[n_train:].T) / 2
-        wrong += (1 - p) / 2
-    expected = wrong[:, None] * leverages
+    expected = (1 - p).mean(0)[:, None] * leverages
     got = gradient_scores(run, n_models=2, damping=2.0)
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
