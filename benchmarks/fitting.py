@@ -140,9 +140,10 @@ def number_of_models(bench: Bench, n_models: int, n_train: int, n_targets: int) 
 
 
 def nine_points(bench: Bench, n_models: int, n_train: int, n_targets: int) -> None:
-    """Time of a learning curve of nine points, from a sixteenth of the models on, over that of its longest fit."""
+    """Time of a curve of nine points, from a sixteenth of the models on, over that of its longest fit, unscored."""
     masks, outputs = planted(n_models * 11 // 10, n_train, n_targets, n_effects=min(40, n_train // 5), scale=0.3)
-    (own, held_out), (found, truth) = np.split(masks, [n_models]), np.split(outputs, [n_models])
+    own, found = masks[:n_models], outputs[:n_models]
+    held_out, truth = (array[n_models : n_models + 100] for array in (masks, outputs))
     counts = [int(count) for count in np.geomspace(n_models // 16, n_models, 9).round()]
 
     def curve() -> None:

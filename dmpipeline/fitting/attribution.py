@@ -76,7 +76,7 @@ def gradient_scores(
         where a network learns by linear layers alone and their products do, 4 n_train (n_train + n_test); otherwise
         they are projected to as many numbers as 1 GiB holds, or to 4,096 if that is more. On digits, whose networks
         have 4,810 parameters, the LDS is 0.707, 0.720, 0.729 and 0.732 with 512, 1,024, 2,048 and 4,096 numbers, and
-        0.732 with all. On MNIST, with 109,386, it is LDSTABLE.
+        0.732 with all. On MNIST, with 109,386, it is 0.43, 0.54 and 0.56 with 512, 4,096 and all.
     targets : {"test", "train"}
         Whose outputs the scores are for. A training example's score for itself is large: it is what was learned of it.
     dataset : Dataset, optional
