@@ -132,12 +132,14 @@ class Decomposition:
         reached = f"LDS is {self.lds:.3f}, and with endlessly many models would be {_of(more)}"
         if more.high - more.low > _VAGUE:
             return f"hold out more subsets, for these are too few to tell: {reached}"
+        if self.has_pairs or math.isnan(by_terms):
+            by_terms = 0.0
+        if max(by_models, by_terms) < ENOUGH:
+            return f"stop: {reached}"
         # pairs are found by models too: what they bring comes when most of what models bring has come
-        if by_models >= ENOUGH and (self.has_pairs or not by_models < by_terms / 2):
+        if by_models >= by_terms / 2:
             return f"{TRAIN_MORE}: {reached}"
-        if by_terms >= ENOUGH and not self.has_pairs:
-            return f"{USE_PAIRS}: {reached}; without what is not linear it would be {_of(linear)}"
-        return f"stop: {reached}"
+        return f"{USE_PAIRS}: {reached}; without what is not linear it would be {_of(linear)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON: parts and LDS as {"value", "low", "high"}, and the advice."""

@@ -8,7 +8,7 @@ import pytest
 
 from dmpipeline import Datamodels, evaluate, fit, fit_moments, learning_curves
 from dmpipeline.scoring.curves import LearningCurve
-from dmpipeline.scoring.decomposition import Decomposition, ErrorLaw
+from dmpipeline.scoring.decomposition import Decomposition, ErrorLaw, Estimate, Shares
 
 N_TRAIN, N_TARGETS, R = 200, 40, 5
 PARTS = ("noise", "estimation", "nonlinear")
@@ -121,6 +121,28 @@ def test_advice_is_to_train_more_where_models_are_few_and_to_stop_where_they_suf
     assert of_few.advice.startswith("train more models: ")
     assert of_many.advice.startswith("stop: ")
     assert of_many.nonlinear.low < 0 < of_many.nonlinear.high
+
+
+@pytest.mark.parametrize(
+    ("by_models", "by_terms", "has_pairs", "advice"),
+    [
+        (0.019, 0.030, False, "train more models: "),  # logistic regression on digits, by 4,000 models
+        (0.007, 0.030, False, "use pairs: "),  # and by 16,000
+        (0.007, 0.030, True, "stop: "),
+        (0.019, 0.019, False, "stop: "),
+        (0.030, 0.100, False, "use pairs: "),
+        (0.030, 0.100, True, "train more models: "),
+        (0.030, math.nan, False, "train more models: "),
+        (math.nan, 0.030, False, "train more models: these are too few"),
+    ],
+)
+def test_advice_weighs_what_more_models_bring_against_what_pairs_could(
+    by_models: float, by_terms: float, has_pairs: bool, advice: str
+) -> None:
+    part, lds = Estimate(0.1, 0.09, 0.11), 0.9
+    more, linear = (Estimate(lds + by, lds + by - 0.01, lds + by + 0.01) for by in (by_models, by_terms))
+    parts = Decomposition(part, part, part, 1.0, lds, part, more, linear, Shares(0.1, 0.1, 0.1, 0.1), has_pairs)
+    assert parts.advice.startswith(advice)
 
 
 def test_without_retrainings_too_few_models_are_known_and_the_rest_is_not_told_apart() -> None:
