@@ -1,9 +1,10 @@
 """A cheap attribution from a handful of a run's own models, as a prior for datamodels.
 
 The score is that of TRAK (Park et al., 2023): a trained model is taken for linear in its gradients, and removing an
-example for one step of Newton's method on its logistic loss. Gradients are kept as they are where they fit into memory,
-and projected otherwise. Scores of a few models are averaged. They order examples far worse than datamodels do; what
-they are for is `dmpipeline.fit(..., prior=scores)`.
+example for one step of Newton's method on its logistic loss. Products of gradients are found layer by layer where all
+learned layers are linear; otherwise gradients are kept where they fit into memory, and else projected. Scores of a few
+models are averaged. They order examples far worse than datamodels of many models do; what they are for is
+`dmpipeline.fit(..., prior=scores)`.
 """
 
 import copy
