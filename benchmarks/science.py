@@ -96,7 +96,7 @@ def measure(
 
 
 def trained_run(folder: Path, dataset: str, counts: Sequence[int], *, is_small: bool) -> Run:
-    """Open or create a run of so many models, and train what is missing."""
+    """Open a run with the last of these numbers of models, or create it, and train what is missing."""
     spec: dict[str, Any] = {"n_models": counts[-1], "outputs": ["margins", "log_likelihoods"]}
     spec["held_out"] = {"n_subsets": 100, "n_retrainings": 2 if is_small else 5 if dataset == "mnist" else 10}
     if dataset == "mnist":

@@ -56,7 +56,7 @@ class Examples:
         return slice(self.n_train if len(self.parts) > 1 else 0, self.n_all)
 
     def blocks(self, n_examples: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield rows, network inputs, and int64 labels of at most so many examples."""
+        """Yield rows, network inputs, and int64 labels, `n_examples` at a time."""
         n_done = 0
         for stored, labels in self.parts:
             for start in range(0, len(labels), n_examples):

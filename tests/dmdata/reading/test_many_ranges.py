@@ -262,7 +262,7 @@ def test_where_few_files_may_be_open_fewer_connections_are_made(far: LoopbackS3,
     subprocess.run(command, check=True)
     assert np.array_equal(np.load(read), COLUMN)
     assert all(request.status == 206 for request in far.log)
-    # a few are made anew on a busy machine; with more files there would be 512
+    # on a busy machine a few connections are replaced; without the limit on files there would be up to 512
     assert most_at_once(far) <= 150
 
 
