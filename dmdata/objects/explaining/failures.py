@@ -5,6 +5,7 @@ Errors of libraries hold requests, and these the token: `without_requests` takes
 
 import socket
 import ssl
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,8 +97,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def without_requests(error: Exception) -> None:
-    """Take requests out of an error and what it was made of: they hold the token, and Dask pickles contexts along."""
+    """Take requests out of an error and what it was made of: they hold the token, and Dask pickles contexts along.
+
+    The frames that are over let go of theirs, too: one that stumbled over an answer holds an open connection.
+    """
     for cause in _causes(error):
+        traceback.clear_frames(cause.__traceback__)
         for name in ("request", "response"):
             if getattr(cause, name, None) is not None:
                 vars(cause)[name] = None

@@ -1,5 +1,6 @@
 """Endpoints that are S3 in part: each is read, or said in one sentence and a request or two not to be."""
 
+import gc
 import io
 import socket
 import threading
@@ -89,6 +90,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, dmdata_home: Path) -> Iterator[Callab
         return server
 
     yield start
+    gc.collect()  # a connection left open is a warning here, and fails
     for server, thread in servers:
         server.shutdown()
         thread.join()
