@@ -5,6 +5,7 @@ estimates share second moments that grow along the rows, so each row is read onc
 """
 
 import functools
+import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmdata.reading.long_work import shows_stages
 from dmpipeline.errors import SpecError
 from dmpipeline.fitting.datamodels import Datamodels
-from dmpipeline.fitting.fitting import split_rows
+from dmpipeline.fitting.fitting import ends_of_parts, fit_folds, fit_moments, folds_of, split_rows
+from dmpipeline.fitting.guides.priors import check_prior
 from dmpipeline.fitting.limits import LinearLimit
 from dmpipeline.fitting.settings import VALIDATION, StageProgress
 from dmpipeline.moments.arrays import RowSliceable, check_shapes
@@ -40,6 +43,7 @@ def learning_curves(
     held_out_outputs: RowSliceable,
     *,
     estimates: Mapping[str, Estimator],
+    priors: Mapping[str, NDArray[Any]] | None = None,
     counts: Sequence[int],
     validation: float = VALIDATION,
     block_rows: int = BLOCK_ROWS,
@@ -49,8 +53,9 @@ def learning_curves(
 ) -> dict[str, LearningCurve]:
     """Score estimates on the first models, for rising numbers of them, on held-out models; each row is read once.
 
-    With `fit_moments` the point of M models is exactly `evaluate(fit(masks[:M], outputs[:M], ...), ...)` for float16
-    outputs of ordinary size, whose moments are exact; for wider ones up to rounding.
+    With `fit_moments`, and with a prior, the point of M models is exactly `evaluate(fit(masks[:M], outputs[:M], ...),
+    ...)` for float16 outputs of ordinary size, whose moments are exact; for wider ones up to rounding. Where a fit with
+    a prior has folds, because models are few, their rows are read again.
 
     Parameters
     ----------
@@ -61,6 +66,8 @@ def learning_curves(
     estimates : mapping of str to callable
         At least one `Estimator` by name: `fit_moments` or `dmpipeline.ridge`, or a `functools.partial` of one with
         its settings.
+    priors : mapping of str to array of float, shape (n_train, n_targets), optional
+        Scores by name, other names than the estimates'; each stands for fits with it as `prior`, see `dmpipeline.fit`.
     threads : int, optional
         Of the moments; the estimates have their own.
     counts : sequence of int
@@ -73,7 +80,7 @@ def learning_curves(
     Returns
     -------
     curves : dict of str to LearningCurve
-        By the estimates' names.
+        By the names of estimates and priors.
 
     Raises
     ------
@@ -86,10 +93,11 @@ def learning_curves(
     A point is open from its first validation row to its last. With k points open memory holds k + 1 sets of moments:
     of the rows before the first open point's validation rows, and of those from each one's first to the next one's. A
     fit adds what `fit_moments` holds, and where k > 1 the sum of a point's validation rows. Points 1 / (1 - validation)
-    apart or more are open one at a time, and the curve then holds no more than its largest `fit`.
+    apart or more are open one at a time, and the curve then holds no more than its largest `fit`. A fit with folds
+    holds its own moments next to those.
     """
     check_keywords(scoring, of="learning_curves")
-    if not estimates:
+    if not estimates and not priors:
         raise SpecError("there are no estimates to draw a curve of; hand in at least one, by name")
     n_models, *columns = check_shapes(masks, outputs)
     _, *held_out_columns = check_shapes(held_out_masks, held_out_outputs)
@@ -99,21 +107,51 @@ def learning_curves(
             f"{masks.shape} and outputs {outputs.shape}; hand in held-out models of the same run"
         )
     splits = split_counts(counts, n_models=n_models, validation=validation)
+    priors = priors or {}
+    if twice := sorted(priors.keys() & estimates.keys()):
+        raise SpecError(f"priors have names of estimates, {', '.join(twice)}; choose others")
+    for prior in priors.values():
+        check_prior(prior, n_train=columns[0], n_targets=columns[1])
+    moments = functools.partial(Moments.of, masks, outputs, block_rows=block_rows, threads=threads)
     scored_on = HeldOut.read(held_out_masks, held_out_outputs, **scoring)
-    scores: dict[str, list[tuple[CurvePoint, Evaluation, LinearLimit | None]]] = {name: [] for name in estimates}
-    total = len(splits) * len(estimates)
+    scores: dict[str, list[tuple[CurvePoint, Evaluation, LinearLimit | None]]] = {
+        name: [] for name in (*estimates, *priors)
+    }
+    total = len(splits) * len(scores)
+
     for fitting, held_out in _moments_of_points(
         masks, outputs, splits, block_rows=block_rows, threads=threads, progress=progress
     ):
-        for name, estimate in estimates.items():
-            datamodels = estimate(fitting, held_out)
-            n_fitted = fitting.n + held_out.n
+        n_fitted = fitting.n + held_out.n
+        fits = itertools.chain(
+            ((name, estimate(fitting, held_out)) for name, estimate in estimates.items()),
+            _guided_fits(priors, fitting, held_out, validation, moments),
+        )
+        for name, datamodels in fits:
             evaluation = scored_on.scores_of(datamodels, in_parts=n_fitted == splits[-1][1])
             scores[name].append((_point(datamodels, evaluation, n_fitted), evaluation, datamodels.limit))
             if progress is not None:
                 progress("points", sum(map(len, scores.values())), total)
-        del fitting, held_out  # or they would be held while further rows are read
+        del fitting, held_out, fits  # or they would be held while further rows are read
     return {name: _curve(scored) for name, scored in scores.items()}
+
+
+def _guided_fits(
+    priors: Mapping[str, NDArray[Any]],
+    fitting: Moments,
+    held_out: Moments,
+    validation: float,
+    moments: Callable[..., Moments],
+) -> Iterator[tuple[str, Datamodels]]:
+    """Fit with each prior as `fit` does; `moments` counts those of rows by `start` and `stop`."""
+    n_models = fitting.n + held_out.n
+    folds = folds_of(n_models, validation=validation, folds=None, is_guided=bool(priors))
+    if folds is None:
+        yield from ((name, fit_moments(fitting, held_out, prior=prior)) for name, prior in priors.items())
+        return
+    ends = ends_of_parts(n_models, validation=validation, folds=folds)
+    parts = [moments(start=start, stop=stop) for start, stop in itertools.pairwise([0, *ends])]
+    yield from ((name, fit_folds(parts, prior=prior)) for name, prior in priors.items())
 
 
 def _curve(scored: Sequence[tuple[CurvePoint, Evaluation, LinearLimit | None]]) -> LearningCurve:

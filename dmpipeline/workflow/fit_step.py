@@ -16,7 +16,7 @@ from dmpipeline.fitting.checkpoints import Checkpoints
 from dmpipeline.fitting.counting import counted_moments
 from dmpipeline.fitting.datamodels import Datamodels
 from dmpipeline.fitting.fitted import fit_notes_path
-from dmpipeline.fitting.fitting import fit, split_rows
+from dmpipeline.fitting.fitting import fit, folds_of, split_rows
 from dmpipeline.fitting.settings import VALIDATION, FitKeywords, FitSettings, StageProgress
 from dmpipeline.moments.moments import BLOCK_ROWS, Moments
 from dmpipeline.runs.derivation import sources_of, take_note
@@ -105,7 +105,8 @@ def fit_run(
     )
     datamodels.save(datamodels_path(run, targets))
     facts: dict[str, float] = {"n_models": run.spec.n_models}
-    facts |= {"validation": validation} if folds is None else {"folds": folds}
+    used = folds_of(run.spec.n_models, validation=validation, folds=folds, is_guided=prior != "none")
+    facts |= {"validation": validation} if used is None else {"folds": used}
     facts |= {"seconds": round(time.monotonic() - started, 3)} | _facts_of(datamodels)
     facts |= _facts_of_pairs(datamodels) if pairs else {}
     facts |= {name: value for name, value in settings.changed().items() if name not in ("threads", "device")}

@@ -1,6 +1,5 @@
 """The steps that score a run's datamodels on its held-out models: alone, next to other estimates, and as curves."""
 
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from dmpipeline.runs.targets import TargetsName, command, fitted_array, require_
 from dmpipeline.scoring.alternatives import Comparison, compare, debiased, difference_of_means, ridge
 from dmpipeline.scoring.curves import LearningCurve
 from dmpipeline.scoring.evaluation import Evaluation, evaluate
-from dmpipeline.scoring.learning import Estimator, default_counts, learning_curves, split_counts
+from dmpipeline.scoring.learning import default_counts, learning_curves, split_counts
 from dmpipeline.workflow.fit_step import gradient_prior, moments_of_run
 from dmpipeline.workflow.run_arrays import open_rows
 
@@ -173,13 +172,12 @@ def curve_run(
     dataset = run.dataset()
     run.write_catalog(datamodels="sound", dataset=dataset)
     sources = sources_of(run, "curve", targets)
-    estimates: dict[str, Estimator] = {PLAIN: fit_moments}
-    if prior is not None:
-        estimates[GRADIENT] = functools.partial(fit_moments, prior=gradient_prior(run, dataset, targets, progress))
+    guided = {} if prior is None else {GRADIENT: gradient_prior(run, dataset, targets, progress)}
     curves = learning_curves(
         *(open_rows(run, name, spec.rows.models) for name in ("train_masks", array)),
         *(open_rows(run, name, spec.rows.held_out) for name in ("train_masks", array)),
-        estimates=estimates,
+        estimates={PLAIN: fit_moments},
+        priors=guided,
         counts=counts,
         n_retrainings=spec.held_out.n_retrainings,
         validation=validation,

@@ -117,7 +117,7 @@ def test_scores_that_are_small_beside_the_largest_leave_weights_sparse():
 def test_a_prior_of_noise_is_not_trusted_and_costs_nothing():
     masks, outputs, truth = planted()
     noise = np.random.default_rng(1).exponential(size=truth.shape)
-    plain, guided = fit(masks, outputs), fit(masks, outputs, prior=noise)
+    plain, guided = fit(masks, outputs, folds=3), fit(masks, outputs, prior=noise)
     assert guided.prior_strength == 0
     np.testing.assert_array_equal(guided.weight, plain.weight)
     np.testing.assert_array_equal(guided.lam, plain.lam)
@@ -129,7 +129,7 @@ def test_a_prior_that_says_nothing_leaves_the_plain_fit(n_targets, scores):
     masks, outputs, truth = planted(n_targets=n_targets)
     prior = np.random.default_rng(1).standard_normal(truth.shape) if scores == "noise" else np.zeros(truth.shape)
     prior += scores == "constant"
-    plain, guided = fit(masks, outputs), fit(masks, outputs, prior=prior)
+    plain, guided = fit(masks, outputs, folds=3), fit(masks, outputs, prior=prior)
     assert guided.prior_strength == 0
     np.testing.assert_array_equal(guided.weight, plain.weight)
 

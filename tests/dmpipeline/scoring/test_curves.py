@@ -16,6 +16,7 @@ import dmdata
 from dmpipeline.cli.command import main, saving_in_words
 from dmpipeline.errors import RunError, SpecError
 from dmpipeline.figures.curve_picture import curve_figure, draw_curves
+from dmpipeline.fitting import fitting
 from dmpipeline.fitting.fitting import fit, fit_moments
 from dmpipeline.moments.moments import Moments
 from dmpipeline.runs.store import Run
@@ -135,20 +136,26 @@ def test_a_curve_rises_within_its_intervals_and_tells_how_far_it_got(work):
     assert [step for step in told if step[0] == "points"] == [("points", n, 3) for n in (1, 2, 3)]
 
 
-def test_a_prior_is_that_of_separate_fits_and_its_strength_is_shown(work):
+def test_a_prior_is_that_of_separate_fits_and_its_strength_is_shown(work, monkeypatch):
     masks, outputs, held_out, truth, weights = work
+    weights = weights + 0.2 * np.random.default_rng(4).standard_normal(weights.shape)
+    monkeypatch.setattr(fitting, "FEW_MODELS", 300)  # fits of fewer have folds, that of 400 has not
     settings = {"counts": [60, 120, 400], "n_retrainings": R, **QUICK}
-    plain = learning_curve(*work[:4], **settings)
-    helped = learning_curve(*work[:4], prior=weights, **settings)
+    curves = learning_curves(*work[:4], estimates={"plain": fit_moments}, priors={"helped": weights}, **settings)
+    plain, helped = curves["plain"], curves["helped"]
+    assert plain == learning_curve(*work[:4], **settings)
     for point in helped.points:
         expected = fit(masks[: point.n_models], outputs[: point.n_models], prior=weights)
+        assert point.prior_strength > 0
         assert point.prior_strength == expected.prior_strength
         assert point.lds == evaluate(expected, held_out, truth, n_retrainings=R, **QUICK).lds
     assert helped.points[-1].prior_strength > 0
     assert "prior strength" in str(helped)
     assert "prior strength" not in str(plain)
     with pytest.raises(SpecError, match="prior has shape"):
-        learning_curve(*work[:4], prior=weights[1:], **settings)
+        learning_curves(*work[:4], estimates={}, priors={"": weights[1:]}, **settings)
+    with pytest.raises(SpecError, match="priors have names of estimates, plain; choose others"):
+        learning_curves(*work[:4], estimates={"plain": ridge}, priors={"plain": weights}, **settings)
 
 
 def test_no_weight_is_negative_where_only_positive_ones_are_allowed(work):
