@@ -34,6 +34,8 @@ def run(bench: Bench, *, small: bool) -> None:
     second_moments(bench, *((2000, 500, 2) if small else (16_384, 10_000, 20)))
     number_of_models(bench, *((500, 200, 10) if small else (5000, 1000, 200)))
     nine_points(bench, *((1000, 200, 10) if small else (20_000, 2000, 100)))
+    if not small:
+        nine_points(bench, 300_000, 2000, 20)
 
 
 def beside_peers(bench: Bench, n_models: int, n_train: int, n_targets: int) -> None:

@@ -141,7 +141,10 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
 @DIRECTORY
 @click.option("--validation", type=float, default=0.1, show_default=True, help="Share of models to choose lambda on.")
 @click.option(
-    "--folds", type=int, help="Choose lambda by cross-validation with this many folds instead; as many times slower."
+    "--folds",
+    type=int,
+    help="Choose lambda by cross-validation with this many folds instead; as many times slower. With a prior and fewer "
+    "than 2,000 models there are three.",
 )
 @click.option(
     "--prior",

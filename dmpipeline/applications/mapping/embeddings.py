@@ -6,6 +6,7 @@ what the model says about the target. A training example's is its row of weights
 they look.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -338,14 +339,20 @@ def _mapped(
     if n > MOST_ON_A_TSNE or k < 2 or perplexity < 2:
         y = scores[:, 1] if k > 1 else np.zeros(n, np.float32)
         return scores[:, 0].copy(), y.copy(), "PCA"
+    places = _places(scores.tobytes(), scores.shape, perplexity, seed)
+    return places[:, 0].copy(), places[:, 1].copy(), "t-SNE"
+
+
+@functools.lru_cache(maxsize=8)  # seconds of work, which a page asks for again after a notebook has
+def _places(scores: bytes, shape: tuple[int, int], perplexity: float, seed: int) -> npt.NDArray[np.float32]:
+    """Lay out float32 scores of this shape by t-SNE, (n, 2)."""
     from sklearn.manifold import TSNE  # slow to import
     from threadpoolctl import threadpool_limits
 
     tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
     # on a machine with other work, threads that wait for one another took four to six times as long
     with threadpool_limits(1, user_api="openmp"):
-        places = tsne.fit_transform(scores)
-    return places[:, 0].astype(np.float32), places[:, 1].astype(np.float32), "t-SNE"
+        return tsne.fit_transform(np.frombuffer(scores, np.float32).reshape(shape)).astype(np.float32)
 
 
 def _directions(
