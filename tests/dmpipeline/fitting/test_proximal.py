@@ -111,7 +111,8 @@ def test_solutions_equal_those_of_the_compiled_solver(problem, kind, is_positive
     assert not got.weight[square == 0].any()
     if is_positive:
         assert (got.weight >= 0).all()
-    if problem["n_rows"] > 3 * problem["n_features"] and problem["n_duplicates"] == 0:  # the minimum is well marked
+    varies = x.std(axis=0) > 0
+    if varies.any() and np.linalg.eigvalsh(gram[np.ix_(varies, varies)])[0] > 0.01:  # the minimum is well marked
         np.testing.assert_allclose(got.weight, want.weight, atol=1e-5)
 
 
