@@ -109,6 +109,11 @@ def trained_run(folder: Path, dataset: str, counts: Sequence[int], *, is_small: 
         spec["dataset"] = dataset if dataset == "digits" else save_table(folder, dataset)
     place = folder / dataset
     trained = Run.open(place) if place.exists() else Run.create(place, RunSpec(**spec))
+    if trained.spec.n_models < counts[-1]:
+        raise SystemExit(
+            f"{place} is a run of {trained.spec.n_models:,} models, {counts[-1]:,} are to be measured; name another "
+            "folder, or fewer with --counts"
+        )
     trained.train()
     return trained
 

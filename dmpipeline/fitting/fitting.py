@@ -32,8 +32,8 @@ FEW_MODELS = 4000
 FOLDS_OF_FEW = 3
 """A tenth of so few models does not say how far a prior may be trusted, so a fit with one has folds.
 
-LDS on digits, wine, breast_cancer and MNIST with 250 to 2,000 models, next to a tenth held out: of log likelihoods it is
-higher by up to 0.035, of margins by up to 0.006 and never lower by more than 0.0003. Five folds are no better.
+LDS on digits, wine, breast_cancer and MNIST with 250 to 2,000 models, next to a tenth held out: of log likelihoods it
+is higher by up to 0.035, of margins by up to 0.006 and never lower by more than 0.0003. Five folds are no better.
 """
 
 _STAGES = {"moments": "models", "paths": "targets", "refit": "targets", "pairs": "models"}

@@ -184,7 +184,8 @@ def _choose(fit: Fit, splits: Iterable[tuple[Moments, Moments]], *, grid_from: M
             of_split = {name: np.concatenate([path[name] for path in of_parts]) for name in _AGREEMENT}
             agreements.append({name: held_out.n * moments for name, moments in of_split.items()})
     error /= n_held_out
-    points = _points(np.round(np.median(best, axis=0)).astype(np.intp), varies=error[:, :, 0] > 0)
+    middle: NDArray[np.intp] = np.rint(np.median(np.stack(best), axis=0)).astype(np.intp)
+    points = _points(middle, varies=error[:, :, 0] > 0)
     validation_error, mixture = np.take_along_axis(error[0], points[0][:, None], axis=1)[:, 0], np.ones(1)
     if agreements:
         agreement = Agreement(

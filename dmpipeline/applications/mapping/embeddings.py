@@ -352,7 +352,8 @@ def _places(scores: bytes, shape: tuple[int, int], perplexity: float, seed: int)
     tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
     # on a machine with other work, threads that wait for one another took four to six times as long
     with threadpool_limits(1, user_api="openmp"):
-        return tsne.fit_transform(np.frombuffer(scores, np.float32).reshape(shape)).astype(np.float32)
+        places: npt.NDArray[np.float32] = tsne.fit_transform(np.frombuffer(scores, np.float32).reshape(shape))
+    return places.astype(np.float32)
 
 
 def _directions(
