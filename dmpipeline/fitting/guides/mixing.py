@@ -73,8 +73,8 @@ def best_mixture(agreement: Agreement, n_models: int) -> NDArray[np.float64]:
     What is found is believed by how much the error of the median target falls below what the first leaves when it is
     scaled as a whole, for a mixture of fits that say the same does no more than that. The mean is no guide: with heavy
     tails a few rows of a few targets decide it. In shares of a row, 1 / `n_models`, real scores won 7 or more with 200
-    and 500 rows of three datasets, and permuted ones 2.5 at most: so 3 are believed, less in part, and
-    2.5 not at all. With 25 rows real scores won from 0.12 on and permuted ones up to 0.4: so below 100 rows a mixture is
+    and 500 rows of three datasets, and permuted ones 2.5 at most: so 3 are believed, less in part, and 2.5 not at all.
+    With 25 rows real scores won from 0.12 on and permuted ones up to 0.4: so below 100 rows a mixture is
     believed fully for one share, which one free weight wins by chance (a quarter of it from 16 targets on), in part for
     less, and not at all for a quarter of that again.
 
