@@ -7,7 +7,7 @@ fifth are targets, is measured in a process of its own: the most memory it ever 
 """
 
 import argparse
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,8 +21,9 @@ from dmpipeline import Run, RunSpec, gradient_scores, save_dataset
 
 
 def most_bytes() -> int:
-    """Return the most memory this process ever had."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the most memory this process ever had; getrusage would begin with the most its parent had."""
+    [kibibytes] = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(kibibytes)
 
 
 def measure(n_examples: int) -> None:

@@ -61,7 +61,8 @@ def test_mirrors_killed_at_random_moments_pay_again_only_what_was_in_flight(s3: 
     assert (done.returncode, done.stderr) == (0, "")
     np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "m.zarr", mode="r")[...]), wanted)
     again = s3.n_object_bytes - wanted.nbytes
-    assert 0 <= again <= n_kills * (CONNECTIONS * 8000 + 128)
+    # on a busy machine what had arrived may wait to be written while as many further requests are under way
+    assert 0 <= again <= n_kills * (2 * CONNECTIONS * 8000 + 128)
     assert dmdata.spend().n_bytes >= s3.n_object_bytes
     assert not (tmp_path / "m.zarr" / SPOOL).exists()
 
