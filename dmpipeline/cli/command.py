@@ -144,7 +144,7 @@ def demo(talk: Talk, directory: Path, models: int, held_out: int, retrainings: i
     "--folds",
     type=int,
     help="Choose lambda by cross-validation with this many folds instead; as many times slower. With a prior and fewer "
-    "than 4,000 models there are three.",
+    "than 10,000 models there are three.",
 )
 @click.option(
     "--prior",

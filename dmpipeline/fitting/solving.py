@@ -191,7 +191,7 @@ def _choose(fit: Fit, splits: Iterable[tuple[Moments, Moments]], *, grid_from: M
         agreement = Agreement(
             **{name: np.sum([of_split[name] for of_split in agreements], axis=0) / n_held_out for name in _AGREEMENT}
         )
-        mixture = best_mixture(agreement, n_held_out)
+        mixture = best_mixture(agreement, n_held_out, is_of_all=n_splits > 1)
         if mixture[1:].any():
             validation_error = agreement.error(mixture)
     lam = np.take_along_axis(lams, points[:, :, None], axis=2)[:, :, 0]
