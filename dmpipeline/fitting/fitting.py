@@ -71,16 +71,17 @@ def fit(
     folds : int, optional
         Choose lam by cross-validation with this many folds instead: each contiguous fold of rows is held out in turn,
         and the median of their lams of least error taken, which few odd rows do not decide. It takes that many times as
-        long. Where neither this nor `validation` is given, a fit with a prior has `FOLDS_OF_FEW` folds if there are
-        fewer than `FEW_MODELS` models.
+        long, and holds two more sets of moments than folds where a split holds two. A fit with a prior of fewer than
+        `FEW_MODELS` models has `FOLDS_OF_FEW` folds unless this or another `validation` than 0.1 is given; in a
+        directory, its moments are counted apart from those of a plain fit.
     prior : array of float, shape (n_train, n_targets), optional
         Scores that say which examples are likely to matter for a target; any attribution will do. There is a fit with
         each of `priors.TRUSTS`: likely examples are penalised less, and weights are shrunk towards the target's scores,
         or towards a combination of those of the other targets of its block too, instead of towards zero (but not if
         `is_positive`). What comes back is a mixture of these fits, the plain one and the bare scores, one for all
         targets, that predicts the validation models best (`mixing.best_mixture`). Weights may then be dense. The fit
-        takes up to four times as long and holds the standardised weights of four fits rather than one; a useless prior
-        costs little else.
+        takes up to four times as long, with folds as many times that, and holds the standardised weights of four fits
+        rather than one; a useless prior costs little else.
     pairs : bool
         Add what two examples do together beyond the sum of both, for pairs of each target's 100 examples of largest
         weight: see `dmpipeline.fitting.pairs.estimation`. They are left out where the models that choose lam do not
